@@ -1,0 +1,155 @@
+"""What a sample is, on its way from a row of some file to a batch of tensors.
+
+    row --sources--> Sample --processor--> Example --collate--> Batch
+
+Every format is read into `Sample`; only readers know formats, only the processor knows tokenizers.
+
+Axis letters: B batch, T tokens, F segments (frames or windows), P patches, C feature width, S audio samples, Q keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:  # importing torch takes seconds, and messages about mistakes should not wait for it
+    from torch import Tensor
+
+Role = Literal["system", "user", "assistant"]
+Kind = Literal["video", "audio", "image"]
+IGNORED = -100  # label of a token that bears no loss
+PADDING = -1  # modality id of a padding token
+
+
+class UserError(Exception):
+    """A mistake of the user's; its message says what, where, what was expected, and what to do next."""
+
+
+class BadSample(UserError):
+    """One row or one medium cannot be used. A long run writes it to the ledger and goes on."""
+
+
+class MediaError(BadSample):
+    """A media file is missing, outside the allowed folder, over a limit, or cannot be decoded."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: its nearest known one, and all that are known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ";"
+    return f"{hint} known: {', '.join(names)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of text. `question` marks the span whose tokens are the keys of the cross-modal attention."""
+
+    text: str
+    question: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """A reference to one media item, not yet opened. `modality` names the encoder that perceives it."""
+
+    kind: Kind
+    path: str
+    modality: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Role
+    content: tuple[Text | Media, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content if isinstance(part, Text))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training or test row: a conversation that ends with the assistant's answer, the only part that bears loss."""
+
+    id: str
+    messages: tuple[Message, ...]
+    source: str = ""
+    row: int = -1
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def answer(self) -> str:
+        last = self.messages[-1]
+        return last.text if last.role == "assistant" else ""
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages without the final answer."""
+        return self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
+
+    @property
+    def media(self) -> list[Media]:
+        return [part for message in self.messages for part in message.content if isinstance(part, Media)]
+
+
+@dataclass(slots=True)
+class MediaInput:
+    """One media item of an example: raw segments to be encoded, or features that the cache already held.
+
+    counts: media tokens of each segment (F entries); start: position of the first of them in the example's T tokens.
+    segments: uint8 (F,3,H,W) frames or float32 (F,S) windows with `lengths` (F,) valid samples.
+    features: (F,P,C) with mask (F,P). key: the cache's name for these features.
+    """
+
+    modality: str
+    counts: list[int]
+    start: int
+    boundaries: bool = True
+    segments: Tensor | None = None
+    lengths: Tensor | None = None
+    features: Tensor | None = None
+    mask: Tensor | None = None
+    key: str | None = None
+
+
+@dataclass(slots=True)
+class Example:
+    """One sample as tensors of T tokens; media positions hold the pad id and are filled by the model."""
+
+    input_ids: Tensor
+    labels: Tensor
+    modality_ids: Tensor
+    key_mask: Tensor
+    media: list[MediaInput]
+    sample: Sample
+
+
+@dataclass(slots=True)
+class MediaBatch:
+    """All items of one modality in a batch, and where their tokens go.
+
+    token_index (N,): flat position b*T+t of every media token, item by item, segment by segment.
+    start_index, end_index: flat positions of the learned boundary vectors, one for each item that has them.
+    """
+
+    items: list[MediaInput]
+    token_index: Tensor
+    start_index: Tensor
+    end_index: Tensor
+
+
+class Batch(TypedDict):
+    """B examples padded to T tokens. key_index (B,Q) lists each row's key positions, key_valid says which are real."""
+
+    input_ids: Tensor
+    labels: Tensor
+    modality_ids: Tensor
+    key_mask: Tensor
+    attention_mask: Tensor
+    key_index: Tensor
+    key_valid: Tensor
+    media: dict[str, MediaBatch]
+    samples: list[Sample]

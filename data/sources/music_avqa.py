@@ -1,0 +1,81 @@
+"""MUSIC-AVQA's question files (Li et al. 2022, https://gewu-lab.github.io/MUSIC-AVQA/), a JSON array of
+
+    {"video_id": "00001234", "question_id": 1, "type": "[\\"Audio-Visual\\", \\"Counting\\"]",
+     "question_content": "How many <Object> are sounding in the video?", "templ_values": "[\\"flute\\"]",
+     "question_deleted": 0, "anser": "two"}
+
+`anser` is the published spelling, `answer` is read too. `type` and `templ_values` are strings that hold JSON (plain
+lists are read too); the question's <placeholders> are filled from templ_values in order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data.schema import BadSample, Media, Message, Sample, Text
+from data.sources.rows import Rows, read_array, read_text, text_of
+
+_PLACEHOLDER = re.compile(r"<[^<>]+>")
+
+
+def read(path: Path, video_dir: str = "videos", audio_dir: str | None = None, instruction: str | None = None) -> Rows:
+    """Rows of [video, sound, question] -> answer.
+
+    Options, relative to the media folder: the clips are video_dir/ID.mp4; their sound is audio_dir/ID.wav, or the
+    clip's own track when audio_dir is not given. `instruction` is put before the question, and is not among its keys.
+    """
+    parse = partial(_parse, video_dir=video_dir, audio_dir=audio_dir, instruction=instruction)
+    return Rows(path, read_array(path, read_text(path)), parse)
+
+
+def clip(video_id: str, video_dir: str, audio_dir: str | None) -> tuple[Media, Media]:
+    """A clip's picture and its sound."""
+    video = f"{video_dir}/{video_id}.mp4"
+    return Media("video", video, "vision"), Media(
+        "audio", f"{audio_dir}/{video_id}.wav" if audio_dir else video, "audio"
+    )
+
+
+def _parse(row: Any, index: int, video_dir: str, audio_dir: str | None, instruction: str | None) -> Sample:
+    video_id = text_of(row, "video_id")
+    question = _fill(text_of(row, "question_content"), _list(row, "templ_values"))
+    answer = text_of(row, "anser" if "anser" in row else "answer", where="the row has no answer: ").strip()
+    before = (Text(f"{instruction}\n"),) if instruction else ()
+    content = (*clip(video_id, video_dir, audio_dir), *before, Text(question, question=True))
+    question_id = row.get("question_id", index)
+    return Sample(
+        id=f"{video_id}-{question_id}",
+        messages=(Message("user", content), Message("assistant", (Text(answer),))),
+        source="music_avqa",
+        row=index,
+        meta={"question_type": _list(row, "type"), "question_id": question_id, "video_id": video_id},
+    )
+
+
+def _list(row: dict[str, Any], key: str) -> list[str]:
+    """A list, or a string that holds one as JSON; absent means empty."""
+    value = row.get(key) or []
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BadSample(
+                f"'{key}' holds no JSON list ({error.msg} at column {error.colno}); found {row[key]!r}"
+            ) from None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise BadSample(f"'{key}' must be a list of texts; found {row[key]!r}")
+    return value
+
+
+def _fill(question: str, values: list[str]) -> str:
+    holes = _PLACEHOLDER.findall(question)
+    if len(holes) != len(values):
+        raise BadSample(
+            f"the question has {len(holes)} placeholders, but templ_values {len(values)} values: {question!r}, {values}"
+        )
+    remaining = iter(values)
+    return _PLACEHOLDER.sub(lambda _: next(remaining), question)

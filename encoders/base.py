@@ -1,0 +1,167 @@
+"""The one contract of all frozen encoders: segments in, features and a mask out.
+
+An encoder answers three questions: `preprocess` (raw segments -> what its network reads), `forward` (-> `Features`) and
+`num_tokens` (how many valid patches a segment of that length has, so that a sample can be laid out before anything is
+encoded). `encode` puts them together: no gradient, one device copy, chunks of `max_batch` segments.
+
+Contracts worth knowing:
+- A segment's valid features depend on that segment alone, never on its neighbours or on the padding beside it (up to
+  the rounding of batched matrix products); that is what makes a feature cache legal.
+- `mask` is True at real patches, which always come first; `encode` zeroes the features under a False mask.
+- `num_tokens` is exact: it equals the mask's sum.
+
+Cost: one forward pass of the frozen network per chunk; the activations of `max_batch` segments are alive at a time.
+
+Legend: F segments, P patches (of the longest segment in the call), C feature width, S audio samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from encoders.errors import EncoderError, nearest
+
+__all__ = ["Encoder", "EncoderError", "Features", "load_exactly", "nearest", "parse_dtype", "require_path"]
+
+
+class Features(NamedTuple):
+    """What an encoder says about F segments."""
+
+    features: Tensor  # (F, P, C) in the encoder's dtype
+    mask: Tensor  # (F, P) bool, True at real patches
+
+
+class Encoder(nn.Module):
+    """Base class. A subclass sets `modality_kind` and `width`, answers the three questions, and ends by `freeze`.
+
+    `forward(*inputs) -> Features` takes what `preprocess` returned.
+    """
+
+    modality_kind: str  # "frames": uint8 (F,3,H,W); "waveform": float32 (F,S), mono at 16 kHz
+    width: int  # C
+
+    def __init__(self, *, options: Mapping[str, Any] | None = None, max_batch: int = 64) -> None:
+        """`options`: everything beside weights and dtype that changes the features; it goes into the fingerprint."""
+        super().__init__()
+        if max_batch < 1:
+            raise EncoderError(f"max_batch: expected at least 1 segment, found {max_batch}")
+        self.max_batch = max_batch
+        self._options = dict(options or {})
+        self._fingerprint: str | None = None
+
+    def preprocess(self, segments: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
+        """Segments on the encoder's device and their valid samples (F,) int64 (None: frames) -> forward's inputs."""
+        raise NotImplementedError
+
+    def num_tokens(self, length: int | None = None) -> int:
+        """Valid patches of one segment with `length` valid samples (None for frames)."""
+        raise NotImplementedError
+
+    def freeze(self, dtype: torch.dtype = torch.float32) -> None:
+        self.to(dtype)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Frozen means frozen: a `train()` on a surrounding module never switches dropout on in here."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @torch.no_grad()
+    def encode(self, segments: Tensor, lengths: Tensor | None = None) -> Features:
+        """(F,3,H,W) uint8, or (F,S) float32 with valid samples (F,) (None: all) -> Features on the encoder's device.
+
+        P is the number of valid patches of the longest segment in the call. F = 0 gives shape (0,0,C).
+        """
+        self._check(segments, lengths)
+        if self.modality_kind == "waveform" and lengths is None:
+            lengths = torch.full((len(segments),), segments.shape[1], dtype=torch.int64)
+        if len(segments) == 0:
+            empty = torch.zeros(0, 0, self.width, dtype=self.dtype, device=self.device)
+            return Features(empty, empty.new_zeros(0, 0, dtype=torch.bool))
+        longest = self.num_tokens(None if lengths is None else int(lengths.max()))  # before the copy: no device sync
+        segments = segments.to(self.device, non_blocking=True)
+        lengths = None if lengths is None else lengths.to(self.device, non_blocking=True)
+        chunks = [
+            self(*self.preprocess(segments[part], None if lengths is None else lengths[part]))
+            for part in (slice(i, i + self.max_batch) for i in range(0, len(segments), self.max_batch))
+        ]
+        features = torch.cat([chunk.features[:, :longest] for chunk in chunks])
+        mask = torch.cat([chunk.mask[:, :longest] for chunk in chunks])
+        return Features(features.masked_fill(~mask[..., None], 0.0), mask)
+
+    def _check(self, segments: Tensor, lengths: Tensor | None) -> None:
+        expected, found = "", f"found {segments.dtype} {tuple(segments.shape)}"
+        if self.modality_kind == "frames":
+            if segments.dtype != torch.uint8 or segments.dim() != 4 or segments.shape[1] != 3:
+                expected = "uint8 frames (F,3,H,W)"
+        elif segments.dtype != torch.float32 or segments.dim() != 2:
+            expected = "float32 waveforms (F,S)"
+        elif lengths is not None and lengths.shape != segments.shape[:1]:
+            expected, found = f"{len(segments)} lengths", f"found lengths of shape {tuple(lengths.shape)}"
+        if expected:
+            raise EncoderError(f"{type(self).__name__}: expected {expected}, {found}")
+
+    def fingerprint(self) -> str:
+        """sha256 over class, options, dtype and every weight's name, shape and bytes; computed when first asked."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(f"{type(self).__name__} {sorted(self._options.items())} {self.dtype}".encode())
+            for name, tensor in sorted(self.state_dict().items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The precision that an encoder's weights are held and run in: "float32", "bfloat16" or "float16"."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise EncoderError(f"unknown encoder dtype '{name}'{nearest(name, known)}")
+    return known[name]
+
+
+def require_path(path: str | Path, what: str) -> Path:
+    """`path` if it exists, else an error that says what is missing and where it was looked for."""
+    found = Path(path)
+    if not found.exists():
+        raise EncoderError(
+            f"{what} is missing: nothing at '{path}' (looked at {found.absolute()}); "
+            "download it, or correct the encoder's `path`"
+        )
+    return found
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
+    """Load `state` into `model`, every key accounted for; the error names what is missing, unexpected or misshapen."""
+    own = model.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [
+            f"{key}: {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in sorted(own.keys() & state.keys())
+            if own[key].shape != state[key].shape
+        ],
+    }
+    found = [f"{len(keys)} {problem} ({shorten(keys)})" for problem, keys in problems.items() if keys]
+    if found:
+        raise EncoderError(f"{where} is not a checkpoint of {type(model).__name__}: weights " + "; ".join(found))
+    model.load_state_dict(state, assign=True)
+
+
+def shorten(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,64 @@
+"""Open questions with a short answer: exact match after `normalise`, by question type where the rows name one.
+
+A prediction is an answer when it has one to MAX_WORDS words; anything else is unparsed, hence wrong. Beside each figure
+stands what somebody scores who never looks or listens and always gives the most frequent answer of the same rows.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from eval.benchmarks.base import Benchmark, Row, majority, normalise, share
+
+MAX_WORDS = 6
+
+
+class ShortAnswer(Benchmark):
+    def parse(self, text: str) -> str | None:
+        answer = normalise(text)
+        return answer if 1 <= len(answer.split()) <= MAX_WORDS else None
+
+    def points(self, row: Row) -> tuple[float, float]:
+        truth = normalise(row.answer)
+        right = row.error is None and truth != "" and self.parse(row.prediction) == truth
+        return float(right), 1.0
+
+    def details(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return {"baselines": {"majority_answer": share(majority(normalise(row.answer) for row in rows), len(rows))}}
+
+
+class TypedShortAnswer(ShortAnswer):
+    """Rows carry meta["question_type"]: what it is about and what it asks, as in ["Audio-Visual", "Counting"]."""
+
+    def details(self, rows: Sequence[Row]) -> dict[str, Any]:
+        by_type: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+        for row in rows:
+            by_type[_question_type(row)].append(row)
+        types = {" ".join(name): self._figures([members]) for name, members in sorted(by_type.items())}
+        scenes: dict[str, list[list[Row]]] = defaultdict(list)
+        for name, members in sorted(by_type.items()):
+            scenes[name[0]].append(members)
+        whole = self._figures(list(by_type.values()))
+        return {
+            "types": types,
+            "scenes": {name: self._figures(groups) for name, groups in scenes.items()},
+            "baselines": super().details(rows)["baselines"] | {"majority_answer_by_type": whole["majority"]},
+        }
+
+    def _figures(self, groups: list[list[Row]]) -> dict[str, Any]:
+        """Accuracy over all groups together, and that of giving each group its own most frequent answer."""
+        rows = [row for group in groups for row in group]
+        blind = sum(majority(normalise(row.answer) for row in group) for group in groups)
+        return {
+            "rows": len(rows),
+            "accuracy": share(sum(self.points(row)[0] for row in rows), len(rows)),
+            "majority": share(blind, len(rows)),
+        }
+
+
+def _question_type(row: Row) -> tuple[str, ...]:
+    """The row's type; rows without one (or that could not be read) stand together."""
+    named = row.meta.get("question_type") or ["unknown"]
+    return (named,) if isinstance(named, str) else tuple(str(part) for part in named)

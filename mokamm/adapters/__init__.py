@@ -1,0 +1,121 @@
+"""Adapters for the LLM, by name: importing this package makes `MOKA` known to PEFT.
+
+    model = wrap(llm, "moka", ["text", "vision", "audio"], {"r": 4, "lora_alpha": 16})
+    set_routing(model, Routing(modality_ids, key_mask))      # does nothing for methods without routing
+
+A method is one function (LLM, modalities, options) -> model and one line in METHODS. One `adapter:` section of a config
+serves all methods: an option that a method has no use for is accepted, one that no method knows is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from mokamm.adapters.peft_bridge import check_adapter_name, match_targets, nearest
+from mokamm.adapters.routed import MokaConfig, MokaModel, RoutedLinear
+from mokamm.routing import AdapterError, Routing
+
+__all__ = [
+    "METHODS",
+    "AdapterError",
+    "MokaConfig",
+    "MokaModel",
+    "RoutedLinear",
+    "Routing",
+    "set_routing",
+    "target_report",
+    "wrap",
+]
+
+LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules")
+MOKA_OPTIONS = (*LORA_OPTIONS, "attention_weight", "attention_weight_pattern", "scale_logits", "shared_b", "frozen_a")
+OTHER_OPTIONS = ("keys",)  # of the processor, in the same section of a config
+
+
+def _moka(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    config = MokaConfig(task_type="CAUSAL_LM", modalities=modalities, **_pick(options, MOKA_OPTIONS))
+    return get_peft_model(llm, config)
+
+
+def _multi_lora(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """One whole LoRA per modality, without attention."""
+    picked = _pick(options, (*LORA_OPTIONS, "frozen_a"))
+    config = MokaConfig(task_type="CAUSAL_LM", modalities=modalities, shared_b=False, attention_weight=0.0, **picked)
+    return get_peft_model(llm, config)
+
+
+def _lora(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """PEFT's LoRA: every token through one pair, whatever its modality."""
+    defaults = MokaConfig(modalities=modalities, **_pick(options, LORA_OPTIONS))  # the same checks and defaults
+    config = LoraConfig(task_type="CAUSAL_LM", **{name: getattr(defaults, name) for name in LORA_OPTIONS})
+    check_adapter_name(llm, "default")
+    found = match_targets(llm, config)
+    model = get_peft_model(llm, config)
+    vars(model.base_model)["target_report"] = {"default": {target: len(names) for target, names in found.items()}}
+    return model
+
+
+def _full(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """Full fine-tuning: every parameter trains."""
+    return llm.requires_grad_(True)
+
+
+def _none(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """The LLM as it is, frozen (stage 1 trains the projectors alone)."""
+    return llm.requires_grad_(False)
+
+
+METHODS: dict[str, Callable[[nn.Module, list[str], dict[str, Any]], nn.Module]] = {
+    "moka": _moka,
+    "multi_lora": _multi_lora,
+    "lora": _lora,
+    "full": _full,
+    "none": _none,
+}
+
+
+def wrap(llm: nn.Module, method: str, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """The LLM made trainable by a method of METHODS, in place.
+
+    Args:
+        llm: any AutoModelForCausalLM (wrap the LLM, not a composite: its encoders' layers have the same names).
+        method: a name in METHODS.
+        modalities: the modalities in the order of their ids; `text` is put first where it is not named.
+        options: the config's `adapter` section, without `method`; None stands for the method's own default.
+
+    Raises:
+        AdapterError: an unknown method, option or target (with the nearest known one), or a value outside its range.
+    """
+    if method not in METHODS:
+        raise AdapterError(f"Unknown adapter method '{method}'{nearest(method, METHODS)}")
+    known = (*MOKA_OPTIONS, *OTHER_OPTIONS)
+    for name in options:
+        if name not in known:
+            raise AdapterError(f"Unknown adapter option '{name}'{nearest(name, known)}")
+    names = list(modalities) if "text" in modalities else ["text", *modalities]
+    return METHODS[method](llm, names, options)
+
+
+def set_routing(model: nn.Module, routing: Routing | None) -> None:
+    """Sets the routing of every routed adapter inside a model; does nothing where there is none."""
+    for module in model.modules():
+        if isinstance(module, MokaModel):
+            module.set_routing(routing)
+
+
+def target_report(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
+    """How many modules each target of an adapter matched; empty for methods that wrap nothing."""
+    for module in model.modules():
+        report = vars(module).get("target_report")
+        if report is not None:
+            return report.get(adapter_name, {})
+    return {}
+
+
+def _pick(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The options of these names that are set; None means the method's own default."""
+    return {name: options[name] for name in names if options.get(name) is not None}

@@ -1,0 +1,194 @@
+"""Every touch of PEFT's private API, so that a new PEFT release (pinned: 0.21) is one file to look at.
+
+    register_method   adds a type to PEFT's closed enum and registers config and tuner
+    TunerLayer        a wrapped Linear: PEFT's bookkeeping, none of the mathematics
+    Tuner             finds the targets, counts them, refuses what cannot work, wraps each in its layer
+
+A method of ours (`routed.py`) subclasses the last two. Costs nothing at run time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any, cast
+
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.variants import _register_frozen_peft_weight
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.utils import register_peft_method
+from torch import nn
+
+from mokamm.routing import AdapterError
+
+
+def register_method(name: str, config_cls: type, tuner_cls: type) -> None:
+    """Makes `name` a PEFT method: `get_peft_model`, saving and `PeftModel.from_pretrained` know it from then on."""
+    value = name.upper()
+    if value not in PeftType.__members__:
+        member: Any = str.__new__(PeftType, value)
+        member._name_ = member._value_ = value
+        member.__objclass__, member._sort_order_ = PeftType, len(PeftType)
+        PeftType._member_names_.append(value)
+        PeftType._member_map_[value] = member
+        PeftType._value2member_map_[value] = member
+        type.__setattr__(PeftType, value, member)
+    if PeftType(value) not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: `; did you mean 'x'? known: a, b`."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return (f"; did you mean '{close[0]}'?" if close else ";") + f" known: {', '.join(names)}"
+
+
+def first_match(patterns: Iterable[str], name: str) -> str | None:
+    """The first pattern that matches a module's name, whole or from a dot on, as PEFT's `alpha_pattern` does."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of the linear modules of a model; one that is wrapped already counts as itself, its insides do not."""
+    names: list[str] = []
+    inside = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        linear = isinstance(module, nn.Linear) or "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"
+        if isinstance(module, BaseTunerLayer):
+            inside = name + "."
+            names.append(name)
+        elif linear and name:
+            names.append(name)
+    return names
+
+
+def match_targets(model: nn.Module, config: Any) -> dict[str, list[str]]:
+    """Which modules each target of a config matches.
+
+    `all-linear` leaves out the output head and is reported by the modules' last names (`q_proj`, ...). It and a regex
+    (which may match activations too) are replaced in the config by the names of the linear modules they matched.
+
+    Raises:
+        AdapterError: a target matches no linear module, or one that sees only some of a batch's tokens (an expert).
+    """
+    targets, names = config.target_modules, linear_names(model)
+    excluded = getattr(config, "exclude_modules", None) or []
+    patterns = [excluded] if isinstance(excluded, str) else [rf"(.*\.)?{re.escape(e)}" for e in excluded]
+    names = [name for name in names if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        output = getattr(model, "get_output_embeddings", None)
+        head = output() if callable(output) else None
+        modules = dict(model.named_modules())
+        names = [name for name in names if modules[name] is not head and name.rpartition(".")[2] != "lm_head"]
+        found: dict[str, list[str]] = {}
+        for name in names:
+            found.setdefault(name.rpartition(".")[2], []).append(name)
+    elif isinstance(targets, str):
+        found = {targets: [name for name in names if re.fullmatch(targets, name)]}
+    else:
+        found = {t: [name for name in names if name == t or name.endswith("." + t)] for t in sorted(targets)}
+    for target, matched in (found or {"all-linear": []}).items():
+        if not matched:
+            known = {name.rpartition(".")[2] for name in names}
+            raise AdapterError(f"target_modules: '{target}' matches no linear module{nearest(target, known)}")
+        experts = [name for name in matched if "experts" in name.split(".")]
+        if experts:
+            raise AdapterError(
+                f"target_modules: '{target}' matches {experts[0]}, an expert that sees only some of a batch's tokens. "
+                r"Leave the experts out: exclude_modules='.*\.experts\..*'."
+            )
+    if targets is None or isinstance(targets, str):
+        config.target_modules = {name for matched in found.values() for name in matched}
+    return found
+
+
+def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    """Refuses names that PEFT could not tell from a module's when it saves (it would drop or garble keys)."""
+    inside = "\0"
+    taken = {"base_model", "model", "base_layer", "weight", "bias"}
+    for name, module in model.named_modules():
+        if not name.startswith(inside):
+            taken.update(name.split("."))
+            inside = name + "." if isinstance(module, BaseTunerLayer) else inside
+    if adapter_name in taken or "." in adapter_name or not adapter_name:
+        raise AdapterError(
+            f"An adapter cannot be named '{adapter_name}': it is empty, has a dot in it, or is the name of a module of "
+            f"this model, which would garble the saved keys. Choose another, such as 'adapter_{adapter_name}'."
+        )
+
+
+class TunerLayer(nn.Module, BaseTunerLayer):
+    """A wrapped linear module, before any adapter is added to it."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise AdapterError(f"A {type(base_layer).__name__} cannot be adapted; only linear modules can.")
+        self.in_features, self.out_features = int(in_features), int(out_features)
+
+    def add_adapter(self, name: str, config: Any, key: str) -> None:
+        """Adds the adapter's parameters to this layer, whose name in the model is `key`."""
+        raise NotImplementedError
+
+    def freeze(self, adapter_name: str, weight_name: str) -> None:
+        """That weight of that adapter never trains, whatever `set_adapter` does later."""
+        _register_frozen_peft_weight(cast(Any, self), adapter_name, weight_name)
+
+    def place(self, adapter_name: str) -> None:
+        """Brings a new adapter to the device and dtype of the wrapped module."""
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+
+class Tuner(BaseTuner):
+    """PEFT's side of a method: checks names and targets, then wraps each target by `new_layer`.
+
+    `target_report[adapter][target]` is the number of modules that each target matched.
+    """
+
+    uses_shared_state = True  # PEFT then refuses inject_adapter_in_model, which would lose the tuner
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+
+    def new_layer(self, target: nn.Module) -> TunerLayer:
+        raise NotImplementedError
+
+    def check_config(self, config: Any, names: list[str]) -> None:
+        """A method's own checks, with the names of the modules that will be wrapped; before anything is changed."""
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.target_report: dict[str, dict[str, int]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        check_adapter_name(model, adapter_name)
+        found = match_targets(model, config)
+        self.check_config(config, [name for names in found.values() for name in names])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.target_report[adapter_name] = {target: len(names) for target, names in found.items()}
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            cast(TunerLayer, target).add_adapter(adapter_name, peft_config, current_key)
+            return
+        layer = self.new_layer(target)
+        layer.add_adapter(adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)

@@ -1,0 +1,366 @@
+r"""MokA and its kin: one low-rank A per modality, cross-modal attention in the rank space, one shared B.
+
+    text token         h = W x + s B A_text x
+    media token, m     h = W x + s B (A_m x + lambda Att_m)
+    padding            h = W x
+                       Att_m = softmax(A_m x (A_text x_q)^T / sqrt(r)) (A_text x_q)
+
+    x_BTD --dropout--> [A_text; A_1; ..] x      one GEMM with the stacked A           (B,T,M*r)
+              --routing: own modality-->  z     a masked sum over M                   (B,T,r)
+              --routing: key positions--> k     a gather of the text path             (B,Q,r)
+                    z + lambda softmax(z k^T) k at media tokens                       (B,T,r)
+              --------B--------> + W x          one GEMM                              (B,T,D)
+
+s = alpha/r, keys = values = the question's tokens through A_text, an independent softmax per media token (arXiv
+2506.05191). Two variants are published, chosen by `scale_logits`: either s multiplies A's output before the attention
+(logits then carry s^2) or B's output (logits carry none). Both come to s B(u + lambda att(u)) with u = A x unscaled:
+only the scalar before the softmax differs, and that is how it is computed here. Further switches make the family:
+`shared_b=False` with `attention_weight=0` is one LoRA per modality, `frozen_a` is LoRI on MokA.
+
+`fold_text` puts the text path into the frozen weight, W' = W + s B A_text, so that one set of weights prefills and
+decodes: text then costs nothing, a media token adds s B((A_m - A_text) x + lambda att), padding adds -s B A_text x.
+
+Cost per layer beside W x: 2 GEMMs of width M*r and r and about nine small kernels, whatever the batch; no loop over
+samples, no wait for the device. Shape legend: B batch, T tokens, D width, R rank, M modalities, Q key tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, cast
+
+import torch
+from peft import PeftConfig, PeftType
+from torch import Tensor, nn
+
+from mokamm.adapters.peft_bridge import Tuner, TunerLayer, first_match, nearest, register_method
+from mokamm.routing import AdapterError, Routing, RoutingContext
+
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as an element
+
+
+@dataclass
+class MokaConfig(PeftConfig):
+    """Configuration of the routed adapter; `modalities[0]` is the text path.
+
+    Raises:
+        AdapterError: a value outside its range.
+    """
+
+    r: int = field(default=4, metadata={"help": "rank of every A and of B"})
+    lora_alpha: float = field(default=16, metadata={"help": "the update is scaled by s = lora_alpha / r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, in training"})
+    modalities: list[str] = field(default_factory=lambda: ["text", "vision", "audio"])
+    target_modules: list[str] | str | None = field(
+        default="all-linear", metadata={"help": "names, a regex, or all-linear (without the output head)"}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names or a regex left out"})
+    attention_weight: float = field(default=1.0, metadata={"help": "lambda; 0 = no cross-modal attention"})
+    attention_weight_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "regex of module names -> lambda there"}
+    )
+    scale_logits: bool = field(default=True, metadata={"help": "True: s before the attention; False: s after B"})
+    shared_b: bool = field(default=True, metadata={"help": "False: one B per modality"})
+    frozen_a: bool = field(default=False, metadata={"help": "True: A stays at its random initialisation"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("MOKA")
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise AdapterError(f"r must be a whole number of at least 1; found {self.r!r}.")
+        if not self.lora_alpha > 0:
+            raise AdapterError(f"lora_alpha must be above 0; found {self.lora_alpha!r}.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise AdapterError(f"lora_dropout must be in [0, 1); found {self.lora_dropout!r}.")
+        names = self.modalities = list(self.modalities)
+        if not names or len(set(names)) < len(names) or "text" in names[1:]:
+            raise AdapterError(f"modalities must be distinct names, 'text' first; found {names}.")
+
+    def modality_id(self, name: str) -> int:
+        """The number that stands for a modality in `Routing.modality_ids`."""
+        if name not in self.modalities:
+            raise AdapterError(f"The adapter has no modality '{name}'{nearest(name, self.modalities)}")
+        return self.modalities.index(name)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a layer keeps of one adapter's config."""
+
+    r: int
+    scaling: float
+    modalities: int
+    attention_weight: float
+    logit_scale: float
+    shared_b: bool
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What takes a folded text path out again, bit by bit: its factors, and the few entries subtraction would miss."""
+
+    b: Tensor
+    a: Tensor
+    index: tuple[Tensor, ...]
+    value: Tensor
+
+
+class RoutedLinear(TunerLayer):
+    """A frozen linear module with one or more routed adapters."""
+
+    adapter_layer_names = ("moka_A", "moka_B")
+    other_param_names = ("settings", "moka_dropout")
+
+    def __init__(self, base_layer: nn.Module, context: RoutingContext) -> None:
+        super().__init__(base_layer)
+        self.context = context
+        self.settings: dict[str, Settings] = {}
+        self.folds: dict[str, Fold] = {}
+        self.moka_dropout, self.moka_A, self.moka_B = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+
+    def add_adapter(self, name: str, config: MokaConfig, key: str) -> None:
+        r, s, rows = config.r, config.lora_alpha / config.r, config.r * len(config.modalities)
+        pattern = first_match(config.attention_weight_pattern, key)
+        weight = config.attention_weight if pattern is None else config.attention_weight_pattern[pattern]
+        # the attention below sees own = s u as its queries and u as its keys: s u u^T here, s^2 u u^T or u u^T wanted
+        logit_scale = (s if config.scale_logits else 1 / s) / math.sqrt(r)
+        self.settings[name] = Settings(r, s, len(config.modalities), float(weight), logit_scale, config.shared_b)
+        self.moka_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.moka_A[name] = nn.Linear(self.in_features, rows, bias=False)  # its own init is kaiming_uniform(a=sqrt 5)
+        self.moka_B[name] = B = nn.Linear(r if config.shared_b else rows, self.out_features, bias=False)
+        nn.init.zeros_(B.weight)
+        self.place(name)
+        if config.frozen_a:
+            self.freeze(name, "moka_A")
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        h = self.base_layer(x, *args, **kwargs)
+        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.moka_A]
+        if not names:
+            return h
+        if self.folds and self.training and torch.is_grad_enabled():
+            raise AdapterError(
+                "The text path is folded into the weights, where it does not train: unfold_text() first."
+            )
+        routing = self.context.look_up(x)
+        out = h
+        for name in names:
+            if routing is not None:
+                x_BTD = x if x.dim() == 3 else x.view(*(routing.shape or ()), -1)
+                out = out + self._routed(name, x_BTD, routing).view_as(h)
+            elif name not in self.folds:
+                out = out + self._text(name, x)
+        return out.to(h.dtype)
+
+    def _stacked(self, name: str, x: Tensor) -> Tensor:
+        """Every modality's A x at once: (..., M*r)."""
+        A = cast(nn.Linear, self.moka_A[name])
+        return A(self.moka_dropout[name](self._cast_input_dtype(x, A.weight.dtype)))
+
+    def _text(self, name: str, x: Tensor) -> Tensor:
+        """s B A_text x."""
+        at = self.settings[name]
+        z = self._stacked(name, x)[..., : at.r] * at.scaling
+        if not at.shared_b:
+            z = nn.functional.pad(z, (0, (at.modalities - 1) * at.r))
+        return self.moka_B[name](z)
+
+    def _routed(self, name: str, x_BTD: Tensor, routing: Routing) -> Tensor:
+        """s B (A_m x + lambda att) at every token, less the text path where that is folded into W."""
+        at, folded = self.settings[name], name in self.folds
+        u_BTMR = self._stacked(name, x_BTD).unflatten(-1, (at.modalities, at.r))
+        own_BTMR = u_BTMR * routing.selection(at.modalities, u_BTMR.dtype, at.scaling)
+        z = query_BTR = own_BTMR.sum(2)
+        if folded:  # the query stays A_m x, what is added is (A_m - A_text) x
+            own_BTMR = u_BTMR * routing.selection(at.modalities, u_BTMR.dtype, at.scaling, less_text=True)
+            z = own_BTMR.sum(2)
+        if not at.shared_b:
+            z = own_BTMR
+        if at.attention_weight and at.modalities > 1:
+            att_BTR = self._attention(at, query_BTR, u_BTMR[:, :, 0], routing)
+            if at.shared_b:
+                where, att = routing.any_media(at.modalities, z.dtype), att_BTR
+            else:
+                where, att = routing.media(at.modalities, z.dtype), att_BTR.unsqueeze(2)
+            z = torch.addcmul(z, where, att, value=at.attention_weight * at.scaling)
+        return self.moka_B[name](z if at.shared_b else z.flatten(2))
+
+    @staticmethod
+    def _attention(at: Settings, query_BTR: Tensor, text_BTR: Tensor, routing: Routing) -> Tensor:
+        """softmax(A_m x (A_text x_q)^T / sqrt(r)) (A_text x_q), unscaled, at every token: (B,T,R)."""
+        assert routing.key_index is not None
+        key_BQR = text_BTR.gather(1, routing.key_index.unsqueeze(-1).expand(-1, -1, at.r))
+        bias_B1Q = routing.key_bias(query_BTR.dtype)
+        logits_BTQ = torch.baddbmm(bias_B1Q, query_BTR, key_BQR.transpose(1, 2), alpha=at.logit_scale)
+        return torch.bmm(logits_BTQ.softmax(-1).to(key_BQR.dtype), key_BQR)
+
+    # -- the text path inside W --
+
+    @property
+    def base_weight(self) -> Tensor:
+        return cast(Tensor, self.get_base_layer().weight)
+
+    def check_foldable(self) -> None:
+        """Raises AdapterError where the weight is not a plain, whole, floating-point matrix."""
+        weight = self.base_weight
+        plain = type(weight.data) is Tensor and weight.dtype in PLAIN_DTYPES
+        if not plain or sorted(weight.shape) != sorted((self.in_features, self.out_features)):
+            raise AdapterError(
+                f"The text path cannot be folded into a {type(self.get_base_layer()).__name__} whose weight is "
+                f"{tuple(weight.shape)} {weight.dtype}: it is quantized or sharded, and folding would round it to "
+                "nothing or miss parts. Decode without fold_text(), or load the LLM unquantized and whole."
+            )
+
+    @staticmethod
+    def _factor(factors: nn.ModuleDict, name: str) -> Tensor:
+        return cast(nn.Linear, factors[name]).weight.detach()
+
+    @torch.no_grad()
+    def fold_text(self) -> None:
+        """W' = W + s B A_text in place, for each active adapter; nothing where it is folded already."""
+        self.check_foldable()
+        for name in self.active_adapters:
+            if name not in self.moka_A or name in self.folds or self.disable_adapters:
+                continue
+            r, weight = self.settings[name].r, self.base_weight
+            b = self._factor(self.moka_B, name)[:, :r] * self.settings[name].scaling
+            a = self._factor(self.moka_A, name)[:r].clone()
+            delta = self._text_delta(b, a, weight)
+            folded = (weight.to(delta.dtype) + delta).to(weight.dtype)
+            back, bits = (folded.to(delta.dtype) - delta).to(weight.dtype), BITS[weight.element_size()]
+            index = (back.view(bits) != weight.view(bits)).nonzero(as_tuple=True)
+            self.folds[name] = Fold(b, a, index, weight[index])
+            weight.copy_(folded)
+
+    @torch.no_grad()
+    def unfold_text(self) -> None:
+        """Takes the text path out of W again; W is bit-identical to what it was."""
+        weight = self.base_weight
+        for name in reversed(list(self.folds)):
+            fold = self.folds.pop(name)
+            delta = self._text_delta(fold.b.to(weight.device), fold.a.to(weight.device), weight)
+            weight.copy_((weight.to(delta.dtype) - delta).to(weight.dtype))
+            weight[tuple(index.to(weight.device) for index in fold.index)] = fold.value.to(weight.device)
+
+    def _text_delta(self, b: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+        """b a in a dtype wider than the weight's (so that adding and taking away loses few bits), laid out like it."""
+        wide = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else torch.float64
+        delta = b.to(wide) @ a.to(wide)
+        return delta.T if type(self.get_base_layer()).__name__ == "Conv1D" else delta  # which keeps W transposed
+
+    # -- PEFT's bookkeeping: whatever changes which adapter acts takes the folded one out first --
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        self.unfold_text()
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.unfold_text()
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.unfold_text()
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        raise AdapterError(
+            "A routed adapter cannot be merged: each modality has a weight of its own, and a media token's update "
+            "depends on the question. fold_text() puts the text path alone into the weights (decoding then costs as "
+            "much as the base model); unload() gives the base model back without the adapter."
+        )
+
+    def unmerge(self) -> None:
+        """Nothing to do: nothing is ever merged."""
+
+
+class MokaModel(Tuner):
+    """The tuner: holds the routing of the current batch for all of its layers."""
+
+    prefix = "moka_"
+    tuner_layer_cls = RoutedLinear
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        self.context = RoutingContext()
+
+    def new_layer(self, target: nn.Module) -> RoutedLinear:
+        return RoutedLinear(target, self.context)
+
+    def check_config(self, config: MokaConfig, names: list[str]) -> None:
+        for pattern in config.attention_weight_pattern:
+            if not any(first_match([pattern], name) for name in names):
+                raise AdapterError(
+                    f"attention_weight_pattern: '{pattern}' matches none of the {len(names)} adapted modules, such as "
+                    f"'{names[0]}'. A pattern matches a whole name, or its end from a dot on."
+                )
+
+    def set_routing(self, routing: Routing | None) -> None:
+        """The routing of the next forward passes, until the next call; None takes it away."""
+        if routing is not None and not isinstance(routing, Routing):
+            raise AdapterError(f"set_routing expects a Routing; found {type(routing).__name__}.")
+        if routing is not None:
+            for name in self.active_adapters:
+                routing.check_modalities(len(cast(MokaConfig, self.peft_config[name]).modalities))
+        self.context.routing = routing
+
+    def routed_layers(self) -> Iterator[RoutedLinear]:
+        return (module for module in self.model.modules() if isinstance(module, RoutedLinear))
+
+    @property
+    def folded(self) -> bool:
+        return any(layer.folds for layer in self.routed_layers())
+
+    def fold_text(self) -> None:
+        """Puts the active adapters' text path into the weights, for inference; changing adapters unfolds it.
+
+        Raises:
+            AdapterError: before anything is changed, where a weight is quantized, sharded, or another module's too.
+        """
+        layers = list(self.routed_layers())
+        owners: dict[int, int] = {}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        for layer in layers:
+            layer.check_foldable()
+            if owners[id(layer.base_weight)] > 1:
+                raise AdapterError("The text path cannot be folded into a weight that another module shares (tied).")
+        for layer in layers:
+            layer.fold_text()
+
+    def unfold_text(self) -> None:
+        """Takes the text path out again; the weights are bit-identical to what they were."""
+        for layer in self.routed_layers():
+            layer.unfold_text()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The LLM's own, and each forward is recomputed under the routing it was run with.
+
+        Reentrant checkpointing knows no such thing: there, run the backward pass before the next `set_routing`.
+        """
+        self.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs=self._checkpointing(gradient_checkpointing_kwargs), **kwargs
+        )
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As `gradient_checkpointing_enable`, by its newer name."""
+        self.model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=self._checkpointing(activation_checkpointing_kwargs), **kwargs
+        )
+
+    def _checkpointing(self, given: dict[str, Any] | None) -> dict[str, Any]:
+        settings = {"use_reentrant": False, **(given or {})}
+        if not settings["use_reentrant"]:
+            settings.setdefault("context_fn", self.context.checkpoint_contexts)
+        return settings
+
+
+register_method("moka", MokaConfig, MokaModel)

@@ -1,0 +1,196 @@
+"""From a checked config to a model: tokenizer, LLM, frozen encoders, projectors, adapter, and weights to begin with.
+
+    build_model(config, device, for_training) -> MultimodalLM      a new model, from `training.init_from` if set
+    load_run(run, base, device)               -> MultimodalLM      a trained one, ready to answer
+    trainable_parts(model)                    -> named parameters by part, for a learning rate each
+
+Projectors are built in float32 whatever the LLM's dtype: they train, and bfloat16 loses small updates; the model casts
+their tokens where they enter the embeddings (DeepSpeed's bf16 keeps its own float32 copy and casts the modules itself).
+Cost: reading the weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.media import MediaLimits, MediaLoader
+from data.schema import UserError
+from encoders import build_encoder
+from encoders.base import Encoder
+from encoders.cache import FeatureCache
+from mokamm.adapters import wrap
+from mokamm.config import LimitsConfig, LLMConfig, ModalityConfig, RunConfig, load_config
+from mokamm.model import MultimodalLM
+from mokamm.perception import Perception, Sense
+from mokamm.processor import Processor
+from mokamm.projectors import Projector, build_projector
+from mokamm.weights import ADAPTER, PROJECTORS, is_adapter, load_weights
+
+log = logging.getLogger("mokamm")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def find(path: str) -> str:
+    """A local path from the working directory, else from this checkout (so that a run can move); else a hub id."""
+    return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
+
+
+def build_model(
+    config: RunConfig, device: torch.device | str | None = None, for_training: bool = False, init: bool = True
+) -> MultimodalLM:
+    """A model as the config says; `init=False` leaves out `training.init_from`.
+
+    Raises UserError, EncoderError or AdapterError for a part that is unknown, missing or does not fit.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    modalities = config.model.modalities
+    # the quick ones first, so that a misspelt encoder does not wait for a large LLM
+    encoders = {name: _encoder(modality) for name, modality in modalities.items()}
+    tokenizer = _from_pretrained("AutoTokenizer", config.model.llm)
+    llm = _from_pretrained(
+        "AutoModelForCausalLM",
+        config.model.llm,
+        dtype=getattr(torch, config.model.llm.dtype),
+        attn_implementation=config.model.llm.attention,
+    )
+    width = llm.get_input_embeddings().weight.shape[1]
+    projectors = {name: _projector(modality, encoders[name], width) for name, modality in modalities.items()}
+    method = "none" if config.training.stage == 1 else config.adapter.method
+    options = config.adapter.model_dump(exclude={"method", "keys"})
+    llm = wrap(llm, method, config.model.modality_names, options)
+    cache = config.data.cache
+    perception = Perception(encoders, FeatureCache(cache.dir, cache.max_gb) if cache else None)
+    senses = {name: Sense.of(name, m, encoders[name], projectors[name]) for name, m in modalities.items()}
+    loader = media_loader(config.data.media_dir, config.data.limits, config.data.allow_outside)
+    processor = Processor(tokenizer, senses, loader, perception.lookup, config.data.max_length, config.adapter.keys)
+    model = MultimodalLM(llm, projectors, perception, processor)
+    model.config = config
+    if init and config.training.init_from:
+        load_init(model, config.training.init_from)
+    perception.to(device)
+    return model.to(device).train(for_training)
+
+
+def media_loader(media_dir: str | Path | None, limits: LimitsConfig, allow_outside: bool = False) -> MediaLoader:
+    return MediaLoader(media_dir, MediaLimits(**limits.model_dump()), allow_outside)
+
+
+def load_run(run: str | Path, base: str | None = None, device: torch.device | str | None = None) -> MultimodalLM:
+    """The model of a finished run. Raises UserError for a folder that is none, or whose base is not where it was."""
+    run = Path(run)
+    check_run(run)
+    config = load_config(run / "config.yaml")
+    if base is not None:
+        config.model.llm.path, config.model.llm.revision = base, None
+    if config.data.cache and not Path(config.data.cache.dir).is_dir():
+        config.data.cache = None  # a run that has moved starts no cache in someone's working directory
+    model = build_model(config, device, init=False)
+    load_weights(model, run / "final")
+    return model
+
+
+def check_run(run: Path) -> None:
+    """Raise UserError unless `run` is the folder of a finished run."""
+    if not run.is_dir():
+        raise UserError(
+            f"no such run folder: {run} (working directory {Path.cwd()}); expected training.output_dir of a run"
+        )
+    for part in ("config.yaml", "final"):
+        if not (run / part).exists():
+            known = ", ".join(sorted(path.name for path in run.iterdir())[:12]) or "nothing"
+            raise UserError(
+                f"{run} is no finished run: {part} is missing (found {known}); train one with: "
+                "python mokamm/train.py CONFIG"
+            )
+
+
+def trainable_parts(model: MultimodalLM) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Parameters that train, with their names in the model: "projector", and "adapter" or (full fine-tuning) "llm"."""
+    parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    rest = "adapter" if is_adapter(model.llm) else "llm"
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts.setdefault("projector" if name.startswith("projectors.") else rest, []).append((name, parameter))
+    return parts
+
+
+def load_init(model: MultimodalLM, folder: str | Path) -> None:
+    """Begin from the projectors (and the adapter, if both have one) of a stage-1 folder, a run or a checkpoint.
+
+    Every key is accounted for: a modality of the config must be there whole; one that only the file has is skipped
+    with a note. Raises UserError naming every key that does not fit.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(find(str(folder)))
+    folder = folder / "final" if (folder / "final" / PROJECTORS).is_file() else folder
+    path = folder / PROJECTORS
+    if not path.is_file():
+        raise UserError(f"training.init_from: {path} is missing; expected a folder that stage 1 wrote ({PROJECTORS})")
+    state = load_file(path)
+    own = {name: tuple(tensor.shape) for name, tensor in model.projectors.state_dict().items()}
+    found = {key.split(".", 1)[0] for key in state}
+    absent = [name for name in model.projectors if name not in found]
+    if absent:
+        raise UserError(
+            f"training.init_from: {path} has no projector for {', '.join(absent)}; it has {', '.join(sorted(found))}. "
+            "Train stage 1 with that modality, or leave it out of model.modalities"
+        )
+    for name in sorted(found - set(model.projectors)):
+        log.warning("note: %s also holds a projector for '%s', which this config does not use", path, name)
+    state = {key: tensor for key, tensor in state.items() if key.split(".", 1)[0] in model.projectors}
+    problems = [f"missing: {key}" for key in own if key not in state]
+    problems += [f"unexpected: {key}" for key in state if key not in own]
+    problems += [
+        f"{key} has the shape {tuple(state[key].shape)}, the config's is {shape}"
+        for key, shape in own.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if problems:
+        shown = problems[:8] + [f"... and {len(problems) - 8} more"] * (len(problems) > 8)
+        raise UserError("\n  - ".join([f"training.init_from: {path} does not fit model.modalities:", *shown]))
+    model.projectors.load_state_dict(state)
+    if (folder / ADAPTER).is_dir():
+        _init_adapter(model, folder / ADAPTER)
+
+
+def _init_adapter(model: MultimodalLM, folder: Path) -> None:
+    from mokamm.weights import _load_adapter
+
+    if is_adapter(model.llm):
+        _load_adapter(model.llm, folder)
+    else:
+        log.warning("note: %s is not used: the model has no adapter", folder)
+
+
+def _encoder(modality: ModalityConfig) -> Encoder:
+    encoder = modality.encoder
+    return build_encoder(encoder.name, find(encoder.path), **encoder.options)
+
+
+def _projector(modality: ModalityConfig, encoder: Encoder, width: int) -> Projector:
+    projector = modality.projector
+    return build_projector(projector.name, encoder.width, width, modality.boundaries, **projector.options)
+
+
+def _from_pretrained(kind: str, llm: LLMConfig, **options: Any) -> Any:
+    """AutoTokenizer's or AutoModelForCausalLM's `from_pretrained`, its errors told in one message."""
+    import transformers
+
+    path = find(llm.path)
+    try:
+        return getattr(transformers, kind).from_pretrained(
+            path, revision=llm.revision or "main", trust_remote_code=llm.trust_remote_code, **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model.llm.path: {kind} cannot load '{path}': {first}\n  expected a local folder with an LLM in Hugging "
+            "Face format, or a hub id (which needs the network, or a downloaded copy); for a run, --base PATH names "
+            "another place"
+        ) from error

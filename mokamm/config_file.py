@@ -1,0 +1,184 @@
+"""A configuration's file as read: keys with their lines, overrides laid over them, and mistakes told for people.
+
+Nothing here knows what a configuration means; mokamm/config.py does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from data.schema import UserError, nearest
+
+
+class ConfigError(UserError):
+    """The configuration cannot be used; the message lists all of its mistakes."""
+
+
+def listed(title: str, problems: list[str]) -> str:
+    return "\n  - ".join([title, *problems])
+
+
+# ---- YAML with lines -------------------------------------------------------------------------------------------------
+
+Path_ = tuple[Any, ...]
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = sorted(p.as_posix() for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = nearest(path.as_posix(), near) if near else ""
+        raise ConfigError(f"no such configuration file: {path} (working directory {Path.cwd()}){hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    try:
+        tree, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} must hold a mapping with the keys model, data, training; found {type(tree).__name__}"
+        )
+    lines: dict[Path_, int] = {}
+    twice: list[str] = []
+    _walk(node, (), lines, twice)
+    if twice:
+        raise ConfigError(listed(f"{path} sets keys twice:", twice))
+    return tree, lines
+
+
+def _walk(node: Any, at: Path_, lines: dict[Path_, int], twice: list[str]) -> None:
+    """Record the 1-based line of every key and list entry below `node`, and keys that stand twice in one mapping."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            here = (*at, key.value)
+            if key.value in seen:
+                twice.append(f"{_dotted(here)} (line {key.start_mark.line + 1})")
+            seen.add(key.value)
+            lines[here] = key.start_mark.line + 1
+            _walk(value, here, lines, twice)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            lines[(*at, i)] = value.start_mark.line + 1
+            _walk(value, (*at, i), lines, twice)
+
+
+# ---- overrides -------------------------------------------------------------------------------------------------------
+
+
+def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> list[str]:
+    """Lay `a.b.c=value` over the tree (value is YAML, list entries by number); returns the mistakes."""
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problems.append(f"override '{override}': expected dotted.key=value, as in training.max_steps=20")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            problems.append(f"override '{override}': the value is not valid YAML: {error}")
+            continue
+        problem = _set(tree, key.split("."), value)
+        if problem:
+            problems.append(f"override '{override}': {problem}")
+    return problems
+
+
+def _set(tree: Any, parts: list[str], value: Any) -> str | None:
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(tree, list):
+            if not part.isdigit() or int(part) >= len(tree):
+                return f"{'.'.join(parts[:depth])} has the entries 0 to {len(tree) - 1}; found '{part}'"
+            index: Any = int(part)
+        elif isinstance(tree, dict):
+            index = part
+        else:
+            return f"{'.'.join(parts[:depth])} is a value and has no key '{part}'"
+        if last:
+            tree[index] = value
+        else:
+            if isinstance(tree, dict) and tree.get(index) is None:
+                tree[index] = {}
+            tree = tree[index]
+    return None
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+def explain(model: type[BaseModel], error: ValidationError, tree: dict[str, Any], lines: dict[Path_, int]) -> list[str]:
+    """pydantic's errors as lines for people, in the order of the file; branches of a union are joined."""
+    mistakes: dict[Path_, list[str]] = {}
+    found: dict[Path_, str] = {}
+    for item in error.errors(include_url=False):
+        at = _in_tree(item["loc"], tree)
+        match item["type"]:
+            case "extra_forbidden":
+                known = _known_keys(model, at[:-1])
+                message = f"unknown key '{at[-1]}'{nearest(str(at[-1]), known)}"
+            case "missing":
+                at, message = item["loc"], "this key is missing"
+            case "value_error":
+                message = str(item["ctx"]["error"])
+            case _:
+                message = f"{item['msg'][0].lower()}{item['msg'][1:]}"
+                found[at] = f"; found {_short(item['input'])}"
+        mistakes.setdefault(tuple(at), []).append(message)
+    return [
+        f"{_dotted(at)}{_line(at, lines)}: {' or '.join(messages)}{found.get(at, '')}"
+        for at, messages in mistakes.items()
+    ]
+
+
+def _in_tree(location: Path_, tree: Any) -> Path_:
+    """The part of a pydantic location that exists in the file (pydantic adds the branch of a union)."""
+    at: list[Any] = []
+    for part in location:
+        inside = (isinstance(tree, dict) and part in tree) or (
+            isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        )
+        if not inside:
+            break
+        tree = tree[part]
+        at.append(part)
+    return tuple(at)
+
+
+def _known_keys(model: Any, at: Path_) -> list[str]:
+    """The keys of the section that a location leads to."""
+    for part in at:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        model = _section(field.annotation) if field else model
+    return list(model.model_fields)
+
+
+def _section(annotation: Any) -> Any:
+    """The section inside `X | None`, `list[X]` and `dict[str, X]`."""
+    if get_origin(annotation) is None:
+        return annotation
+    inner = [_section(argument) for argument in get_args(annotation)]
+    return next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), annotation)
+
+
+def _line(at: Path_, lines: dict[Path_, int]) -> str:
+    for end in range(len(at), 0, -1):
+        if at[:end] in lines:
+            return f" (line {lines[at[:end]]})"
+    return ""
+
+
+def _dotted(at: Path_) -> str:
+    return ".".join(str(part) for part in at) or "the configuration"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,268 @@
+"""MultimodalLM: an LLM that reads media tokens among its text, with an adapter that is told which token is what.
+
+    media features --projectors--> media tokens --index_copy--> input embeddings (B,T,D) --+
+    modality ids, keys ----------------------------------------> Routing ------------------+--> LLM + adapter --> logits
+
+`llm` (perhaps PEFT-wrapped) and `projectors` are registered modules: what DeepSpeed shards. The frozen encoders
+(`perception`) and the `processor` are plain attributes. Every projector is called exactly once a training forward, on
+zeros with zero weight where its modality is absent, because ranks that call different modules hang or, worse, do not.
+Cost beyond the LLM: the projectors and one copy of the embeddings.
+
+Axis letters: B batch, T tokens, D model width, V vocabulary, N segments, P patches, C feature width, K their tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from data.collate import collate
+from data.media import MediaLoader
+from data.schema import IGNORED, Batch, Kind, Media, MediaBatch, Message, Sample, Text, UserError
+from mokamm.adapters import AdapterError, MokaModel, set_routing
+from mokamm.perception import Perception
+from mokamm.processor import Processor
+from mokamm.projectors import Projector
+from mokamm.routing import Routing
+
+if TYPE_CHECKING:
+    from mokamm.config import RunConfig
+
+Paths = str | Path | Sequence[str | Path] | None
+
+
+class MultimodalLM(nn.Module):
+    """An LLM with projectors for the modalities of its config; see the head of this file."""
+
+    llm: Any  # a transformers model, perhaps inside a PeftModel
+
+    def __init__(
+        self, llm: nn.Module, projectors: Mapping[str, Projector], perception: Perception, processor: Processor
+    ) -> None:
+        super().__init__()
+        self.llm = llm
+        self.projectors = nn.ModuleDict(projectors)
+        self.perception = perception
+        self.processor = processor
+        self.config: RunConfig | None = None
+        base = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        ends = getattr(base.generation_config, "eos_token_id", None)
+        self.end_ids = sorted({*processor.end_ids, *([ends] if isinstance(ends, int) else ends or [])})
+
+    @property
+    def device(self) -> torch.device:
+        return self.llm.get_input_embeddings().weight.device
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    # ---- forward ---------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """logits (B,T,V); loss_sum: cross entropy summed over the answer tokens in fp32; tokens: their number."""
+        embeddings = self.embed(batch)
+        mask = batch["attention_mask"].to(self.device)
+        positions = {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
+        logits = self.llm(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **positions).logits
+        # the collated labels still lie on the CPU, so that finding the answer tokens needs no device sync
+        targets = nn.functional.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
+        where = (targets != IGNORED).nonzero().flatten()
+        rows = logits.flatten(0, 1).index_select(0, where.to(logits.device)).float()
+        loss_sum = nn.functional.cross_entropy(rows, targets[where].to(logits.device), reduction="sum")
+        return {"logits": logits, "loss_sum": loss_sum, "tokens": torch.tensor(len(where), device=logits.device)}
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Input embeddings (B,T,D) with all media in place; encodes what is not encoded yet and sets the routing."""
+        self.perception.fill(batch)
+        set_routing(self.llm, self.routing(batch))
+        embeddings_BTD = self.llm.get_input_embeddings()(batch["input_ids"].to(self.device))
+        flat = embeddings_BTD.flatten(0, 1)
+        index: list[Tensor] = []
+        vectors: list[Tensor] = []
+        idle = []
+        for name, module in self.projectors.items():
+            projector = cast(Projector, module)
+            if name in batch["media"]:
+                self._project(projector, batch["media"][name], index, vectors)
+            elif self.training and torch.is_grad_enabled():
+                idle.append(_idle(projector, self.device))
+        if vectors:
+            values = torch.cat([v.to(flat.dtype) for v in vectors])
+            flat = flat.index_copy(0, torch.cat(index).to(self.device), values)
+        for zero in idle:
+            flat = flat + zero.to(flat.dtype)
+        return flat.view_as(embeddings_BTD)
+
+    def routing(self, batch: Batch) -> Routing:
+        return Routing(
+            batch["modality_ids"], batch["key_mask"], key_index=batch["key_index"], key_valid=batch["key_valid"]
+        ).to(self.device)
+
+    def _project(self, projector: Projector, media: MediaBatch, index: list[Tensor], vectors: list[Tensor]) -> None:
+        """Append the tokens of all items of one modality, and their boundary vectors, with their flat positions."""
+        features, mask = _stack(media, self.device)
+        tokens_NKD = projector(features, mask)
+        width = tokens_NKD.shape[1]
+        counts = [count for item in media.items for count in item.counts]
+        tokens = tokens_NKD.flatten(0, 1)
+        if any(count != width for count in counts):
+            take = torch.cat([torch.arange(count) + i * width for i, count in enumerate(counts)])
+            tokens = tokens.index_select(0, take.to(self.device))
+        index.append(media.token_index)
+        vectors.append(tokens)
+        boundaries = projector.start_end()
+        if boundaries is not None:
+            for position, vector in zip((media.start_index, media.end_index), boundaries, strict=True):
+                index.append(position)
+                vectors.append(vector.expand(len(position), -1))
+
+    # ---- generation ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Within it MokA's text path is part of the LLM's weights: a decoding step then costs what the LLM's costs.
+
+        Nothing happens for other methods, within another `folded`, or where the weights cannot be folded (quantized).
+        """
+        tuner = getattr(self.llm, "base_model", None)
+        if not isinstance(tuner, MokaModel) or tuner.folded:
+            yield
+            return
+        with suppress(AdapterError):
+            tuner.fold_text()
+        try:
+            yield
+        finally:
+            tuner.unfold_text()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: Sequence[Sample] | Batch,
+        max_new_tokens: int = 64,
+        streamer: Any = None,
+        num_beams: int = 1,
+        loader: MediaLoader | None = None,
+        folded: bool = True,
+    ) -> list[str]:
+        """The answers to samples (whose own answers, if any, are not read) or to a left-padded batch; greedy or beams.
+
+        `loader` opens the samples' media instead of the processor's own. `folded`: see `folded()`, which for a large
+        LLM is best entered once around many calls. Raises BadSample for unusable samples.
+        """
+        batch = self.prompt_batch(samples, loader) if not isinstance(samples, Mapping) else samples
+        was_training = self.training
+        self.eval()
+        try:
+            with self.folded() if folded else nullcontext():
+                ids = self.llm.generate(
+                    inputs_embeds=self.embed(batch),
+                    attention_mask=batch["attention_mask"].to(self.device),
+                    generation_config=self._generation_config(max_new_tokens, num_beams),
+                    streamer=streamer,
+                )
+        finally:
+            self.train(was_training)
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+
+    def prompt_batch(self, samples: Sequence[Sample], loader: MediaLoader | None = None) -> Batch:
+        """Samples as a left-padded batch of prompts."""
+        processor = self.processor if loader is None else self.processor.with_loader(loader)
+        examples = [processor(sample, for_generation=True) for sample in samples]
+        return collate(examples, self.processor.pad_id, side="left")
+
+    def _generation_config(self, max_new_tokens: int, num_beams: int) -> Any:
+        """Plain greedy or beam search: nothing is taken over from the sampling defaults that chat LLMs ship with."""
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            do_sample=False,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            pad_token_id=self.processor.pad_id,
+            eos_token_id=self.end_ids or None,
+        )
+
+    # ---- use -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_run(
+        cls, run: str | Path, base: str | None = None, device: torch.device | str | None = None
+    ) -> MultimodalLM:
+        """The trained model of a run folder, ready to answer; `base` replaces the LLM's path of its config."""
+        from mokamm.build import load_run
+
+        return load_run(run, base, device)
+
+    def chat(
+        self,
+        question: str = "",
+        *,
+        video: Paths = None,
+        image: Paths = None,
+        audio: Paths = None,
+        speech: Paths = None,
+        history: Sequence[Message] = (),
+        max_new_tokens: int = 128,
+        num_beams: int = 1,
+        streamer: Any = None,
+    ) -> str:
+        """The answer to one question about any media files of the user's; `history` are the turns before it."""
+        message = user_message(question, video=video, image=image, audio=audio, speech=speech)
+        if not message.content:
+            raise UserError("nothing was asked: give a question, a spoken one (speech=...) or both")
+        sample = Sample(id="chat", messages=(*history, message))
+        limits = self.processor.loader.limits
+        loader = MediaLoader(Path.cwd(), limits, allow_outside=True)
+        return self.generate([sample], max_new_tokens, streamer, num_beams, loader)[0]
+
+
+def user_message(
+    question: str, *, video: Paths = None, image: Paths = None, audio: Paths = None, speech: Paths = None
+) -> Message:
+    """A user's turn as the training rows have it: the media first, then the question, whose tokens are the keys."""
+    kinds: list[tuple[Kind, str, Paths]] = [
+        ("video", "vision", video),
+        ("image", "vision", image),
+        ("audio", "audio", audio),
+        ("audio", "speech", speech),
+    ]
+    content: list[Text | Media] = []
+    for kind, modality, paths in kinds:
+        listed = [] if paths is None else [paths] if isinstance(paths, str | Path) else paths
+        content += [Media(kind, str(Path(path).absolute()), modality) for path in listed]
+    if question.strip():
+        content.append(Text(question.strip(), question=True))
+    return Message("user", tuple(content))
+
+
+def _stack(media: MediaBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All segments of a modality: features (N,P,C) and mask (N,P), padded to the longest P (cached ones may differ)."""
+    features = [item.features for item in media.items if item.features is not None]
+    masks = [item.mask for item in media.items if item.mask is not None]
+    longest = max(mask.shape[1] for mask in masks)
+    pad = nn.functional.pad
+    features_NPC = torch.cat([pad(f.to(device), (0, 0, 0, longest - f.shape[1])) for f in features])
+    mask_NP = torch.cat([pad(m.to(device), (0, longest - m.shape[1])) for m in masks])
+    return features_NPC, mask_NP
+
+
+def _idle(projector: Projector, device: torch.device) -> Tensor:
+    """A zero that every parameter of an absent modality's projector has part in."""
+    features = torch.zeros(1, 1, projector.in_features, device=device)
+    zero = projector(features, torch.ones(1, 1, dtype=torch.bool, device=device)).sum() * 0
+    boundaries = projector.start_end()
+    return zero if boundaries is None else zero + boundaries.sum() * 0

@@ -1,0 +1,185 @@
+"""The report of a run: `report/loss_plot.png`, `report/accuracy.png`, `report/report.md`, from metrics.jsonl and
+predictions/.
+
+    python -m mokamm.report RUN        writes it again, also while the run is going on
+
+Nothing is measured here; every number is read from the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.schema import UserError
+from mokamm.training.watch import duration, read_metrics, short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREY, GREEN = "#1f6feb", "#d9730d", "#8b949e", "#2da44e"
+Result = dict[str, Any]
+
+
+def write_report(run: str | Path) -> Path:
+    """Write report/ and return the path of report.md. UserError where the run has no metrics yet."""
+    run = Path(run)
+    records = read_metrics(run / "metrics.jsonl")
+    train = [r for r in records if r["kind"] == "train"]
+    validation = [r for r in records if r["kind"] == "validation"]
+    if not train:
+        raise UserError(
+            f"{run}/metrics.jsonl holds no training step: give the folder of a run that has logged at least one"
+        )
+    results = read_results(run)
+    folder = run / "report"
+    folder.mkdir(exist_ok=True)
+    plot_loss(train, validation, folder / "loss_plot.png")
+    if results or validation:
+        plot_accuracy(results, validation, folder / "accuracy.png")
+    (folder / "report.md").write_text("\n".join(_page(run, train, validation, results)) + "\n")
+    return folder / "report.md"
+
+
+def read_results(run: Path) -> list[Result]:
+    """Every predictions/*.metrics.json: benchmarks in order of name, each with its controls after it."""
+    found = []
+    for path in sorted((run / "predictions").glob("*.metrics.json")):
+        try:
+            result = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON ({error}); delete it, or run eval/run.py again") from None
+        found.append({"control": None, "metrics": {}, **result})
+    return sorted(found, key=lambda r: (r["benchmark"], r["control"] or ""))
+
+
+def results_table(results: list[Result]) -> list[str]:
+    """Markdown: score and what else the benchmark measured. Shares are written in percent."""
+    lines = ["| benchmark | control | rows | score | more |", "|---|---|--:|--:|---|"]
+    for r in results:
+        numbers = {k: v for k, v in r["metrics"].items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        more = ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in numbers.items())
+        score = "-" if r["score"] is None else f"{100 * r['score']:.1f} %"
+        lines.append(f"| {r['benchmark']} | {r['control'] or ''} | {r['rows']} | {score} | {more} |")
+    return lines
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{100 * value:.1f} %" if 0 <= value <= 1 else f"{value:.3g}"
+
+
+def _page(run: Path, train: list[dict], validation: list[dict], results: list[Result]) -> list[str]:
+    last = train[-1]
+    seconds = sum(r["seconds"] for r in train)
+    speed = sum(r["tokens_per_second"] * r["seconds"] for r in train) / max(seconds, 1e-9)
+    lines = [f"# {run.name}", "", "![loss](loss_plot.png)", ""]
+    lines += ["| training | |", "|---|---|"]
+    lines += [
+        f"| steps | {last['step']} ({last['epoch']:.2f} epochs) |",
+        f"| loss, last logged | {last['loss']:.4f} |",
+        f"| time in steps | {duration(seconds)} |",
+        f"| speed | {short(speed)} tokens/s, {100 * sum(r['data_wait_share'] for r in train) / len(train):.1f} % "
+        f"waiting for data |",
+        f"| padding | {100 * sum(r['padding_share'] for r in train) / len(train):.1f} % of all places |",
+        f"| peak memory | {max(r['memory_gb'] for r in train):.2f} GB |",
+        "",
+    ]
+    if validation:
+        lines += ["| step | validation loss | answers exactly right |", "|--:|--:|--:|"]
+        lines += [f"| {r['step']} | {r['loss']:.4f} | {100 * r['accuracy']:.1f} % |" for r in validation]
+        lines += ["", "Right under teacher forcing: every token of the answer is the most probable one.", ""]
+    if results:
+        lines += [
+            "## Evaluation",
+            "",
+            *results_table(results),
+            "",
+            "Scores are over all rows; an answer that cannot be read is wrong.",
+            "",
+        ]
+    if results or validation:
+        lines += ["![accuracy](accuracy.png)"]
+    return lines
+
+
+# ---- plots -----------------------------------------------------------------------------------------------------------
+
+
+def plot_loss(train: list[dict], validation: list[dict], path: Path) -> None:
+    """Training loss (thin), its running mean, validation loss; the rates below."""
+    plt = _pyplot()
+    figure, (loss, rate) = plt.subplots(2, 1, figsize=(8, 6), height_ratios=[3, 1], sharex=True, layout="constrained")
+    steps, losses = [r["step"] for r in train], [r["loss"] for r in train]
+    smooth = running_mean(losses)
+    loss.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1)
+    loss.plot(steps, smooth, color=BLUE, linewidth=2, label="training (running mean)")
+    if validation:
+        loss.plot(
+            [r["step"] for r in validation], [r["loss"] for r in validation], "o-", color=ORANGE, label="validation"
+        )
+    loss.set_ylabel("loss per answer token")
+    loss.set_ylim(bottom=0)
+    loss.legend(frameon=False)
+    for part, colour in zip(train[-1]["learning_rate"], (BLUE, GREEN, ORANGE), strict=False):
+        rate.plot(steps, [r["learning_rate"].get(part, 0.0) for r in train], color=colour, label=part)
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("step")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.legend(frameon=False)
+    for axes in (loss, rate):
+        _plain(axes)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_accuracy(results: list[Result], validation: list[dict], path: Path) -> None:
+    """Scores of the benchmarks with their controls; without an evaluation, the validation's share of right answers."""
+    plt = _pyplot()
+    if not results:
+        figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+        axes.plot([r["step"] for r in validation], [100 * r["accuracy"] for r in validation], "o-", color=BLUE)
+        axes.set(xlabel="step", ylabel="validation answers exactly right, %", ylim=(0, 100))
+        _plain(axes)
+    else:
+        bars = results[::-1]
+        figure, axes = plt.subplots(figsize=(8, 1.2 + 0.42 * len(bars)), layout="constrained")
+        scores = [100 * (r["score"] or 0.0) for r in bars]
+        names = [r["benchmark"].replace("_", " ") + (f" · {r['control']}" if r["control"] else "") for r in bars]
+        drawn = axes.barh(names, scores, color=[GREY if r["control"] else BLUE for r in bars], height=0.65)
+        axes.bar_label(drawn, [f"{score:.1f}" for score in scores], padding=4)
+        axes.set(xlabel="score, %", xlim=(min(0.0, *scores), 105))
+        _plain(axes, grid="x")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def running_mean(values: list[float]) -> list[float]:
+    """Mean of each value and up to the `window - 1` before it; the window is a twentieth of the whole."""
+    window = max(1, len(values) // 20)
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+
+
+def _plain(axes: Axes, grid: str = "both") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, axis=grid, alpha=0.25)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 11, "axes.titlesize": 12})
+    return plt
+
+
+if __name__ == "__main__":
+    try:
+        print(write_report(sys.argv[1] if len(sys.argv) > 1 else "."))
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

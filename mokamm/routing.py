@@ -1,0 +1,258 @@
+"""Routing: what every routed layer needs to know of a batch, computed once per batch.
+
+A routed adapter (MokA and its kin, `mokamm/adapters/routed.py`) treats each token by its modality and lets media tokens
+attend to the question's tokens. Both are facts of the batch, not of a layer, so they are worked out here once:
+
+    modality_ids (B,T)   0 = text, 1.. = the media modalities in the adapter's order, -1 = padding
+    key_mask     (B,T)   the tokens that media tokens attend to (the question); ragged, may be non-contiguous or empty
+        |
+        v
+    key_index (B,Q), key_valid (B,Q)   positions of the keys, padded to the longest question
+
+`RoutingContext` is the one object that a tuner shares with all of its layers: it holds the routing of the current batch
+until the next one is set, because gradient checkpointing runs layers again during the backward pass.
+
+Cost: a handful of small kernels per batch, memoised per dtype. Built from CPU tensors nothing here waits for a device;
+built from CUDA tensors without `key_index` it waits once, to learn Q. Layers never wait.
+
+Shape legend: B batch, T tokens, D width, R rank, M modalities, Q key tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+
+class AdapterError(ValueError):
+    """A user's mistake in the use of an adapter; the message says what is wrong, where, and what to do next."""
+
+
+class Routing:
+    """The modality of every token of a batch, and where its keys are.
+
+    Args:
+        modality_ids: (B,T) integers, -1 = padding (the adapter adds nothing there), 0 = text, 1.. = media.
+        key_mask: (B,T) bool, the keys of the cross-modal attention, read through the text path; never answer tokens.
+        key_index, key_valid: (B,Q) the same keys as positions, where the collator has them ready; else computed.
+
+    Raises:
+        AdapterError: shapes or dtypes disagree, or an id is below -1 (checked where the tensors are on the CPU).
+    """
+
+    def __init__(
+        self,
+        modality_ids: Tensor | None,
+        key_mask: Tensor | None,
+        *,
+        key_index: Tensor | None = None,
+        key_valid: Tensor | None = None,
+    ) -> None:
+        self._memo: dict[tuple, Tensor] = {}
+        self._views: dict[tuple, Routing] = {}
+        self.max_id: int | None = None
+        self.modality_ids, self.key_mask = modality_ids, key_mask
+        self.key_index, self.key_valid = key_index, key_valid
+        if modality_ids is None:
+            return
+        _check(modality_ids, key_mask, key_index, key_valid)
+        if modality_ids.device.type == "cpu" and modality_ids.numel():
+            low, self.max_id = (int(end) for end in torch.aminmax(modality_ids))
+            if low < -1:
+                raise AdapterError(f"modality_ids holds {low}; expected -1 (padding), 0 (text), 1.. (media).")
+        if key_index is None:
+            self.key_index, self.key_valid = _positions(key_mask)
+        elif key_index.shape[1] == 0:  # no sample has a question: one key that does not count
+            self.key_index = key_index.new_zeros(len(key_index), 1)
+            self.key_valid = self.key_index.bool()
+
+    @classmethod
+    def text_only(cls) -> Routing:
+        """Says on purpose that every token of every batch, of any shape, is text."""
+        return cls(None, None)
+
+    @property
+    def is_text_only(self) -> bool:
+        return self.modality_ids is None
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        return None if self.modality_ids is None else (self.modality_ids.shape[0], self.modality_ids.shape[1])
+
+    def __repr__(self) -> str:
+        return "Routing.text_only()" if self.is_text_only else f"Routing(B, T = {self.shape})"
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Routing:
+        """The same routing on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def repeated(self, times: int) -> Routing:
+        """Every row `times` times in a row, as `generate` does for beams and for several sequences per prompt."""
+        return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    def view(self, rows: int, device: torch.device) -> Routing:
+        """This routing for a layer on `device` that sees `rows` rows (a multiple of B); memoised."""
+        if self.modality_ids is None or (rows == len(self.modality_ids) and device == self.modality_ids.device):
+            return self
+        if (rows, device) not in self._views:
+            times = rows // len(self.modality_ids)
+            moved = self.to(device)
+            self._views[rows, device] = moved.repeated(times) if times > 1 else moved
+        return self._views[rows, device]
+
+    def check_modalities(self, modalities: int) -> None:
+        """Raises AdapterError where a token's modality is none of the adapter's."""
+        if self.max_id is not None and self.max_id >= modalities:
+            raise AdapterError(
+                f"modality_ids holds {self.max_id}, but the adapter has {modalities} modalities (ids 0 to "
+                f"{modalities - 1}, -1 = padding). Number the modalities in the order of MokaConfig.modalities."
+            )
+
+    def selection(self, modalities: int, dtype: torch.dtype, scale: float = 1.0, less_text: bool = False) -> Tensor:
+        """(B,T,M,1): `scale` at each token's own modality, 0 elsewhere; a padding token has none.
+
+        `less_text` takes away `scale` from the text path of every token: what is left where that path is folded in.
+        """
+        self.check_modalities(modalities)
+
+        def make() -> Tensor:
+            assert self.modality_ids is not None  # a text-only routing never reaches the mathematics
+            ids_BT1 = self.modality_ids.unsqueeze(-1)
+            own_BTM = ids_BT1 == torch.arange(modalities, device=ids_BT1.device)
+            if less_text:
+                own_BTM = own_BTM.to(dtype) - torch.arange(modalities, device=ids_BT1.device).eq(0).to(dtype)
+            return own_BTM.unsqueeze(-1).to(dtype) * scale
+
+        return self._once(("selection", modalities, dtype, scale, less_text), make)
+
+    def media(self, modalities: int, dtype: torch.dtype) -> Tensor:
+        """(B,T,M,1): 1 at a media token's own modality, if its sample has any key; text and padding are 0."""
+
+        def make() -> Tensor:
+            assert self.key_valid is not None
+            has_key_B = self.key_valid.any(dim=1)
+            media_BTM1 = self.selection(modalities, dtype) * has_key_B[:, None, None, None]
+            return torch.cat([torch.zeros_like(media_BTM1[:, :, :1]), media_BTM1[:, :, 1:]], dim=2)
+
+        return self._once(("media", modalities, dtype), make)
+
+    def any_media(self, modalities: int, dtype: torch.dtype) -> Tensor:
+        """(B,T,1): 1 where `media` has a 1."""
+        return self._once(("any", modalities, dtype), lambda: self.media(modalities, dtype).sum(2))
+
+    def key_bias(self, dtype: torch.dtype) -> Tensor:
+        """(B,1,Q): 0 at keys; elsewhere so low that softmax gives 0, yet finite, so that no key at all gives no NaN."""
+
+        def make() -> Tensor:
+            assert self.key_valid is not None
+            return (~self.key_valid).to(dtype).mul(torch.finfo(dtype).min / 2).unsqueeze(1)
+
+        return self._once(("bias", dtype), make)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Routing:
+        """A copy with `change` applied to every tensor, without checking or synchronising again."""
+        copy = Routing.text_only()
+        copy.max_id = self.max_id
+        for name in ("modality_ids", "key_mask", "key_index", "key_valid"):
+            tensor = getattr(self, name)
+            setattr(copy, name, None if tensor is None else change(tensor))
+        return copy
+
+    def _once(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._memo:
+            # not an inference tensor even where generation asks first: training may use the same routing later
+            with torch.inference_mode(False), torch.no_grad():
+                self._memo[key] = make()
+        return self._memo[key]
+
+
+class RoutingContext:
+    """The routing of the current batch, shared by a tuner and all of its layers."""
+
+    def __init__(self) -> None:
+        self.routing: Routing | None = None
+
+    def look_up(self, x: Tensor) -> Routing | None:
+        """The routing for a layer's input (B,T,D) or, flattened by some LLMs, (B*T,D); None where all of it is text.
+
+        Single-token steps after a prefill are text. Rows repeated for beams are understood while no gradient is
+        recorded (as in `generate`); with gradients a batch of another size is a mistake.
+
+        Raises:
+            AdapterError: several tokens without a routing, or with one of another shape.
+        """
+        routing = self.routing
+        if routing is not None and routing.is_text_only:
+            return None
+        if routing is None:
+            if x.shape[-2] == 1:
+                return None
+            raise AdapterError(
+                f"A routed layer got several tokens (input {tuple(x.shape)}) but no routing. Call "
+                "model.base_model.set_routing(Routing(modality_ids, key_mask)) before the forward, or "
+                "set_routing(Routing.text_only()) to say that all of it is text."
+            )
+        B, T = routing.shape or (0, 0)
+        tokens = x.shape[:-1].numel()
+        step = x.shape[1] == 1 if x.dim() == 3 else tokens % B == 0 and tokens < B * T
+        if T > 1 and step:
+            return None
+        rows, rest = divmod(tokens, T)
+        fits = rest == 0 and (x.dim() == 2 or (x.dim() == 3 and x.shape[1] == T))
+        if fits and (rows == B or (rows % B == 0 and rows > 0 and not torch.is_grad_enabled())):
+            return routing.view(rows, x.device)
+        raise AdapterError(
+            f"The routing is for (B, T) = ({B}, {T}), but a routed layer got an input of shape {tuple(x.shape)}. Set "
+            "the routing of this very batch, padding included, before each forward (rows repeated for beams are "
+            "understood, without gradients); a chat prefills each turn anew instead of going on from a cache."
+        )
+
+    def checkpoint_contexts(self) -> tuple[Restored, Restored]:
+        """`context_fn` for torch's non-reentrant checkpoint: recompute under the routing of this forward."""
+        return Restored(self, self.routing), Restored(self, self.routing)
+
+
+class Restored:
+    """Within it, a context has the given routing again; may be entered more than once."""
+
+    def __init__(self, context: RoutingContext, routing: Routing | None) -> None:
+        self.context, self.routing = context, routing
+        self.before: list[Routing | None] = []
+
+    def __enter__(self) -> None:
+        self.before.append(self.context.routing)
+        self.context.routing = self.routing
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.context.routing = self.before.pop()
+
+
+def _check(modality_ids: Tensor, key_mask: Tensor | None, key_index: Tensor | None, key_valid: Tensor | None) -> None:
+    shape = tuple(modality_ids.shape)
+    if modality_ids.dim() != 2 or modality_ids.is_floating_point() or modality_ids.dtype == torch.bool:
+        raise AdapterError(f"modality_ids must be (B,T) integers; found {shape} {modality_ids.dtype}.")
+    if key_mask is None or key_mask.dtype != torch.bool or key_mask.shape != modality_ids.shape:
+        found = None if key_mask is None else f"{tuple(key_mask.shape)} {key_mask.dtype}"
+        raise AdapterError(f"key_mask must be bool of modality_ids' shape {shape}; found {found}.")
+    if (key_index is None) != (key_valid is None):
+        raise AdapterError("key_index and key_valid come together: give both or neither.")
+    if key_index is not None and key_valid is not None:
+        fits = key_index.dim() == 2 and key_index.shape == key_valid.shape and len(key_index) == shape[0]
+        if not fits or key_index.dtype != torch.int64 or key_valid.dtype != torch.bool:
+            raise AdapterError(
+                f"key_index must be (B,Q) int64 and key_valid (B,Q) bool with B = {shape[0]}; found "
+                f"{tuple(key_index.shape)} {key_index.dtype} and {tuple(key_valid.shape)} {key_valid.dtype}."
+            )
+
+
+def _positions(key_mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B,Q) positions of the keys in order and which of them count; Q = the longest question, at least 1."""
+    if key_mask_BT is None:
+        raise AdapterError("key_mask is missing.")
+    counts_B = key_mask_BT.sum(dim=1)
+    Q = max(int(counts_B.max()), 1) if counts_B.numel() else 1
+    key_index_BQ = key_mask_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :Q]
+    return key_index_BQ, torch.arange(Q, device=key_mask_BT.device) < counts_B[:, None]

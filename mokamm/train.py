@@ -1,0 +1,131 @@
+"""Fine-tune, evaluate, report:  deepspeed mokamm/train.py CONFIG [dotted.key=value ...]
+
+    config --> (miniature world) --> model --> corpus --> steps --> final/ --> evaluation --> report/
+
+Also starts as `python`, `torchrun` or `accelerate launch`. Exit codes: 0 done; 2 a mistake in the configuration or the
+data, told in one message; others are bugs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.schema import UserError
+from mokamm.config import ConfigError, RunConfig, load_config
+
+if TYPE_CHECKING:
+    from mokamm.training.launch import Ranks
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mokamm/train.py",
+        description="Fine-tune a multimodal LLM as a YAML file says; evaluate and report at the end.",
+        epilog="example: deepspeed mokamm/train.py configs/quickstart.yaml training.seed=1 data.max_length=512",
+    )
+    parser.add_argument("config", help="YAML file, as in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values to use instead of the file's")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        config.check_files()
+        run(config)
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        _tell(error)
+        sys.stdout.flush()
+        os._exit(2) if _in_group() else sys.exit(2)  # peers may wait in a collective: do not wait for them
+
+
+def run(config: RunConfig) -> None:
+    """The whole of it; on every rank."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
+    from mokamm.training import finish, launch, world
+
+    ranks = launch.start(config.training)
+    folder = Path(config.training.output_dir)
+    if ranks.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.data.world:
+            world.make_world(config.data.world)
+    ranks.barrier()
+    train(config, folder, ranks)
+    launch.stop(ranks)
+    if ranks.main:
+        finish.finish(config, folder)
+
+
+def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
+    """Build, fit, write final/."""
+    from mokamm.build import build_model, trainable_parts
+    from mokamm.training import checkpoint, finish, launch
+    from mokamm.training.corpus import build_corpus
+    from mokamm.training.loop import fit
+
+    model = build_model(config, ranks.device, for_training=True)
+    parts = trainable_parts(model)
+    corpus = build_corpus(config, model.processor)
+    if ranks.main:
+        finish.dump_config(config, folder, model)
+        print(_summary(config, parts, corpus, ranks), flush=True)
+    launch.seed_everything(config.training.seed + ranks.rank)  # the same weights on every rank, dropout of its own
+    best = fit(config, model, parts, corpus, ranks)
+    if ranks.main:
+        checkpoint.write_final(folder, best)
+    ranks.barrier()
+
+
+def _summary(config: RunConfig, parts: dict, corpus: tuple, ranks: Ranks) -> str:
+    trained = ", ".join(
+        f"{part} {sum(getattr(p, 'ds_numel', p.numel()) for _, p in members):,}" for part, members in parts.items()
+    )
+    validation = f", {len(corpus[1])} for validation" if corpus[1] is not None else ""
+    how = Path(config.training.deepspeed).stem if config.training.deepspeed else "plain PyTorch"
+    return (
+        f"{config.adapter.method if config.training.stage == 2 else 'stage 1'} on {config.model.llm.path} ({how}, "
+        f"{ranks.world} "
+        f"process{'es' if ranks.world > 1 else ''}, {ranks.device.type})\n"
+        f"  trained parameters: {trained}\n  samples: {len(corpus[0])}{validation}\n  run folder: "
+        f"{config.training.output_dir}"
+    )
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the message is complete; floors that may not import data have bases of their own."""
+    if isinstance(error, UserError):
+        return True
+    from encoders.base import EncoderError
+    from mokamm.routing import AdapterError
+
+    return isinstance(error, EncoderError | AdapterError)
+
+
+def _tell(error: Exception) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank and isinstance(error, ConfigError):
+        time.sleep(3)  # every rank finds the same mistakes; rank 0 tells them before the launcher stops all
+        return
+    print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+
+
+def _in_group() -> bool:
+    torch = sys.modules.get("torch")
+    return bool(torch and torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+if __name__ == "__main__":
+    main()

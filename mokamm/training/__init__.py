@@ -1,0 +1,8 @@
+"""Training: one concern a file.
+
+launch        processes, devices, threads            engine        DeepSpeed or plain PyTorch behind one interface
+corpus        configured sources -> datasets          stream        which rows a step sees, on which rank
+optimization  rates per part, schedule                loop          the steps
+validation    loss and exact answers while training   checkpoint    whole folders, resume
+watch         metrics.jsonl, TensorBoard, progress    finish        final/, evaluation, report, model card
+"""

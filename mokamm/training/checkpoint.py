@@ -1,0 +1,210 @@
+"""Checkpoints: folders that are whole or not there.
+
+    RUN/checkpoint-N/
+      adapter/ or llm/, projectors.safetensors     mokamm/weights.py
+      optimizer-rank<r>.pt  rng-rank<r>.pt         one each rank, read with torch.load(weights_only=True)
+      trainer_state.json                           step, best, and what a resumed run must have in common with this one
+      MANIFEST.json                                written last
+
+A checkpoint is written as `.checkpoint-N.tmp` beside its place, flushed to disk and renamed, so that a folder with its
+name is complete. Rotation keeps the newest `save_total_limit` and always the best. On several nodes the run folder
+must be shared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.schema import UserError
+from mokamm.training.engine import Engine
+from mokamm.training.launch import Ranks
+from mokamm.weights import (
+    ADAPTER,
+    LLM,
+    PROJECTORS,
+    manifest_problems,
+    newest_first,
+    save_weights,
+    saved_parameters,
+    write_manifest,
+)
+
+STATE = "trainer_state.json"
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands. best: {"step", "loss", "accuracy"} of the best validation so far."""
+
+    step: int = 0
+    best: dict[str, float] | None = None
+    same: dict[str, Any] = field(default_factory=dict)  # must be equal when resuming
+
+
+# ---- save ------------------------------------------------------------------------------------------------------------
+
+
+def save(run: Path, state: TrainerState, model: Any, engine: Engine, ranks: Ranks, keep: int | None) -> Path:
+    """Write checkpoint-<state.step>; every rank must call it. Returns its folder."""
+    target, temporary = run / f"checkpoint-{state.step}", run / f".checkpoint-{state.step}.tmp"
+    weights = gathered(model, engine, ranks)
+    if ranks.main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    ranks.barrier()
+    torch.save(engine.state(), temporary / f"optimizer-rank{ranks.rank}.pt")
+    torch.save(random_state(ranks), temporary / f"rng-rank{ranks.rank}.pt")
+    ranks.barrier()
+    if ranks.main:
+        save_weights(model, temporary, weights)
+        (temporary / STATE).write_text(json.dumps(asdict(state), indent=1))
+        write_manifest(temporary)
+        put_in_place(temporary, target)
+        rotate(run, keep, state.best)
+    ranks.barrier()
+    return target
+
+
+def gathered(model: Any, engine: Engine, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The saved parameters on the CPU of rank 0, gathered one by one; empty on other ranks."""
+    weights = {}
+    for name, parameter in saved_parameters(model):
+        with engine.gather([parameter]):
+            if ranks.main:
+                weights[name] = parameter.detach().cpu().clone()
+    return weights
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Flush a finished folder to disk and give it its name; one that is there already is replaced."""
+    for path in sorted(temporary.rglob("*"), reverse=True):
+        _flush(path)
+    _flush(temporary)
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+        os.rename(temporary, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(temporary, target)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rotate(run: Path, keep: int | None, best: dict[str, float] | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    if keep is None:
+        return
+    for folder in newest_first(run)[keep:]:
+        if best is None or folder.name != f"checkpoint-{int(best['step'])}":
+            shutil.rmtree(folder)
+
+
+def write_final(run: Path, checkpoint: Path) -> Path:
+    """RUN/final: the weights of a checkpoint (hard links where the disk can), without trainer state."""
+    temporary = run / ".final.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name in (ADAPTER, LLM):
+        if (checkpoint / name).is_dir():
+            shutil.copytree(checkpoint / name, temporary / name, copy_function=_link)
+    _link(checkpoint / PROJECTORS, temporary / PROJECTORS)
+    write_manifest(temporary)
+    put_in_place(temporary, run / "final")
+    return run / "final"
+
+
+def _link(source: Any, target: Any) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+def find(run: Path, wanted: str | None) -> Path | None:
+    """The checkpoint to go on from: the newest whole one (`auto`), a given folder, or none. Reads all of its files."""
+    if wanted is None:
+        return None
+    if wanted != "auto":
+        folder = Path(wanted)
+        problems = manifest_problems(folder) if folder.is_dir() else [f"no such folder: {folder}"]
+        if problems:
+            raise UserError(
+                "\n  - ".join(["training.resume_from_checkpoint cannot be used:", *problems])
+                + "\nuse 'auto' for the newest whole checkpoint of the run, or null to start anew"
+            )
+        return folder
+    for folder in newest_first(run):
+        problems = manifest_problems(folder)
+        if not problems:
+            return folder
+        print(f"note: {folder} is passed over, it is not whole: {problems[0]}", flush=True)
+    return None
+
+
+def read_state(folder: Path, same: dict[str, Any]) -> TrainerState:
+    """The state in a checkpoint. UserError where this run differs in something that its steps depend on."""
+    state = TrainerState(**json.loads((folder / STATE).read_text()))
+    different = [
+        f"{key}: {state.same.get(key)!r} there, {value!r} now"
+        for key, value in same.items()
+        if state.same.get(key) != value
+    ]
+    if different:
+        raise UserError(
+            "\n  - ".join([f"{folder} comes from another run than the one configured:", *different])
+            + "\ngo back to those values, or choose another training.output_dir (or "
+            "training.resume_from_checkpoint=null, which "
+            "starts anew in the same folder)"
+        )
+    return state
+
+
+def restore(folder: Path, engine: Engine, ranks: Ranks) -> None:
+    """Optimizer and random generators of this rank. The weights were loaded before the engine was built."""
+    engine.load_state(torch.load(folder / f"optimizer-rank{ranks.rank}.pt", map_location="cpu", weights_only=True))
+    set_random_state(torch.load(folder / f"rng-rank{ranks.rank}.pt", map_location="cpu", weights_only=True), ranks)
+
+
+def random_state(ranks: Ranks) -> dict[str, Any]:
+    """States of all generators that training may draw from, in types that weights_only loading accepts."""
+    version, python, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(python), gauss],
+        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if ranks.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(ranks.device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], ranks: Ranks) -> None:
+    version, python, gauss = state["python"]
+    random.setstate((version, tuple(python), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], ranks.device)

@@ -1,0 +1,86 @@
+"""From the sources that a configuration names to data sets and loaders of batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from data.collate import collate
+from data.dataset import MultimodalDataset, Part
+from data.ledger import Ledger
+from data.media import MediaLimits, MediaLoader
+from data.schema import UserError
+from data.sources import open_source
+from mokamm.config import RunConfig, SourceConfig
+
+
+class Corpus(NamedTuple):
+    train: MultimodalDataset
+    validation: MultimodalDataset | None
+    pad_id: int
+    ledger: Ledger
+
+
+def build_corpus(config: RunConfig, processor: Any) -> Corpus:
+    """Open every source. processor: mokamm.processor.Processor; each source gets a copy of it with its own media
+    folder.
+    """
+    train = open_parts(config, config.data.train, processor, "data.train")
+    validation = open_parts(config, config.data.validation, processor, "data.validation", prefix="validation/")
+    total = sum(len(part.rows) for part in (*train, *validation))
+    ledger = Ledger(f"{config.training.output_dir}/bad_samples.jsonl", config.data.max_bad_fraction, total)
+    seed = config.training.seed
+    return Corpus(
+        MultimodalDataset(train, processor, ledger, seed),
+        MultimodalDataset(validation, processor, ledger, seed) if validation else None,
+        processor.pad_id,
+        ledger,
+    )
+
+
+def open_parts(
+    config: RunConfig, entries: list[SourceConfig], processor: Any, key: str, prefix: str = ""
+) -> list[Part]:
+    limits = MediaLimits(**config.data.limits.model_dump())
+    parts, seen = [], Counter[str]()
+    for i, entry in enumerate(entries):
+        path, media_dir = config.locate(entry)
+        try:
+            rows = open_source(entry.source, path, limit=entry.limit, **entry.options)
+        except UserError as error:
+            raise type(error)(f"{key}.{i}: {error}") from None
+        name = prefix + (entry.name or path.stem)
+        seen[name] += 1
+        if seen[name] > 1 and not entry.name:
+            name = f"{name}-{seen[name]}"
+        loader = MediaLoader(media_dir, limits, config.data.allow_outside)
+        parts.append(Part(rows, entry.weight, name, processor.with_loader(loader)))
+    return parts
+
+
+def batches(dataset: MultimodalDataset, sampler: Iterable[list[int]], pad_id: int, workers: int) -> DataLoader:
+    """A loader whose workers decode and tokenise. Its generator is its own: iterating does not touch the training's."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler if isinstance(sampler, Sampler) else _Given(sampler),
+        collate_fn=partial(collate, pad_id=pad_id),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+class _Given(Sampler[list[int]]):
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)

@@ -1,0 +1,184 @@
+"""What a finished run leaves: final/, the evaluation's predictions, report/, a model card, and a command to talk to
+it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from data.schema import UserError
+from mokamm.config import RunConfig
+from mokamm.training.launch import plain_environment
+from mokamm.training.world import REPOSITORY
+
+LIBRARIES = (
+    "mokamm",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "open_clip_torch",
+    "av",
+    "safetensors",
+)
+
+
+def versions(config: RunConfig, model: Any) -> dict[str, Any]:
+    """For the run's config.yaml: libraries, machine, and which base exactly the adapter belongs to."""
+    import torch
+
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    found["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores"
+    llm = config.model.llm
+    inner = model.llm.get_base_model() if hasattr(model.llm, "get_base_model") else model.llm
+    base = {"llm": llm.path, "revision": llm.revision, "commit": getattr(inner.config, "_commit_hash", None)}
+    if Path(llm.path).is_dir():
+        base["fingerprint"] = fingerprint(Path(llm.path))
+    found["base"] = base
+    return found
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over names, sizes and the first and last MiB of a folder's weight files: quick also for large ones."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(-min(path.stat().st_size, 2**20), os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def evaluate(run: Path) -> bool:
+    """`python eval/run.py all RUN` as a process of its own (this floor may not import eval). Whether it went well."""
+    command = [sys.executable, str(REPOSITORY / "eval" / "run.py"), "all", str(run)]
+    return subprocess.run(command, env=plain_environment(), check=False).returncode == 0
+
+
+def finish(config: RunConfig, run: Path) -> None:
+    """Evaluation, report and model card of a run whose final/ is written. Raises UserError where the evaluation
+    failed.
+    """
+    from mokamm.report import write_report
+
+    evaluated = not config.evaluation.benchmarks or evaluate(run)
+    report = write_report(run)
+    (run / "README.md").write_text(model_card(config, run))
+    print(f"\nreport: {report}\ntalk to it:\n  {talk_command(config, run)}", flush=True)
+    if not evaluated:
+        raise UserError(
+            f"the evaluation failed, its message stands above; {run}/final is whole. Try again: python eval/run.py "
+            f"all {run}"
+        )
+
+
+# ---- the command to talk to the result -------------------------------------------------------------------------------
+
+OPTIONS = {"video": "--video", "image": "--image"}
+
+
+def talk_command(config: RunConfig, run: Path) -> str:
+    """An infer.py command for the first row of the first benchmark whose files can be read, else one with names to
+    fill in.
+    """
+    try:
+        return f"python mokamm/infer.py {run} {_example(config)}"
+    except Exception:  # an example is a courtesy; no run should fail for it
+        options = " ".join(
+            "--audio sound.wav" if "audio" in m or "speech" in m else "--video clip.mp4"
+            for m in config.model.modalities
+        )
+        return f'python mokamm/infer.py {run} {options} "your question"'
+
+
+def _example(config: RunConfig) -> str:
+    from data.schema import Media, Text
+    from data.sources import open_source
+
+    entry = config.data.validation[0] if config.data.validation else config.data.train[0]
+    path, media_dir = config.locate(entry)
+    sample = open_source(entry.source, path, limit=1, **entry.options)[0]
+    options, words = [], []
+    for part in (p for message in sample.prompt for p in message.content):
+        if isinstance(part, Media):
+            option = OPTIONS.get(part.kind) or ("--speech" if part.modality == "speech" else "--audio")
+            options += [option, shlex.quote((media_dir / part.path).as_posix())]
+        elif isinstance(part, Text):
+            words.append(part.text.strip())
+    return " ".join([*options, shlex.quote(" ".join(w for w in words if w))])
+
+
+# ---- model card ------------------------------------------------------------------------------------------------------
+
+
+def model_card(config: RunConfig, run: Path) -> str:
+    """A README with the front matter that the hub reads."""
+    adapter, training = config.adapter, config.training
+    base = config.versions.get("base", {})
+    front = [
+        "---",
+        "library_name: peft",
+        f"base_model: {config.model.llm.path}",
+        "tags: [mokamm, multimodal, moka]",
+        "---",
+    ]
+    what = f"`{adapter.method}`" if training.stage == 2 else "projectors only (stage 1)"
+    lines = [
+        f"# {run.name}",
+        "",
+        f"Trained with mokamm: {what} on `{config.model.llm.path}`, modalities "
+        f"{', '.join(config.model.modality_names)}.",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        f"| base | {config.model.llm.path}, revision {base.get('revision') or base.get('commit') or '-'} |",
+        f"| adapter | r {adapter.r}, alpha {adapter.lora_alpha:g}, dropout {adapter.lora_dropout:g}, "
+        f"attention weight {adapter.attention_weight:g}, keys {adapter.keys} |",
+        f"| encoders | "
+        f"{'; '.join(f'{n}: {m.encoder.name} {m.encoder.path}' for n, m in config.model.modalities.items())} |",
+        f"| data | {', '.join(f'{s.source} {s.path}' for s in config.data.train)} |",
+        f"| rate | {training.learning_rate:g}, {training.lr_scheduler_type}, seed {training.seed} |",
+        "",
+        *_results(run),
+        "## Use",
+        "",
+        "```bash",
+        talk_command(config, run),
+        "```",
+        "",
+        "`config.yaml` holds every setting and the versions of all libraries; `report/report.md` the curves and "
+        "scores.",
+        "The base is not part of this folder: `--base` names it where it lies elsewhere.",
+    ]
+    return "\n".join([*front, "", *lines, ""])
+
+
+def _results(run: Path) -> list[str]:
+    from mokamm.report import read_results, results_table
+
+    results = read_results(run)
+    return ["## Results", "", *results_table(results), ""] if results else []
+
+
+def dump_config(config: RunConfig, run: Path, model: Any) -> None:
+    """Write config.yaml with versions, through a temporary file."""
+    config.versions = json.loads(json.dumps(versions(config, model)))
+    temporary = run / ".config.yaml.tmp"
+    config.dump(temporary)
+    os.replace(temporary, run / "config.yaml")

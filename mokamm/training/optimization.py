@@ -1,0 +1,80 @@
+"""Learning rates: one per part of the model, and the schedule that all of them follow.
+
+rate(part, step) = base rate of the part * factor(step); the factor is transformers' own curve (linear, cosine,
+constant, each with warm-up), used as a pure function of the step, so that a schedule has no state to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from data.schema import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Parameter
+
+    from mokamm.config import TrainingConfig
+
+Schedule = Callable[[int], float]
+
+
+def base_rates(training: TrainingConfig, parts: Iterable[str]) -> dict[str, float]:
+    """The rate of each part: projectors have their own, everything else the common one."""
+    own = training.projector_learning_rate
+    projector = training.learning_rate if own is None else own
+    return {part: projector if part == "projector" else training.learning_rate for part in parts}
+
+
+def parameter_groups(training: TrainingConfig, parts: dict[str, list[tuple[str, Parameter]]]) -> list[dict[str, Any]]:
+    """Optimizer groups, each with its `part`. A part of rate 0 is frozen. Biases and norms (1-D) are not decayed."""
+    groups: list[dict[str, Any]] = []
+    for part, rate in base_rates(training, parts).items():
+        trained = [p for _, p in parts[part] if p.requires_grad]
+        if rate == 0.0:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            continue
+        if training.weight_decay == 0.0:
+            split = [(trained, 0.0)]
+        else:
+            matrices, vectors = [p for p in trained if dims(p) > 1], [p for p in trained if dims(p) <= 1]
+            split = [(matrices, training.weight_decay), (vectors, 0.0)]
+        groups += [
+            {"params": members, "lr": rate, "base_lr": rate, "part": part, "weight_decay": decay}
+            for members, decay in split
+            if members
+        ]
+    if not groups:
+        raise UserError(
+            f"nothing to train: training.stage is {training.stage}, projector_learning_rate "
+            f"{training.projector_learning_rate}; "
+            "give the projectors a rate above 0, or choose an adapter.method that has parameters"
+        )
+    return groups
+
+
+def dims(parameter: Parameter) -> int:
+    """Dimensions of a parameter, also of one that ZeRO-3 has partitioned."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def optimizer_arguments(training: TrainingConfig) -> dict[str, Any]:
+    return {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
+
+
+def schedule(training: TrainingConfig, total_steps: int) -> Schedule:
+    """factor(step) for the step numbered from 0."""
+    import torch
+    from transformers import get_scheduler
+
+    probe: torch.optim.Optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    curve = get_scheduler(training.lr_scheduler_type, probe, warmup_steps(training, total_steps), total_steps)
+    return curve.lr_lambdas[0]
+
+
+def warmup_steps(training: TrainingConfig, total_steps: int) -> int:
+    """Warm-up in steps, from `warmup_steps` (a share where below 1) or the older `warmup_ratio`."""
+    share = training.warmup_ratio or (training.warmup_steps if training.warmup_steps < 1 else 0.0)
+    return -int(-share * total_steps // 1) if share else int(training.warmup_steps)

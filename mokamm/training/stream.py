@@ -1,0 +1,97 @@
+"""Which rows a step sees: a pure function of (seed, position), so that workers, ranks and a resumed run see the same
+ones.
+
+    epoch 0: a permutation of all n rows | epoch 1: another one | ...        one endless line of rows
+    step s takes the rows  [s*W, (s+1)*W)  of it,  W = batch * accumulation * ranks
+    within a step: micro batch a of rank r takes the rows  (a*ranks + r) * batch + [0, batch)
+
+A step may straddle two epochs; no row is dropped, none is repeated but at the very end of the last epoch, which is
+filled up to a whole step. One rank with batch 2 and two ranks with batch 1 see the same rows in the same step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from data.order import epoch_order
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shape of a run: how many rows a step takes and how many steps there are."""
+
+    rows: int  # of the training set
+    batch: int
+    accumulation: int
+    world: int
+    total_steps: int
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch * self.accumulation * self.world
+
+    def epoch(self, step: int) -> float:
+        """Epochs finished after `step` steps."""
+        return step * self.rows_per_step / self.rows
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether the step numbered `step` (from 1) completes an epoch, or the run."""
+        return int(self.epoch(step)) > int(self.epoch(step - 1)) or step == self.total_steps
+
+
+def plan(rows: int, batch: int, accumulation: int, world: int, epochs: float, max_steps: int) -> Plan:
+    """max_steps > 0 overrides epochs."""
+    per_step = batch * accumulation * world
+    steps = max_steps if max_steps > 0 else math.ceil(rows * epochs / per_step)
+    return Plan(rows, batch, accumulation, world, max(1, steps))
+
+
+class MicroBatches:
+    """A batch sampler: the row numbers of every micro batch of one rank, from a step on."""
+
+    def __init__(self, plan: Plan, seed: int, rank: int, first_step: int = 0) -> None:
+        self.plan, self.seed, self.rank, self.first_step = plan, seed, rank, first_step
+        self._order = lru_cache(maxsize=2)(lambda epoch: list(epoch_order(plan.rows, epoch, seed)))
+
+    def __len__(self) -> int:
+        return (self.plan.total_steps - self.first_step) * self.plan.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        p = self.plan
+        for step in range(self.first_step, p.total_steps):
+            for micro in range(p.accumulation):
+                first = step * p.rows_per_step + (micro * p.world + self.rank) * p.batch
+                yield [self.row(position) for position in range(first, first + p.batch)]
+
+    def row(self, position: int) -> int:
+        """The row at a position of the endless line."""
+        epoch, offset = divmod(position, self.plan.rows)
+        return int(self._order(epoch)[offset])
+
+
+class ValidationBatches:
+    """A batch sampler over rows 0 .. n-1, the same number of batches on every rank.
+
+    ZeRO-3 needs every rank in every forward; where the rows run out, row 0 stands in, and `real(i)` says how many rows
+    of the i-th batch count.
+    """
+
+    def __init__(self, rows: int, batch: int, rank: int, world: int) -> None:
+        self.rows, self.batch, self.rank, self.world = rows, batch, rank, world
+
+    def __len__(self) -> int:
+        return math.ceil(self.rows / (self.batch * self.world))
+
+    def _span(self, i: int) -> range:
+        first = (i * self.world + self.rank) * self.batch
+        return range(min(first, self.rows), min(first + self.batch, self.rows))
+
+    def real(self, i: int) -> int:
+        return len(self._span(i))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for i in range(len(self)):
+            yield list(self._span(i)) or [0]

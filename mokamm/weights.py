@@ -1,0 +1,230 @@
+"""The trained weights of a run on disk: what `final/` and `checkpoint-N/` hold of the model.
+
+    adapter/                 PEFT's own format (any adapter method); PeftModel.from_pretrained(llm, DIR/adapter) loads
+    it llm/                     transformers' format, only where the whole LLM was trained
+    projectors.safetensors   keys <modality>.<parameter>
+    MANIFEST.json            size and sha256 of every file
+
+Frozen weights of the base are never written. Loading accounts for every key: one missing or left over is a UserError.
+Cost: the bytes are read twice (sha256, then load).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.schema import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MANIFEST = "MANIFEST.json"
+PROJECTORS = "projectors.safetensors"
+ADAPTER = "adapter"
+LLM = "llm"
+
+
+class WeightsError(UserError):
+    """A folder of weights is missing, altered, or does not fit the model."""
+
+
+# ---- manifest --------------------------------------------------------------------------------------------------------
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: str | Path) -> None:
+    """List every file below `folder` with size and sha256; written last, through a temporary file, and flushed to
+    disk.
+    """
+    folder = Path(folder)
+    files = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in _files(folder)}
+    temporary = folder / f".{MANIFEST}.tmp"
+    with open(temporary, "w") as file:
+        json.dump({"format": 1, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MANIFEST)
+
+
+def manifest_problems(folder: str | Path) -> list[str]:
+    """What differs between a folder and its manifest; empty when it is whole. Every listed file is read."""
+    folder = Path(folder)
+    try:
+        listed: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return [f"{folder / MANIFEST} is missing"]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{folder / MANIFEST} cannot be read: {error}"]
+    problems = []
+    for name, entry in listed.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != entry["size"]:
+            problems.append(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}")
+        elif sha256(path) != entry["sha256"]:
+            problems.append(f"{path} was altered: its sha256 is not the manifest's")
+    return problems
+
+
+def find_weights(path: str | Path) -> Path:
+    """The folder that holds weights: the given one, or the `final/` or newest `checkpoint-N/` of a run."""
+    path = Path(path)
+    for folder in (path, path / "final", *newest_first(path)):
+        if (folder / PROJECTORS).is_file() or (folder / ADAPTER).is_dir():
+            return folder
+    raise WeightsError(
+        f"no trained weights in {path}: expected {PROJECTORS} or {ADAPTER}/ there, in {path}/final or in "
+        f"{path}/checkpoint-N; "
+        "did the run end before its first checkpoint?"
+    )
+
+
+def newest_first(run: str | Path) -> list[Path]:
+    """A run's `checkpoint-N` folders, the highest N first."""
+    numbered = []
+    for folder in Path(run).glob("checkpoint-*"):
+        step = folder.name.removeprefix("checkpoint-")
+        if folder.is_dir() and step.isdigit():
+            numbered.append((int(step), folder))
+    return [folder for _, folder in sorted(numbered, reverse=True)]
+
+
+# ---- save ------------------------------------------------------------------------------------------------------------
+
+
+def is_adapter(llm: nn.Module) -> bool:
+    from peft import PeftModel
+
+    return isinstance(llm, PeftModel)
+
+
+def saved_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What a set of weights holds: every projector, and of the LLM what is trained."""
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad or n.startswith("projectors.")]
+
+
+def save_weights(model: Any, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write adapter/ or llm/ and projectors.safetensors (no manifest: the caller may add files first).
+
+    state: the saved_parameters by their names in `model`, gathered by a sharded engine; None: read from the model.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if state is None:
+        state = {name: p.detach().cpu() for name, p in saved_parameters(model)}
+    projectors = {
+        n.removeprefix("projectors."): t.contiguous() for n, t in state.items() if n.startswith("projectors.")
+    }
+    save_file(projectors, folder / PROJECTORS, metadata={"format": "pt"})
+    llm = {n.removeprefix("llm."): t.contiguous() for n, t in state.items() if n.startswith("llm.")}
+    if is_adapter(model.llm):
+        model.llm.save_pretrained(folder / ADAPTER, state_dict=llm, save_embedding_layers=False)
+    elif llm:
+        model.llm.save_pretrained(folder / LLM, state_dict=llm)
+        tokenizer = getattr(model.processor, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / LLM)
+
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+
+def load_weights(model: Any, folder: str | Path, verify: bool = True) -> None:
+    """Load what `save_weights` wrote into a model of the same shape. Raises WeightsError on any key or byte that
+    differs.
+
+    verify: compare all files with MANIFEST.json first (where there is none, the keys alone are checked).
+    """
+    folder = Path(folder)
+    if verify and (folder / MANIFEST).is_file():
+        _refuse(folder, manifest_problems(folder))
+    load_projectors(model, folder)
+    if is_adapter(model.llm):
+        _load_adapter(model.llm, folder / ADAPTER)
+    elif (folder / LLM).is_dir():
+        _load_llm(model.llm, folder / LLM)
+    elif (folder / ADAPTER).is_dir():
+        _refuse(
+            folder,
+            [f"it holds an {ADAPTER}/ and the model has none; build the model with adapter.method as in its config"],
+        )
+
+
+def load_projectors(model: Any, folder: str | Path) -> None:
+    """Load projectors.safetensors; every projector of the model must be there, and nothing else."""
+    from safetensors.torch import load_file
+
+    path = Path(folder) / PROJECTORS
+    if not path.is_file():
+        raise WeightsError(
+            f"{path} is missing; expected a folder written by mokamm ({PROJECTORS}, {ADAPTER}/ or {LLM}/)"
+        )
+    _load_exactly(model.projectors, load_file(path), path)
+
+
+def _load_adapter(llm: Any, folder: Path) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing; the configuration asks for an adapter, these weights have none")
+    state = load_file(path)
+    expected = get_peft_model_state_dict(llm, save_embedding_layers=False)
+    _refuse(
+        path,
+        _differences({k: tuple(v.shape) for k, v in expected.items()}, {k: tuple(v.shape) for k, v in state.items()}),
+    )
+    set_peft_model_state_dict(llm, state)
+
+
+def _load_llm(llm: nn.Module, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        state.update(load_file(shard))
+    tied = {p.data_ptr(): n for n, p in llm.named_parameters(remove_duplicate=False) if n in state}
+    for name, parameter in llm.named_parameters(remove_duplicate=False):
+        if name not in state and parameter.data_ptr() in tied:  # an output layer tied to the embeddings is written once
+            state[name] = state[tied[parameter.data_ptr()]]
+    _load_exactly(llm, state, folder)
+
+
+def _load_exactly(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    _refuse(path, _differences(own, {name: tuple(tensor.shape) for name, tensor in state.items()}))
+    module.load_state_dict(state)
+
+
+def _differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
+    problems = [f"missing: {name}" for name in expected if name not in found]
+    problems += [f"unexpected: {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} has the shape {found[name]}, the model's is {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    return problems
+
+
+def _refuse(path: Path, problems: list[str]) -> None:
+    if problems:
+        more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise WeightsError("\n  - ".join([f"{path} does not fit the model, or is not whole:", *problems[:8], *more]))

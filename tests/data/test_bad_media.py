@@ -1,0 +1,144 @@
+"""Every kind of broken media file ends in a MediaError that names the file and says what to do."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from data.media import MediaLoader
+from data.schema import Media, MediaError
+
+
+def frames(folder, name, kind="video"):
+    return MediaLoader(folder).frames(Media(kind, name, "vision"), 4)
+
+
+def windows(folder, name):
+    return MediaLoader(folder).windows(Media("audio", name, "audio"), 4, 1.0, False)
+
+
+def cut(path, share):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+def test_mp4_without_its_index(tmp_path, write_video):
+    write_video(tmp_path / "a.mp4", [k % 8 for k in range(50)])  # the index (moov) is written last
+    cut(tmp_path / "a.mp4", 0.6)
+    with pytest.raises(MediaError, match=r"a\.mp4: cannot be read as a media file .*cut off"):
+        frames(tmp_path, "a.mp4")
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize(("name", "options"), [("a.mp4", {"movflags": "faststart"}), ("a.mkv", {})])
+def test_video_cut_in_the_middle_of_its_data(tmp_path, write_video, name, options, share):
+    write_video(tmp_path / name, [k % 8 for k in range(100)], options=options)
+    assert frames(tmp_path, name).shape[0] == 4
+    cut(tmp_path / name, share)
+    with pytest.raises(MediaError, match=r"a\.m.*cut off"):
+        frames(tmp_path, name)
+
+
+def test_sound_cut_in_the_middle(tmp_path, noise, write_video):
+    soundfile.write(tmp_path / "a.wav", noise(5), 16_000)
+    soundfile.write(tmp_path / "a.flac", noise(5), 16_000)
+    write_video(tmp_path / "av.mp4", [0] * 50, sound=noise(5), options={"movflags": "faststart"})
+    for name in ("a.wav", "a.flac", "av.mp4"):
+        assert windows(tmp_path, name).samples.shape == (4, 16_000)
+        cut(tmp_path / name, 0.6)
+        with pytest.raises(MediaError, match=rf"{name}.*cut off"):
+            windows(tmp_path, name)
+
+
+def test_damaged_bytes_in_the_middle(tmp_path, write_video):
+    write_video(tmp_path / "a.mp4", [k % 8 for k in range(50)], options={"movflags": "faststart"})
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    data[len(data) // 2 :] = b"\xff" * (len(data) - len(data) // 2)
+    (tmp_path / "a.mp4").write_bytes(data)
+    with pytest.raises(MediaError, match=r"a\.mp4"):
+        frames(tmp_path, "a.mp4")
+
+
+def test_text_named_mp4(tmp_path):
+    (tmp_path / "a.mp4").write_text("<!DOCTYPE html><title>404 Not Found</title>\n" * 20)
+    for read in (frames, windows):
+        with pytest.raises(
+            MediaError, match=r"a\.mp4: .*holds text, beginning '<!DOCTYPE html>.*put the real media file"
+        ):
+            read(tmp_path, "a.mp4")
+
+
+def test_a_playlist_opens_no_other_file(tmp_path, write_video):
+    write_video(tmp_path / "real.ts", [0] * 10, codec="libx264")
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nreal.ts\n#EXT-X-ENDLIST\n")
+    assert frames(tmp_path, "real.ts").shape[0] == 4
+    with pytest.raises(MediaError, match=r"list\.m3u8: cannot be read as a media file"):
+        frames(tmp_path, "list.m3u8")
+
+
+def test_empty_files(tmp_path):
+    for name in ("a.mp4", "a.wav", "a.png"):
+        (tmp_path / name).touch()
+        with pytest.raises(MediaError, match=rf"{name}: is empty \(0 bytes\)"):
+            frames(tmp_path, name, "image" if name == "a.png" else "video")
+
+
+def test_wav_of_zero_length(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(0), 16_000)
+    with pytest.raises(MediaError, match=r"a\.wav: holds no sound samples .*record or export it again"):
+        windows(tmp_path, "a.wav")
+
+
+def test_wav_with_nan(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.array([0.0, np.nan, 0.5] * 100), 16_000, subtype="FLOAT")
+    with pytest.raises(MediaError, match=r"a\.wav: its samples hold NaN"):
+        windows(tmp_path, "a.wav")
+
+
+def test_missing_tracks(tmp_path, write_video, noise):
+    write_video(tmp_path / "silent.mp4", [0] * 10)
+    soundfile.write(tmp_path / "a.wav", noise(1), 16_000)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(MediaError, match=r"silent\.mp4: has no sound track \(it has: video\)"):
+        windows(tmp_path, "silent.mp4")
+    with pytest.raises(MediaError, match=r"a\.wav: has no picture track \(it has: audio\)"):
+        frames(tmp_path, "a.wav")
+    with pytest.raises(MediaError, match="has no pictures"):
+        frames(tmp_path, "a.wav", "audio")
+    with pytest.raises(MediaError, match="has no sound"):
+        MediaLoader(tmp_path).windows(Media("image", "a.png", "vision"), 1, 1.0, False)
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("size", [(100_000, 100_000), (10_000, 10_000), (9_000, 8_000)])
+def test_image_bomb(tmp_path, size):
+    (tmp_path / "bomb.png").write_bytes(png_header(*size))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(MediaError, match=r"bomb\.png: .*header claims.*scale it down"):
+            frames(tmp_path, "bomb.png", "image")
+
+
+def test_broken_images(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.png")
+    cut(tmp_path / "cut.png", 0.5)
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "a.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    for name in ("cut.png", "text.png", "a.eps"):
+        with pytest.raises(MediaError, match=rf"{name}: cannot be read as an image"):
+            frames(tmp_path, name, "image")

@@ -1,0 +1,311 @@
+"""Media against what was written into the files: colours by time, samples, true lengths; where paths may not go."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from data.media import MediaLimits, MediaLoader, cut_windows
+from data.schema import BadSample, Media, MediaError, UserError
+
+
+def video(path: str) -> Media:
+    return Media("video", path, "vision")
+
+
+def audio(path: str) -> Media:
+    return Media("audio", path, "audio")
+
+
+def image(path: str) -> Media:
+    return Media("image", path, "vision")
+
+
+# --- pictures
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_frames_are_those_shown_at_the_middle_of_equal_parts(tmp_path, write_video, colour_of, name):
+    colours = [k // 5 % 8 for k in range(40)]  # 4 s, a new colour every half second
+    write_video(tmp_path / name, colours)
+    for segments in (1, 3, 4, 8, 10):
+        times = [(k + 0.5) * 4 / segments for k in range(segments)]
+        frames = MediaLoader(tmp_path).frames(video(name), segments)
+        assert frames.shape == (segments, 3, 48, 64)
+        assert frames.dtype == torch.uint8
+        assert colour_of(frames) == [int(t / 0.5) % 8 for t in times]
+
+
+def test_a_target_on_a_frames_own_timestamp_takes_that_frame(tmp_path, write_video, colour_of):
+    write_video(tmp_path / "a.mp4", [0, 1, 2, 3])  # 0.4 s; the middles of two parts are 0.1 and 0.3 s, both timestamps
+    assert colour_of(MediaLoader(tmp_path).frames(video("a.mp4"), 2)) == [1, 3]
+
+
+def test_variable_frame_rate(tmp_path, write_video, colour_of):
+    starts = [0, 40, 80, 1000, 1040, 3000, 3900]
+    write_video(tmp_path / "v.mkv", [0, 1, 2, 3, 4, 5, 6], starts, codec="libvpx")
+    frames = MediaLoader(tmp_path).frames(video("v.mkv"), 8)  # middles: 0.25, 0.75, ..., 3.75 of about 4 s
+    assert colour_of(frames) == [2, 2, 4, 4, 4, 4, 5, 5]
+
+
+def test_duration_is_counted_where_no_header_has_it(tmp_path, write_video, colour_of):
+    write_video(tmp_path / "live.mkv", [k // 5 for k in range(20)], options={"live": "1"})
+    write_video(tmp_path / "raw.h264", [k // 5 for k in range(20)])
+    loader = MediaLoader(tmp_path)
+    assert colour_of(loader.frames(video("live.mkv"), 4)) == [0, 1, 2, 3]
+    assert colour_of(loader.frames(video("raw.h264"), 4)) == [0, 1, 2, 3]
+
+
+def test_more_segments_than_frames_repeats_frames(tmp_path, write_video, colour_of):
+    write_video(tmp_path / "a.mp4", [0, 1])
+    assert colour_of(MediaLoader(tmp_path).frames(video("a.mp4"), 6)) == [0, 0, 0, 1, 1, 1]
+
+
+def test_decoding_twice_gives_the_same_bits(tmp_path, write_video):
+    write_video(tmp_path / "a.mp4", list(range(8)))
+    first, second = (MediaLoader(tmp_path).frames(video("a.mp4"), 5) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_clip_filmed_upright_is_shown_upright(tmp_path):
+    """Phones store a turned picture and, in the track header, the matrix that turns it back (ISO 14496-12, 8.3.2)."""
+    path = tmp_path / "phone.mp4"
+    pixels = np.zeros((48, 64, 3), dtype=np.uint8)
+    pixels[:, :32, 0] = pixels[:, 32:, 2] = 240  # left red, right blue
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    unit, one = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 2**30), 65536
+    clockwise = struct.pack(">9i", 0, one, 0, -one, 0, 0, 48 * one, 0, 2**30)  # x' = 48 - y, y' = x: left becomes top
+    data = path.read_bytes()
+    track = data.index(b"tkhd")
+    path.write_bytes(data[:track] + data[track:].replace(unit, clockwise, 1))
+    frames = MediaLoader(tmp_path).frames(video("phone.mp4"), 2)
+    assert frames.shape == (2, 3, 64, 48)
+    assert (frames[:, 0, :30] > 180).all()
+    assert (frames[:, 2, 34:] > 180).all()
+    assert (frames[:, 0, 34:] < 60).all()
+
+
+def test_image_exactly_and_upright(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    got = MediaLoader(tmp_path).frames(image("a.png"), 10)
+    assert torch.equal(got, torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    turned = MediaLoader(tmp_path).frames(image("turned.png"), 1)
+    assert torch.equal(turned[0].permute(1, 2, 0), torch.from_numpy(np.rot90(pixels, -1).copy()))
+
+
+def test_grey_and_16_bit_images(tmp_path):
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) << 8).save(tmp_path / "deep.png")
+    for name in ("grey.png", "deep.png"):
+        got = MediaLoader(tmp_path).frames(image(name), 1)
+        assert torch.equal(got[0], torch.from_numpy(grey)[None].expand(3, 3, 4)), name
+
+
+# --- sound
+
+
+@pytest.mark.parametrize(
+    ("subtype", "error"),
+    [("PCM_U8", 1 / 127), ("PCM_16", 1 / 32767), ("PCM_24", 1e-6), ("PCM_32", 1e-7), ("FLOAT", 1e-7), ("DOUBLE", 1e-7)],
+)
+def test_samples_in_every_format_and_the_mean_of_channels(tmp_path, noise, subtype, error):
+    mono = noise(0.5)
+    stereo = np.stack([mono, -mono / 4], axis=1)
+    loader = MediaLoader(tmp_path)
+    for name, samples, expected in (("m.wav", mono, mono), ("s.wav", stereo, stereo.mean(1))):
+        soundfile.write(tmp_path / name, samples, 16_000, subtype=subtype)
+        windows = loader.windows(audio(name), 1, 0.5, whole=True)
+        assert windows.lengths.tolist() == [8000]
+        np.testing.assert_allclose(windows.samples[0].numpy(), expected, atol=error)
+
+
+@pytest.mark.parametrize("name", ["a.flac", "a.ogg"])
+def test_planar_and_compressed_sound(tmp_path, name):
+    t = np.arange(16_000) / 16_000
+    tone = 0.5 * np.sin(2 * np.pi * 440 * t)
+    soundfile.write(tmp_path / name, np.stack([tone, tone], 1), 16_000)
+    windows = MediaLoader(tmp_path).windows(audio(name), 1, 1.0, whole=True)
+    assert windows.lengths.tolist() == [16_000]
+    np.testing.assert_allclose(windows.samples[0].numpy(), tone, atol=0.02)
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+def test_resampling_keeps_a_tone_and_the_exact_length(tmp_path, rate):
+    n = 2 * rate + 7
+    soundfile.write(tmp_path / "t.wav", 0.5 * np.sin(2 * np.pi * 440 * np.arange(n) / rate), rate, subtype="FLOAT")
+    windows = MediaLoader(tmp_path).windows(audio("t.wav"), 1, 3.0, whole=True)
+    length = math.ceil(n * 16_000 / rate)
+    assert windows.lengths.tolist() == [length]
+    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(length) / 16_000)
+    np.testing.assert_allclose(windows.samples[0, 200 : length - 200].numpy(), expected[200:-200], atol=2e-3)
+
+
+def test_a_videos_own_track(tmp_path, write_video):
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(32_000) / 16_000)
+    write_video(tmp_path / "av.mp4", [0, 1] * 10, sound=tone)
+    windows = MediaLoader(tmp_path).windows(audio("av.mp4"), 3, 1.0, whole=True)
+    heard = windows.samples.flatten()[: int(windows.lengths.sum())].numpy()
+    assert abs(len(heard) - 32_000) <= 1024  # AAC codes blocks of 1024
+    np.testing.assert_allclose(heard[2000:30_000], tone[2000:30_000], atol=0.05)
+    assert torch.equal(MediaLoader(tmp_path).windows(video("av.mp4"), 3, 1.0, True).samples, windows.samples)
+
+
+def test_a_track_that_starts_later_is_moved_to_its_time(tmp_path, write_video, noise):
+    sound = noise(1.0)
+    write_video(tmp_path / "late.mkv", [0] * 15, sound=sound, sound_delay_ms=500, sound_codec="pcm_s16le")
+    windows = MediaLoader(tmp_path).windows(audio("late.mkv"), 2, 1.0, whole=True)
+    assert windows.lengths.tolist() == [16_000, 8_000]
+    heard = windows.samples.flatten().numpy()
+    assert not heard[:8000].any()
+    np.testing.assert_allclose(heard[8000:24_000], sound, atol=1e-4)
+
+
+def test_windows_that_hold_the_whole_sound(tmp_path, noise):
+    sound = noise(2.5)
+    soundfile.write(tmp_path / "a.wav", sound, 16_000, subtype="FLOAT")
+    windows = MediaLoader(tmp_path).windows(audio("a.wav"), 10, 1.0, whole=False)
+    assert windows.lengths.tolist() == [16_000, 16_000, 8_000]
+    assert windows.samples.shape == (3, 16_000)
+    np.testing.assert_array_equal(windows.samples.flatten()[:40_000].numpy(), sound.astype(np.float32))
+    assert not windows.samples[2, 8_000:].any()
+
+
+def test_windows_of_longer_sound_are_centred_in_equal_parts(tmp_path, noise):
+    sound = noise(7.3)
+    soundfile.write(tmp_path / "a.wav", sound, 16_000, subtype="FLOAT")
+    windows = MediaLoader(tmp_path).windows(audio("a.wav"), 3, 1.0, whole=False)
+    assert windows.lengths.tolist() == [16_000] * 3
+    for k in range(3):
+        first = int((k + 0.5) * 7.3 / 3 * 16_000) - 8_000
+        np.testing.assert_array_equal(windows.samples[k].numpy(), sound[first : first + 16_000].astype(np.float32))
+
+
+def test_speech_is_heard_to_its_end_or_refused(tmp_path, noise):
+    soundfile.write(tmp_path / "talk.wav", noise(2.1), 16_000)
+    loader = MediaLoader(tmp_path)
+    assert loader.windows(audio("talk.wav"), 3, 1.0, whole=True).lengths.tolist() == [16_000, 16_000, 1_600]
+    with pytest.raises(MediaError, match=r"talk\.wav: lasts 2\.10 s, longer than the 2 x 1 s .* raise `segments`"):
+        loader.windows(audio("talk.wav"), 2, 1.0, whole=True)
+
+
+@pytest.mark.parametrize("total", [1, 15_999, 16_000, 16_001, 47_999, 48_000, 48_001, 100_003])
+def test_cut_windows_against_a_loop(total):
+    samples = torch.arange(1, total + 1, dtype=torch.float32)
+    windows = cut_windows(samples, 3, 1.0, whole=False)
+    assert (windows.lengths >= 1).all()
+    if total <= 48_000:
+        pieces = [samples[k : k + 16_000] for k in range(0, total, 16_000)]
+        assert windows.lengths.tolist() == [len(p) for p in pieces]
+        for piece, window in zip(pieces, windows.samples, strict=True):
+            assert torch.equal(window[: len(piece)], piece)
+            assert not window[len(piece) :].any()
+    else:
+        assert windows.samples[:, 0].tolist() == [int((k + 0.5) * total / 3) - 8_000 + 1 for k in range(3)]
+
+
+# --- where media may lie
+
+
+def test_paths_stay_inside_media_dir(tmp_path):
+    inside, outside = tmp_path / "media", tmp_path / "secret.png"
+    (inside / "sub").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(outside)
+    Image.new("RGB", (4, 4)).save(inside / "sub" / "ok.png")
+    os.symlink(outside, inside / "link.png")
+    os.symlink(tmp_path, inside / "up")
+    os.symlink(inside / "sub" / "ok.png", inside / "good_link.png")
+    loader, free = MediaLoader(inside), MediaLoader(inside, allow_outside=True)
+    assert loader.frames(image("sub/ok.png"), 1).shape == (1, 3, 4, 4)
+    assert loader.frames(image("good_link.png"), 1).shape == (1, 3, 4, 4)
+    refused = {
+        str(outside): "is an absolute path",
+        str(inside / "sub" / "ok.png"): None,
+        "../secret.png": r"climbs with '\.\.'",
+        "sub/../../secret.png": r"climbs with '\.\.'",
+        "link.png": "is a link that leads out of",
+        "up/secret.png": "is a link that leads out of",
+    }
+    for name, message in refused.items():
+        with pytest.raises(MediaError, match=f"{message or 'absolute'}.*allow_outside"):
+            loader.frames(image(name), 1)
+        assert free.frames(image(name), 1).shape == (1, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "name", ["https://host/a.mp4", "FILE:///etc/passwd", "file:a.mp4", "data:video/mp4;base64,AA", "s3://b/a"]
+)
+def test_urls_are_never_read(tmp_path, name):
+    for allow in (False, True):
+        with pytest.raises(MediaError, match="is a URL; media are read from local files only"):
+            MediaLoader(tmp_path, allow_outside=allow).resolve(video(name))
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    (tmp_path / "clip_01.mp4").write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    loader = MediaLoader(tmp_path)
+    with pytest.raises(MediaError, match=r"clip_1\.mp4: not found; did you mean 'clip_01\.mp4'\?"):
+        loader.resolve(video("clip_1.mp4"))
+    with pytest.raises(MediaError, match=r"not found, nor is its folder; check data\.media_dir"):
+        loader.resolve(video("videos/clip.mp4"))
+    with pytest.raises(MediaError, match="is a folder"):
+        loader.resolve(video("folder"))
+    with pytest.raises(MediaError, match=r"media_dir = .*nowhere does not exist"):
+        MediaLoader(tmp_path / "nowhere").resolve(video("a.mp4"))
+    with pytest.raises(MediaError, match=r"data\.media_dir is not set"):
+        MediaLoader(None).resolve(video("a.mp4"))
+    with pytest.raises(MediaError, match="names no file"):
+        loader.resolve(video("a\0b"))
+    assert issubclass(MediaError, BadSample)
+    assert issubclass(BadSample, UserError)
+
+
+def test_fingerprint_follows_the_content(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"abc")
+    (tmp_path / "b.bin").write_bytes(b"abc")
+    loader = MediaLoader(tmp_path)
+    first = loader.fingerprint(video("a.bin"))
+    assert first == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+    assert loader.fingerprint(video("b.bin")) == first
+    (tmp_path / "a.bin").write_bytes(b"abcd")
+    assert loader.fingerprint(video("a.bin")) != first
+
+
+# --- limits, from headers
+
+
+def test_limits_come_before_decoding(tmp_path, write_video, noise):
+    write_video(tmp_path / "a.mp4", [0] * 20)
+    soundfile.write(tmp_path / "a.wav", noise(2.0), 16_000)
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    with pytest.raises(MediaError, match=r"a\.mp4: .*64 x 48 = 3072 pixels, more than data\.limits\.max_pixels = 3071"):
+        MediaLoader(tmp_path, MediaLimits(max_pixels=3071)).frames(video("a.mp4"), 2)
+    with pytest.raises(MediaError, match=r"a\.png: .*64 x 48 = 3072 pixels, more than data\.limits\.max_pixels = 3071"):
+        MediaLoader(tmp_path, MediaLimits(max_pixels=3071)).frames(image("a.png"), 1)
+    with pytest.raises(MediaError, match=r"a\.mp4: lasts 2\.0 s, more than data\.limits\.max_seconds = 1\.5"):
+        MediaLoader(tmp_path, MediaLimits(max_seconds=1.5)).frames(video("a.mp4"), 2)
+    with pytest.raises(MediaError, match=r"a\.wav: lasts 2\.0 s, more than data\.limits\.max_seconds = 1\.5"):
+        MediaLoader(tmp_path, MediaLimits(max_seconds=1.5)).windows(audio("a.wav"), 2, 1.0, False)
+    with pytest.raises(MediaError, match=r"a\.wav: has \d+ bytes, more than data\.limits\.max_bytes = 1000"):
+        MediaLoader(tmp_path, MediaLimits(max_bytes=1000)).windows(audio("a.wav"), 2, 1.0, False)
+    exact = MediaLoader(tmp_path, MediaLimits(max_pixels=3072, max_seconds=2.0))
+    assert exact.frames(video("a.mp4"), 2).shape == (2, 3, 48, 64)
+    assert exact.windows(audio("a.wav"), 2, 1.0, True).samples.shape == (2, 16_000)

@@ -1,0 +1,326 @@
+"""BEATs against a plain float64 re-implementation (loops and formulas), torchaudio's filter bank, T5's buckets."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+from encoders.audio import BeatsEncoder
+from encoders.base import EncoderError
+from encoders.beats import BEATs, BeatsConfig, load_beats, relative_position_buckets, save_beats
+from encoders.fbank import kaldi_fbank
+
+SMALL = BeatsConfig(
+    embed_dim=12,
+    encoder_layers=2,
+    encoder_embed_dim=16,
+    encoder_ffn_embed_dim=20,
+    encoder_attention_heads=2,
+    conv_pos=6,
+    conv_pos_groups=4,
+    num_buckets=32,
+    max_distance=40,
+    predictor_class=5,
+)
+
+
+@pytest.fixture
+def model() -> BEATs:
+    """Every parameter random, so that a forgotten bias or gate shows."""
+    torch.manual_seed(0)
+    model = BEATs(SMALL)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=0.1, std=0.4)
+    return model.eval()
+
+
+# ---- the reference: numpy float64, written from the formulas ----
+
+
+def _layer_norm(x, weights, name):
+    centred = x - x.mean(-1, keepdims=True)
+    normal = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    return normal * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def _linear(x, weights, name):
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def _gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def _sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def _bucket(distance, buckets, max_distance):
+    side = buckets // 2
+    exact = side // 2
+    start = side if distance > 0 else 0
+    distance = abs(distance)
+    if distance < exact:
+        return start + distance
+    far = exact + int(math.log(distance / exact) / math.log(max_distance / exact) * (side - exact))
+    return start + min(far, side - 1)
+
+
+def _attention(x, weights, name, cfg):
+    heads, dim = cfg.encoder_attention_heads, cfg.encoder_embed_dim // cfg.encoder_attention_heads
+    q, k, v = (_linear(x, weights, f"{name}.{letter}_proj") for letter in "qkv")
+    table = weights["encoder.layers.0.self_attn.relative_attention_bias.weight"]
+    out = np.zeros_like(x)
+    for head in range(heads):
+        part = slice(head * dim, (head + 1) * dim)
+        for i in range(len(x)):
+            eight = _linear(q[i, part], weights, f"{name}.grep_linear")
+            a, b = _sigmoid(eight[:4].sum()), _sigmoid(eight[4:].sum())
+            gate = a * (b * weights[f"{name}.grep_a"][0, head, 0, 0] - 1) + 2
+            scores = np.array(
+                [
+                    q[i, part] @ k[j, part] / math.sqrt(dim)
+                    + gate * table[_bucket(j - i, cfg.num_buckets, cfg.max_distance), head]
+                    for j in range(len(x))
+                ]
+            )
+            share = np.exp(scores - scores.max())
+            out[i, part] = (share / share.sum()) @ v[:, part]
+    return _linear(out, weights, f"{name}.out_proj")
+
+
+def _positions(x, weights, cfg):
+    """The convolution by torch's own (deprecated) weight norm, whose names the published checkpoints carry."""
+    conv = torch.nn.Conv1d(x.shape[1], x.shape[1], cfg.conv_pos, padding=cfg.conv_pos // 2, groups=cfg.conv_pos_groups)
+    conv = torch.nn.utils.weight_norm(conv, dim=2).double()
+    for name in ("weight_g", "weight_v", "bias"):
+        getattr(conv, name).data = torch.from_numpy(weights[f"encoder.pos_conv.0.{name}"])
+    y = conv(torch.from_numpy(x).T[None])[0].T.detach().numpy()[:-1]  # even kernel: the last position is cut
+    return _gelu(y)
+
+
+def _reference(fbank, weights, cfg):
+    size, rows = cfg.input_patch_size, len(fbank) // cfg.input_patch_size
+    kernel = weights["patch_embedding.weight"]
+    patches = [
+        np.array(
+            [
+                (kernel[e, 0] * fbank[r * size : (r + 1) * size, f * size : (f + 1) * size]).sum()
+                for e in range(len(kernel))
+            ]
+        )
+        for r in range(rows)
+        for f in range(128 // size)
+    ]
+    x = _linear(_layer_norm(np.stack(patches), weights, "layer_norm"), weights, "post_extract_proj")
+    x = _layer_norm(x + _positions(x, weights, cfg), weights, "encoder.layer_norm")
+    alpha = (2 * cfg.encoder_layers) ** 0.25
+    for index in range(cfg.encoder_layers):
+        name = f"encoder.layers.{index}"
+        x = _layer_norm(
+            alpha * x + _attention(x, weights, f"{name}.self_attn", cfg), weights, f"{name}.self_attn_layer_norm"
+        )
+        inner = _linear(_gelu(_linear(x, weights, f"{name}.fc1")), weights, f"{name}.fc2")
+        x = _layer_norm(alpha * x + inner, weights, f"{name}.final_layer_norm")
+    return x
+
+
+def test_equals_the_plain_reference(model: BEATs) -> None:
+    model = model.double()
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    fbank = torch.randn(2, 98, 128, dtype=torch.float64)
+    with torch.no_grad():
+        x, mask = model.from_fbank(fbank)
+        logits = model.logits(x, mask)
+    assert x.shape == (2, 48, 16)
+    assert mask.all()
+    for i in range(2):
+        expected = _reference(fbank[i].numpy(), weights, SMALL)
+        np.testing.assert_allclose(x[i].numpy(), expected, rtol=0, atol=1e-10)
+        by_patch = _linear(expected, weights, "predictor")
+        np.testing.assert_allclose(logits[i].numpy(), by_patch.mean(0), rtol=0, atol=1e-10)
+
+
+def test_padding_is_invisible_in_float64(model: BEATs) -> None:
+    model = model.double()
+    fbank = torch.randn(3, 100, 128, dtype=torch.float64)
+    lengths = torch.tensor([16000, 2560 * 3, 2561])  # a frame or patch is masked only when all of it is padding
+    with torch.no_grad():
+        x, mask = model.from_fbank(fbank, lengths)
+        assert mask.sum(1).tolist() == [48, 24, 16]
+        for i, rows in enumerate((6, 3, 2)):
+            alone, _ = model.from_fbank(fbank[i : i + 1, : rows * 16])
+            torch.testing.assert_close(x[i, : rows * 8], alone[0], rtol=0, atol=1e-10)
+            expected = model.logits(alone)[0]
+            torch.testing.assert_close(model.logits(x, mask)[i], expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("buckets", "distance", "length"), [(320, 800, 496), (32, 128, 300)])
+def test_buckets_equal_t5(buckets: int, distance: int, length: int) -> None:
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    position = torch.arange(length)
+    expected = T5Attention._relative_position_bucket(
+        position[None, :] - position[:, None], bidirectional=True, num_buckets=buckets, max_distance=distance
+    )
+    assert torch.equal(relative_position_buckets(length, buckets, distance, torch.device("cpu")), expected)
+
+
+def test_fbank_equals_torchaudio() -> None:
+    from torchaudio.compliance import kaldi
+
+    torch.manual_seed(0)
+    waves = torch.randn(3, 16000) * torch.tensor([[0.3], [1e-4], [0.0]]) * 2**15
+    waves[0, 8000:] = 0
+    expected = [
+        kaldi.fbank(wave[None], num_mel_bins=128, sample_frequency=16000, frame_length=25, frame_shift=10)
+        for wave in waves
+    ]
+    found = kaldi_fbank(waves)
+    assert found.shape == (3, 98, 128)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-5)
+
+
+def test_published_names_and_shapes() -> None:
+    """The fine-tuned AS2M checkpoint's keys, written out."""
+    with torch.device("meta"):
+        found = {name: tuple(tensor.shape) for name, tensor in BEATs(BeatsConfig()).state_dict().items()}
+    norm = {"weight": (768,), "bias": (768,)}
+    square = {"weight": (768, 768), "bias": (768,)}
+    layer = {
+        **{f"self_attn.{letter}_proj": square for letter in ("q", "k", "v", "out")},
+        "self_attn.grep_linear": {"weight": (8, 64), "bias": (8,)},
+        "self_attn.relative_attention_bias": {"weight": (320, 12)},
+        "self_attn_layer_norm": norm,
+        "fc1": {"weight": (3072, 768), "bias": (3072,)},
+        "fc2": {"weight": (768, 3072), "bias": (768,)},
+        "final_layer_norm": norm,
+    }
+    modules = {
+        "patch_embedding": {"weight": (512, 1, 16, 16)},
+        "layer_norm": {"weight": (512,), "bias": (512,)},
+        "post_extract_proj": {"weight": (768, 512), "bias": (768,)},
+        "encoder.pos_conv.0": {"weight_g": (1, 1, 128), "weight_v": (768, 48, 128), "bias": (768,)},
+        "encoder.layer_norm": norm,
+        "predictor": {"weight": (527, 768), "bias": (527,)},
+    }
+    modules |= {f"encoder.layers.{i}.{name}": shapes for i in range(12) for name, shapes in layer.items()}
+    expected = {f"{module}.{name}": shape for module, shapes in modules.items() for name, shape in shapes.items()}
+    expected |= {f"encoder.layers.{i}.self_attn.grep_a": (1, 12, 1, 1) for i in range(12)}
+    assert found == expected
+
+
+def test_trains_and_shares_one_bias_table(model: BEATs) -> None:
+    x, mask = model.features(torch.randn(2, 16000), torch.tensor([16000, 6000]))
+    model.logits(x, mask).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    tables = [layer.self_attn.relative_attention_bias for layer in model.encoder.layers]
+    assert tables[0] is tables[1]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_round_trip(model: BEATs, tmp_path, suffix: str) -> None:
+    save_beats(tmp_path / f"b{suffix}", model)
+    again = load_beats(tmp_path / f"b{suffix}")
+    assert asdict(again.cfg) == asdict(SMALL)
+    wave = torch.randn(2, 16000)
+    with torch.no_grad():
+        assert torch.equal(again.eval().features(wave)[0], model.features(wave)[0])
+
+
+def test_published_pt_with_unknown_cfg_fields(model: BEATs, tmp_path) -> None:
+    torch.save({"cfg": {**asdict(SMALL), "label_rate": 7}, "model": model.state_dict()}, tmp_path / "b.pt")
+    assert load_beats(tmp_path / "b.pt").cfg == SMALL
+
+
+def test_encoder_does_not_depend_on_the_batch(model: BEATs, tmp_path) -> None:
+    save_beats(tmp_path / "b.safetensors", model)
+    encoder = BeatsEncoder(tmp_path / "b.safetensors", max_batch=3)
+    assert encoder.width == 16
+    lengths = torch.tensor([16000, 15999, 9000, 5360, 2800, 399, 1])
+    waves = torch.randn(7, 16000) * 0.1  # what lies past a length must not matter
+    features, mask = encoder.encode(waves, lengths)
+    assert features.shape == (7, 48, 16)
+    assert not features.requires_grad
+    for i, length in enumerate(lengths.tolist()):
+        alone = encoder.encode(waves[i : i + 1, :length])
+        count = encoder.num_tokens(length)
+        assert mask[i].sum() == count == alone.mask.sum()
+        assert mask[i, :count].all()
+        assert (features[i, count:] == 0).all()
+        torch.testing.assert_close(features[i, :count], alone.features[0], rtol=0, atol=1e-5)
+    assert [encoder.num_tokens(n) for n in (16000, 32000, 5360, 5359, 1)] == [48, 96, 16, 8, 8]
+
+
+def test_whole_segments_equal_the_published_forward(model: BEATs, tmp_path) -> None:
+    save_beats(tmp_path / "b.safetensors", model)
+    waves = torch.randn(2, 16000) * 0.1
+    with torch.no_grad():
+        expected = model.features(waves)[0]
+    found = BeatsEncoder(tmp_path / "b.safetensors").encode(waves)
+    torch.testing.assert_close(found.features, expected, rtol=0, atol=1e-5)
+
+
+# ---- bad files ----
+
+
+class _Code:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_code_in_a_pt_is_refused(tmp_path, capsys) -> None:
+    with open(tmp_path / "evil.pt", "wb") as file:
+        pickle.dump({"cfg": {}, "model": _Code()}, file, protocol=2)
+    torch.save({"cfg": {}, "model": _Code()}, tmp_path / "evil2.pt")
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(EncoderError, match="refused: it holds Python objects"):
+            load_beats(tmp_path / name)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_wrong_architecture_names_the_keys(model: BEATs, tmp_path) -> None:
+    state = model.state_dict()
+    del state["encoder.layer_norm.bias"]
+    state["head.weight"] = torch.zeros(1)
+    state["layer_norm.bias"] = torch.zeros(3)
+    torch.save({"cfg": asdict(SMALL), "model": state}, tmp_path / "b.pt")
+    with pytest.raises(EncoderError) as error:
+        load_beats(tmp_path / "b.pt")
+    for part in ("missing (encoder.layer_norm.bias)", "unexpected (head.weight)", "(3,) instead of (12,)"):
+        assert part in str(error.value)
+
+
+def test_missing_truncated_and_foreign_files(model: BEATs, tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    with pytest.raises(EncoderError, match=r"nothing at 'nowhere.safetensors' \(looked at /"):
+        load_beats("nowhere.safetensors")
+    save_beats(tmp_path / "b.safetensors", model)
+    content = (tmp_path / "b.safetensors").read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(EncoderError, match="not a whole safetensors file"):
+        load_beats(tmp_path / "short.safetensors")
+    (tmp_path / "short.pt").write_bytes(b"PK\x03\x04 not much")
+    with pytest.raises(EncoderError, match=r"short\.pt"):
+        load_beats(tmp_path / "short.pt")
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(EncoderError, match="no metadata key 'cfg'"):
+        load_beats(tmp_path / "foreign.safetensors")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    with pytest.raises(EncoderError, match="expected the keys cfg and model, found state_dict"):
+        load_beats(tmp_path / "foreign.pt")
+
+
+def test_cfg_is_json_in_the_metadata(model: BEATs, tmp_path) -> None:
+    from safetensors import safe_open
+
+    save_beats(tmp_path / "b.safetensors", model)
+    with safe_open(str(tmp_path / "b.safetensors"), framework="pt") as opened:
+        assert json.loads(opened.metadata()["cfg"]) == asdict(SMALL)

@@ -1,0 +1,245 @@
+"""eval/run.py from a run folder to metrics, with a real (random) miniature model, real media and every control."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.schema import Sample
+from eval.benchmarks import BENCHMARKS
+from eval.run import main
+
+ROOT = Path(__file__).resolve().parents[2]
+CLIPS = 4
+
+
+def write_video(path: Path, seed: int) -> None:
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colour = np.random.default_rng(seed).integers(0, 255, size=3, dtype=np.uint8)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=4)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for k in range(8):
+            picture = np.tile(colour, (64, 64, 1))
+            picture[8 * k : 8 * k + 8] = 255 - picture[8 * k : 8 * k + 8]
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                file.mux(packet)
+        for packet in stream.encode():
+            file.mux(packet)
+
+
+def write_sound(path: Path, pitch: float) -> None:
+    import soundfile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    time = np.arange(2 * 16000) / 16000
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * pitch * time).astype(np.float32), 16000)
+
+
+def conversation(name: str, content: list[dict[str, Any]], answer: str) -> str:
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return json.dumps({"id": name, "messages": messages}) + "\n"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A test split of four clips, three recordings and two pictures; the last clip's video is cut off."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("world")
+    questions = []
+    for i in range(CLIPS):
+        write_video(folder / f"videos/{i}.mp4", seed=i)
+        write_sound(folder / f"audio/{i}.wav", 220.0 * (i + 1))
+        for k, (kind, question, answer) in enumerate(
+            [("Counting", "How many things sound?", "two"), ("Existential", "Is there a red ring that sounds?", "yes")]
+        ):
+            row = {"video_id": str(i), "question_id": k, "type": json.dumps(["Audio-Visual", kind])}
+            questions.append(row | {"question_content": question, "templ_values": "[]", "anser": answer})
+    last = folder / f"videos/{CLIPS - 1}.mp4"
+    last.write_bytes(last.read_bytes()[:200])
+    (folder / "avqa.json").write_text(json.dumps(questions))
+    (folder / "events.txt").write_text("".join(f"bell&{i}&good&{i}&{i + 3}\n" for i in range(CLIPS - 1)))
+    spoken, pictures = "", ""
+    for i in range(3):
+        write_sound(folder / f"speech/{i}.wav", 300.0 + 50 * i)
+        spoken += conversation(f"s{i}", [{"type": "audio", "path": f"speech/{i}.wav", "as": "speech"}], "red")
+    for i in range(2):
+        (folder / "images").mkdir(exist_ok=True)
+        Image.fromarray(np.full((64, 64, 3), 90 * i, dtype=np.uint8)).save(folder / f"images/{i}.png")
+        content = [{"type": "image", "path": f"images/{i}.png"}, {"type": "text", "text": "A ring?"}]
+        pictures += conversation(f"i{i}", content, "no")
+    for name, text in (("spoken", spoken), ("transcription", spoken), ("images", pictures)):
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+def configuration(base: Path, world: Path, stage_1: str | None, method: str) -> dict[str, Any]:
+    def sense(name: str, path: str, segments: int, **options: Any) -> dict[str, Any]:
+        encoder = {"name": name, "path": str(base / path)}
+        return {"encoder": encoder, "projector": {"name": "mlp", "stride": 16}, "segments": segments, **options}
+
+    files = {"avqa": "json", "events": "txt", "spoken": "jsonl", "transcription": "jsonl", "images": "jsonl"}
+    return {
+        "model": {
+            "llm": {"path": str(base / "llm")},
+            "modalities": {
+                "vision": sense("open_clip", "vision", 2),
+                "audio": sense("beats", "audio.safetensors", 2, seconds=1.0),
+                "speech": sense("whisper", "speech", 1),
+            },
+        },
+        "adapter": {"method": method, "r": 4},
+        "data": {"media_dir": str(world), "train": [{"source": "music_avqa", "path": "avqa.json"}]},
+        "training": {"output_dir": "unused", "init_from": stage_1},
+        "evaluation": {
+            "batch_size": 3,
+            "max_new_tokens": 6,
+            "benchmarks": [{"benchmark": f"miniworld_{n}", "path": f"{n}.{end}"} for n, end in files.items()],
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, world: Path) -> Path:
+    """The folder of a run as training leaves it: random base, random stage-1 projectors, MokA with a large random B."""
+    from mokamm.build import build_model
+    from mokamm.config import RunConfig
+    from mokamm.mini.architecture import write_random
+    from mokamm.weights import save_weights
+
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    write_random(folder / "base")
+    plain = RunConfig.model_validate(configuration(folder / "base", world, None, "none"))
+    save_weights(build_model(plain, "cpu"), folder / "stage1")
+    config = RunConfig.model_validate(configuration(folder / "base", world, str(folder / "stage1"), "moka"))
+    model = build_model(config, "cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "moka_B" in name:
+                parameter.normal_(std=0.3)
+    save_weights(model, folder / "run" / "final")
+    config.dump(folder / "run" / "config.yaml")
+    return folder / "run"
+
+
+def evaluate(capfd: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """Standard output of a --json run, which must be one JSON object and nothing else."""
+    capfd.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+def predictions(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "predictions" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_all_benchmarks_in_one_go(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    result = evaluate(capfd, "all", str(run))
+    assert result["control"] is None
+    assert list(result["benchmarks"]) == list(BENCHMARKS)
+    counts = {"avqa": 2 * CLIPS, "events": CLIPS - 1, "spoken": 3, "transcription": 3, "images": 2}
+    for name, count in counts.items():
+        metrics = result["benchmarks"][f"miniworld_{name}"]
+        rows = predictions(run, f"miniworld_{name}")
+        assert metrics == json.loads((run / "predictions" / f"miniworld_{name}.metrics.json").read_text())
+        assert [row["index"] for row in rows] == list(range(count))
+        assert metrics["rows"] == count
+        assert metrics["score"] == pytest.approx(sum(r["points"] for r in rows) / sum(r["of"] for r in rows))
+        assert metrics["settings"]["batch_size"] == 3
+    avqa = predictions(run, "miniworld_avqa")
+    assert [row["error"] is None for row in avqa] == [True] * 6 + [False] * 2  # the clip that is cut off
+    assert "videos/3.mp4" in avqa[-1]["error"]
+    assert not avqa[-1]["correct"]
+    assert result["benchmarks"]["miniworld_avqa"]["bad"] == 2
+    assert any(row["prediction"] for row in avqa)
+
+
+def test_answers_do_not_depend_on_the_batch_and_equal_the_models_own(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mokamm.model import MultimodalLM
+
+    evaluate(capfd, "miniworld_avqa", str(run), "--batch-size", "8")
+    together = [row["prediction"] for row in predictions(run, "miniworld_avqa")]
+    evaluate(capfd, "miniworld_avqa", str(run), "--batch-size", "1", "--limit", "4")
+    assert [row["prediction"] for row in predictions(run, "miniworld_avqa")] == together[:4]
+    model = MultimodalLM.from_run(run, device="cpu")
+    folder = Path(model.config.data.media_dir or "") if model.config else Path()
+    row = BENCHMARKS["miniworld_avqa"].load(folder / "avqa.json")[1]
+    media = {"video": str(folder / "videos/0.mp4"), "audio": str(folder / "audio/0.wav")}
+    assert isinstance(row.sample, Sample)
+    assert model.chat(row.sample.prompt[-1].text, **media, max_new_tokens=6) == together[1]
+
+
+def test_controls_change_what_they_say(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    answers = {}
+    plain = evaluate(capfd, "miniworld_avqa", str(run), "--limit", "6")
+    assert (plain["control"], plain["settings"]["limit"], plain["bad"]) == (None, 6, 0)
+    answers["plain"] = [row["prediction"] for row in predictions(run, "miniworld_avqa")]
+    for control in ("blind", "shuffle", "base", "adapter:vision"):
+        metrics = evaluate(capfd, "miniworld_avqa", str(run), "--limit", "6", "--control", control)
+        assert (metrics["control"], metrics["rows"], metrics["bad"]) == (control, 6, 0)
+        stem = f"miniworld_avqa.{control.replace(':', '-')}"
+        answers[control] = [row["prediction"] for row in predictions(run, stem)]
+    blind = answers["blind"]
+    assert blind[0] == blind[2] == blind[4]  # the same words, so the same answer whatever the clip
+    assert blind[1] == blind[3] == blind[5]
+    assert all(answers[control] != answers["plain"] for control in ("blind", "base", "adapter:vision"))
+    # three clips of two like questions each: shuffled, every clip's answers are those of another clip
+    pairs = {tuple(answers["plain"][i : i + 2]) for i in (0, 2, 4)}
+    assert {tuple(answers["shuffle"][i : i + 2]) for i in (0, 2, 4)} == pairs
+
+
+def test_a_spoken_question_can_be_asked_blind(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing is left of it, and still every row is answered and counted."""
+    metrics = evaluate(capfd, "miniworld_spoken", str(run), "--control", "blind")
+    assert (metrics["rows"], metrics["bad"]) == (3, 0)
+
+
+def test_a_table_for_people(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["miniworld_images", str(run)]) == 0
+    out = capfd.readouterr().out
+    for word in ("miniworld_images", "score %", "precision", "baseline: majority_answer".replace("_", " "), "metrics"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["miniworld_avq", "RUN"], "did you mean 'miniworld_avqa'"),
+        (["all", "RUN/nowhere"], "is no finished run"),
+        (["all", "RUN", "--control", "blnd"], "did you mean 'blind'"),
+        (["all", "RUN", "--control", "adapter:sight"], "has no modality 'sight'"),
+        (["all", "RUN", "--path", "x.json"], "name it instead of 'all'"),
+        (["miniworld_avqa", "RUN", "--path", "absent.json"], "no such annotation file"),
+        (["miniworld_avqa", "RUN", "--limit", "2", "--control", "shuffle"], "share one clip or picture"),
+    ],
+)
+def test_mistakes_end_in_one_message(
+    run: Path, arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([argument.replace("RUN", str(run)) for argument in arguments]) == 2
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert message in output.err
+
+
+def test_the_script_itself(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "eval" / "run.py"), "all", "nowhere", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: nowhere is no finished run")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,380 @@
+"""The routed adapter as a PEFT method: names, saving, several adapters, folding, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from mokamm.adapters import (
+    METHODS,
+    AdapterError,
+    MokaConfig,
+    MokaModel,
+    RoutedLinear,
+    set_routing,
+    target_report,
+    wrap,
+)
+from mokamm.routing import Routing
+
+IDS = torch.tensor([[0, 1, 1, 2, 0, 0, 0, -1], [1, 1, 0, 0, 2, 2, 0, 0]])
+KEYS = torch.tensor([[0, 0, 0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0, 1, 0]]).bool()
+SEVEN = {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_proj": 2, "up_proj": 2, "down_proj": 2}
+
+
+def small_llm(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "moka_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.3
+    return model.eval()
+
+
+def logits_of(model: nn.Module, routing: Routing | None = None) -> Tensor:
+    set_routing(model, routing or Routing(IDS, KEYS))
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return model(inputs_embeds=x.to(model.dtype), attention_mask=(IDS >= 0).long()).logits
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_names_shapes_and_initialisation() -> None:
+    for shared, columns in ((True, 5), (False, 15)):
+        model = get_peft_model(small_llm(), MokaConfig(r=5, target_modules=["up_proj"], shared_b=shared))
+        assert model.peft_type == PeftType("MOKA") == "MOKA"
+        shapes = {n.split("layers.0.")[1]: tuple(p.shape) for n, p in model.named_parameters() if "0.mlp.up_proj" in n}
+        assert shapes == {
+            "mlp.up_proj.base_layer.weight": (24, 16),
+            "mlp.up_proj.moka_A.default.weight": (15, 16),
+            "mlp.up_proj.moka_B.default.weight": (24, columns),
+        }
+        layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+        A = layer.moka_A["default"].weight
+        assert not layer.moka_B["default"].weight.any()
+        assert 0.2 < A.abs().max() <= 1 / 16**0.5  # Kaiming-uniform with a = sqrt 5
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+            n for n in parameters(model) if "moka" in n
+        }
+
+
+def test_counts_for_llama_2_7b() -> None:
+    """FACTS: seven targets, rank 4; the model stands on the meta device."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    expected = {("text", "v", "a"): 19_103_744, ("text", "v"): 14_548_992, ("text",): 9_994_240}
+    with torch.device("meta"):
+        llm = LlamaForCausalLM(config)
+        for modalities, count in expected.items():
+            model = get_peft_model(llm, MokaConfig(r=4, modalities=list(modalities)))
+            assert model.get_nb_trainable_parameters()[0] == count
+            assert target_report(model) == dict.fromkeys(SEVEN, 32)
+            llm = model.unload()
+        model = get_peft_model(llm, MokaConfig(r=4, shared_b=False))
+        assert model.get_nb_trainable_parameters()[0] == 29_982_720
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("name", ["default", "vision"])
+def test_save_and_reload_on_the_plain_llm(tmp_path: Path, task_type: str | None, name: str) -> None:
+    config = MokaConfig(
+        r=3, lora_alpha=5, scale_logits=False, attention_weight=0.5, attention_weight_pattern={"q_proj": 0.25},
+        shared_b=False, modalities=["text", "vision", "audio"], task_type=task_type,
+    )  # fmt: skip
+    model = randomise(get_peft_model(small_llm(), config, adapter_name=name))
+    expected = logits_of(model)
+    model.save_pretrained(tmp_path)
+    folder = tmp_path if name == "default" else tmp_path / name
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert len(saved) == 28
+    assert "base_model.model.model.layers.0.self_attn.q_proj.moka_A.weight" in saved
+    assert all("moka_" in key and name not in key for key in saved)
+    stored = json.loads((folder / "adapter_config.json").read_text())
+    assert stored["peft_type"] == "MOKA"
+
+    again = PeftModel.from_pretrained(small_llm(), folder, adapter_name=name).eval()
+    torch.testing.assert_close(logits_of(again), expected, rtol=0, atol=1e-12)
+    for key, value in model.peft_config[name].to_dict().items():
+        found = getattr(again.peft_config[name], key)
+        if key == "target_modules":
+            assert set(found) == set(value)
+        elif key not in ("inference_mode", "auto_mapping"):
+            assert found == value, key
+    assert isinstance(PeftConfig.from_pretrained(folder), MokaConfig)
+    assert not any(p.requires_grad for p in again.parameters())
+    trainable = PeftModel.from_pretrained(small_llm(), folder, adapter_name=name, is_trainable=True)
+    assert sum(p.requires_grad for p in trainable.parameters()) == 28
+
+    # and as a text model that knows of no media
+    set_routing(again, Routing.text_only())
+    ids = torch.tensor([[3, 4, 5]])
+    text = again.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert text.shape == (1, 7)
+
+
+def test_pickle_and_deepcopy_keep_one_context() -> None:
+    model = randomise(get_peft_model(small_llm(), MokaConfig(r=2)))
+    expected = logits_of(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.base_model.context is not model.base_model.context
+        assert {id(layer.context) for layer in twin.base_model.routed_layers()} == {id(twin.base_model.context)}
+        assert torch.equal(logits_of(twin), expected)
+
+
+def test_disable_adapter_and_unload_give_the_base_back() -> None:
+    base = logits_of(small_llm())
+    model = randomise(get_peft_model(small_llm(), MokaConfig(r=3)))
+    adapted = logits_of(model)
+    assert not torch.allclose(adapted, base)
+    model.base_model.fold_text()
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model), base)
+        set_routing(model, None)  # the base alone asks for no routing
+        model(inputs_embeds=torch.zeros(1, 4, 16, dtype=torch.float64))
+    assert torch.equal(logits_of(model), adapted)
+    assert torch.equal(logits_of(model.unload()), base)
+
+
+def test_several_adapters() -> None:
+    model = randomise(get_peft_model(small_llm(), MokaConfig(r=3)))
+    first = logits_of(model)
+    model.add_adapter("other", MokaConfig(r=5, target_modules=["q_proj", "up_proj"], scale_logits=False))
+    randomise(model, seed=7)
+    randomised = logits_of(model)
+    assert not torch.equal(randomised, first)
+    model.set_adapter("other")
+    other = logits_of(model)
+    trained = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"other"}
+    model.base_model.fold_text()
+    torch.testing.assert_close(logits_of(model), other, rtol=0, atol=1e-10)
+    model.set_adapter("default")  # takes the folded one out first
+    assert not model.base_model.folded
+    assert torch.equal(logits_of(model), randomised)
+    model.base_model.set_adapter(["default", "other"])
+    both = logits_of(model)
+    assert not torch.equal(both, randomised)
+    model.base_model.fold_text()
+    torch.testing.assert_close(logits_of(model), both, rtol=0, atol=1e-10)
+    model.delete_adapter("other")
+    assert torch.equal(logits_of(model), randomised)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_folding_is_taken_out_bit_by_bit(dtype: torch.dtype) -> None:
+    model = randomise(get_peft_model(small_llm(dtype), MokaConfig(r=3)))
+    for layer in model.base_model.routed_layers():
+        layer.base_layer.weight.data[0, :3] = torch.tensor([0.0, -0.0, 1e-7])
+    before, x = parameters(model), torch.randn(2, 1, 16).to(dtype)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    with torch.no_grad():
+        text = layer(x)
+        for _ in range(2):
+            model.base_model.fold_text()
+            model.base_model.fold_text()  # a second time changes nothing
+            assert model.base_model.folded
+            assert not torch.equal(
+                layer.base_layer.weight, before["base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"]
+            )
+            torch.testing.assert_close(layer(x), text, rtol=2e-2, atol=2e-2)
+            for parameter in layer.moka_A.parameters():
+                parameter.add_(1.0)  # whoever trains on while folded loses nothing of W
+            model.base_model.unfold_text()
+            for parameter in layer.moka_A.parameters():
+                parameter.sub_(1.0)
+    for name, parameter in model.named_parameters():
+        if "base_layer" in name:
+            assert torch.equal(parameter, before[name]), name
+            assert torch.equal(parameter.signbit(), before[name].signbit()), name
+
+
+def test_folding_transposed_weights() -> None:
+    torch.manual_seed(0)
+    llm = GPT2LMHeadModel(GPT2Config(vocab_size=37, n_embd=16, n_layer=1, n_head=2, n_positions=32)).double().eval()
+    model = randomise(get_peft_model(llm, MokaConfig(r=3)))
+    assert target_report(model) == {"c_attn": 1, "c_proj": 2, "c_fc": 1}
+    expected = logits_of(model)
+    model.base_model.fold_text()
+    torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-10)
+
+
+def test_folding_is_refused_whole() -> None:
+    model = get_peft_model(small_llm(), MokaConfig(r=3))
+    before = parameters(model)
+    packed = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj").base_layer
+    packed.weight = nn.Parameter(torch.zeros(192, 1, dtype=torch.uint8), requires_grad=False)  # as 4-bit weights look
+    with pytest.raises(AdapterError, match="quantized or sharded"):
+        model.base_model.fold_text()
+    assert not model.base_model.folded
+    name = "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"
+    assert torch.equal(model.get_parameter(name), before[name])
+
+    tied = get_peft_model(small_llm(), MokaConfig(r=3, target_modules=["q_proj", "o_proj"]))
+    attention = tied.base_model.model.model.layers[0].self_attn
+    attention.o_proj.base_layer.weight = attention.q_proj.base_layer.weight
+    with pytest.raises(AdapterError, match="shares"):
+        tied.base_model.fold_text()
+
+
+def test_training_while_folded_is_refused() -> None:
+    model = get_peft_model(small_llm(), MokaConfig(r=3)).train()
+    model.base_model.fold_text()
+    set_routing(model, Routing.text_only())
+    with pytest.raises(AdapterError, match=r"unfold_text\(\) first"):
+        model(input_ids=torch.tensor([[3, 4]]))
+
+
+def test_merging_is_refused_with_the_reason() -> None:
+    model = get_peft_model(small_llm(), MokaConfig(r=3))
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(AdapterError, match="cannot be merged: each modality"):
+            merge()
+
+
+def test_frozen_a_stays_frozen() -> None:
+    model = get_peft_model(small_llm(), MokaConfig(r=3, frozen_a=True))
+    model.add_adapter("other", MokaConfig(r=3))
+
+    def trainable() -> set[tuple[str, str]]:
+        return {tuple(n.split(".")[-3:-1]) for n, p in model.named_parameters() if p.requires_grad}
+
+    assert trainable() == {("moka_B", "default")}
+    model.set_adapter("other")
+    assert trainable() == {("moka_A", "other"), ("moka_B", "other")}
+    model.set_adapter("default")
+    with model.disable_adapter():
+        pass
+    assert trainable() == {("moka_B", "default")}
+
+
+def test_all_linear_leaves_the_head_out_and_is_counted() -> None:
+    model = get_peft_model(small_llm(), MokaConfig(r=2))
+    assert target_report(model) == SEVEN
+    assert not isinstance(model.base_model.model.lm_head, RoutedLinear)
+    named = get_peft_model(small_llm(), MokaConfig(r=2, target_modules=["self_attn.q_proj", "up_proj"]))
+    assert target_report(named) == {"self_attn.q_proj": 2, "up_proj": 2}
+    less = get_peft_model(small_llm(), MokaConfig(r=2, exclude_modules=["q_proj"]))
+    assert target_report(less) == {name: n for name, n in SEVEN.items() if name != "q_proj"}
+    regex = get_peft_model(small_llm(), MokaConfig(r=2, target_modules=r".*layers\.0\.mlp\..*"))
+    assert target_report(regex) == {r".*layers\.0\.mlp\..*": 3}
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 4)})])
+        self.gate = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "r must be a whole number"),
+        ({"r": 2.5}, "r must be a whole number"),
+        ({"lora_alpha": 0}, "lora_alpha must be above 0"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
+        ({"modalities": []}, "distinct names"),
+        ({"modalities": ["vision", "text"]}, "'text' first"),
+        ({"modalities": ["text", "audio", "audio"]}, "distinct names"),
+        ({"target_modules": ["q_prj", "up_proj"]}, "'q_prj' matches no linear module; did you mean 'q_proj'"),
+        ({"target_modules": ["embed_tokens"]}, "'embed_tokens' matches no linear module"),
+        ({"target_modules": "nothing.*"}, "matches no linear module"),
+        ({"attention_weight_pattern": {"q_prj": 1.0}}, "'q_prj' matches none of the 14"),
+    ],
+)
+def test_what_a_config_may_not_say(options: dict, message: str) -> None:
+    llm = small_llm()
+    with pytest.raises(AdapterError, match=message):
+        get_peft_model(llm, MokaConfig(**options))
+    assert not any(isinstance(module, RoutedLinear) for module in llm.modules())
+
+
+@pytest.mark.parametrize("name", ["mlp", "q_proj", "model", "a.b", ""])
+def test_adapter_names_that_would_garble_keys(name: str) -> None:
+    with pytest.raises(AdapterError, match="cannot be named"):
+        get_peft_model(small_llm(), MokaConfig(r=2), adapter_name=name)
+    model = get_peft_model(small_llm(), MokaConfig(r=2))
+    with pytest.raises(AdapterError, match="cannot be named"):
+        model.add_adapter(name, MokaConfig(r=2))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_experts_are_refused_unless_left_out() -> None:
+    with pytest.raises(AdapterError, match="only some of a batch's tokens"):
+        get_peft_model(Expert(), MokaConfig(r=2))
+    model = get_peft_model(Expert(), MokaConfig(r=2, exclude_modules=r".*experts\..*"))
+    assert target_report(model) == {"gate": 1}
+
+
+def test_modality_names() -> None:
+    config = MokaConfig(modalities=["text", "vision", "audio"])
+    assert [config.modality_id(name) for name in ("text", "vision", "audio")] == [0, 1, 2]
+    with pytest.raises(AdapterError, match="no modality 'vison'; did you mean 'vision'"):
+        config.modality_id("vison")
+
+
+class TestWrap:
+    def test_methods(self) -> None:
+        options = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear", "keys": "question"}
+        options |= {"attention_weight": 1.0, "attention_weight_pattern": None, "scale_logits": True}
+        trainable = {}
+        for method in METHODS:
+            model = wrap(small_llm(), method, ["vision", "audio"], options)
+            trainable[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            assert target_report(model) == ({} if method in ("full", "none") else SEVEN)
+            set_routing(model, Routing(IDS, KEYS))
+            assert logits_of(model).shape == (2, 8, 37)
+        assert trainable["none"] == 0
+        assert trainable["full"] == sum(p.numel() for p in small_llm().parameters())
+        assert trainable["multi_lora"] == 3 * trainable["lora"]
+        assert trainable["lora"] < trainable["moka"] < trainable["multi_lora"]
+
+    def test_text_is_put_first_where_it_is_not_named(self) -> None:
+        for names in (["vision"], ["text", "vision"]):
+            model = wrap(small_llm(), "moka", names, {"r": 2})
+            assert isinstance(model.base_model, MokaModel)
+            assert model.peft_config["default"].modalities == ["text", "vision"]
+
+    def test_multi_lora_is_one_lora_per_modality(self) -> None:
+        model = randomise(wrap(small_llm(), "multi_lora", ["vision", "audio"], {"r": 3, "lora_alpha": 3}))
+        layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+        x = torch.randn(2, 8, 16, dtype=torch.float64)
+        set_routing(model, Routing(IDS, KEYS))
+        A, B = layer.moka_A["default"].weight, layer.moka_B["default"].weight
+        for row, column in [(0, 1), (0, 3), (0, 4), (1, 0)]:
+            m = int(IDS[row, column])
+            update = B[:, 3 * m : 3 * m + 3] @ A[3 * m : 3 * m + 3] @ x[row, column]
+            torch.testing.assert_close(layer(x)[row, column], layer.base_layer(x)[row, column] + update)
+
+    @pytest.mark.parametrize(
+        ("method", "options", "message"),
+        [
+            ("mokka", {}, "Unknown adapter method 'mokka'; did you mean 'moka'"),
+            ("moka", {"lora_alfa": 3}, "Unknown adapter option 'lora_alfa'; did you mean 'lora_alpha'"),
+            ("moka", {"r": 0}, "r must be"),
+            ("lora", {"r": 0}, "r must be"),
+            ("lora", {"target_modules": ["q_prj"]}, "did you mean 'q_proj'"),
+        ],
+    )
+    def test_what_is_refused(self, method: str, options: dict, message: str) -> None:
+        with pytest.raises(AdapterError, match=message):
+            wrap(small_llm(), method, ["vision"], options)

@@ -1,0 +1,180 @@
+"""Checkpoints: resumed runs are bit-identical, altered files are noticed, the last and the best are never lost."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.schema import UserError
+from mokamm.training import checkpoint
+from mokamm.weights import (
+    MANIFEST,
+    PROJECTORS,
+    WeightsError,
+    find_weights,
+    load_weights,
+    manifest_problems,
+    newest_first,
+    save_weights,
+    write_manifest,
+)
+
+SCRIPT = Path(__file__).with_name("toy_training.py")
+
+
+@pytest.fixture(scope="module")
+def toy():
+    spec = importlib.util.spec_from_file_location("toy_training", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["toy_training"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory):
+    """An uninterrupted run with dropout, accumulation and workers."""
+    folder = tmp_path_factory.mktemp("whole")
+    model, _ = toy.run(folder, toy.alone(), dropout=0.2, dataloader_num_workers=2)
+    return folder, model
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_resume_is_bit_identical(toy, whole, tmp_path):
+    folder, model = whole
+    toy.run(tmp_path, toy.alone(), dropout=0.2, stop_after=6)  # logs two steps beyond its checkpoint
+    resumed, _ = toy.run(tmp_path, toy.alone(), dropout=0.2)
+    assert toy.losses(tmp_path) == toy.losses(folder)
+    for name, tensor in weights_of(model).items():
+        assert torch.equal(tensor, weights_of(resumed)[name]), name
+
+
+def test_a_checkpoint_holds_trained_weights_only(toy, whole):
+    folder, model = whole
+    saved = newest_first(folder)[0]
+    assert saved.name == "checkpoint-8"
+    assert not manifest_problems(saved)
+    names = sorted(p.name for p in saved.iterdir())
+    assert names == [
+        MANIFEST, "adapter", "optimizer-rank0.pt", PROJECTORS, "rng-rank0.pt", "trainer_state.json"
+    ]  # fmt: skip
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stored = sum(p.stat().st_size for p in saved.rglob("*") if p.is_file() and p.suffix != ".json")
+    assert stored < 4 * trained * 3 + 60_000  # weights and two moments; the base alone would be as much again
+    assert not [p for p in folder.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_an_altered_or_cut_file_is_noticed_and_the_older_checkpoint_used(toy, whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    newest, older = newest_first(run)[:2]
+    adapter = newest / "adapter" / "adapter_model.safetensors"
+    content = bytearray(adapter.read_bytes())
+    content[-1] ^= 1
+    adapter.write_bytes(content)
+    assert "altered" in manifest_problems(newest)[0]
+    assert checkpoint.find(run, "auto") == older
+    assert "passed over" in capsys.readouterr().out
+    adapter.write_bytes(content[:-5])
+    assert "bytes" in manifest_problems(newest)[0]
+    (older / MANIFEST).unlink()
+    assert checkpoint.find(run, "auto") is None
+    with pytest.raises(UserError, match="cannot be used"):
+        checkpoint.find(run, str(newest))
+    assert checkpoint.find(run, None) is None
+
+
+def test_a_run_that_differs_is_refused_with_the_reason(toy, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    with pytest.raises(UserError, match=r"training\.seed: 0 there, 1 now"):
+        toy.run(tmp_path / "run", toy.alone(), dropout=0.2, seed=1)
+
+
+def test_a_finished_run_trains_no_further(toy, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    _, best = toy.run(tmp_path / "run", toy.alone(), dropout=0.2)
+    assert best.is_dir()
+    assert toy.losses(tmp_path / "run") == toy.losses(whole[0])
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    for step in (1, 2, 3, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-x").mkdir()
+    checkpoint.rotate(tmp_path, 2, {"step": 1})
+    assert [p.name for p in newest_first(tmp_path)] == ["checkpoint-10", "checkpoint-3", "checkpoint-1"]
+
+
+def test_final_has_the_weights_and_no_trainer_state(toy, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    source = newest_first(run)[0]
+    final = checkpoint.write_final(run, source)
+    checkpoint.write_final(run, source)  # again, over the first
+    assert sorted(p.name for p in final.iterdir()) == [MANIFEST, "adapter", PROJECTORS]
+    assert not manifest_problems(final)
+    assert find_weights(run) == final
+
+
+@pytest.mark.parametrize("method", ["lora", "moka", "full", "none"])
+def test_weights_come_back_equal(toy, tmp_path, method):
+    model, other = toy.build(method, seed=1), toy.build(method, seed=2)
+    if method == "none":
+        model.llm.load_state_dict(other.llm.state_dict())
+    elif method != "full":
+        other.llm.get_base_model().load_state_dict(model.llm.get_base_model().state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    save_weights(model, tmp_path)
+    write_manifest(tmp_path)
+    assert (tmp_path / "adapter").is_dir() == (method in ("lora", "moka"))
+    assert (tmp_path / "llm").is_dir() == (method == "full")
+    load_weights(other, tmp_path)
+    for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_every_key_is_accounted_for(toy, tmp_path):
+    model = toy.build()
+    save_weights(model, tmp_path)
+    projectors = load_file(tmp_path / PROJECTORS)
+    name = next(iter(projectors))
+    save_file(
+        {f"{name}2": projectors[name], **{k: v for k, v in projectors.items() if k != name}}, tmp_path / PROJECTORS
+    )
+    with pytest.raises(WeightsError) as error:
+        load_weights(model, tmp_path)
+    assert f"missing: {name.removeprefix('projectors.')}" in str(error.value)
+    assert "unexpected" in str(error.value)
+    with pytest.raises(WeightsError, match="no trained weights"):
+        find_weights(tmp_path / "elsewhere")
+
+
+def test_random_generators_go_on_where_they_stopped(toy, tmp_path):
+    import random
+
+    import numpy as np
+
+    ranks = toy.alone()
+    torch.save(checkpoint.random_state(ranks), tmp_path / "rng.pt")
+    drawn = (random.random(), np.random.rand(), torch.rand(3).tolist(), np.random.randn())
+    checkpoint.set_random_state(torch.load(tmp_path / "rng.pt", weights_only=True), ranks)
+    assert (random.random(), np.random.rand(), torch.rand(3).tolist(), np.random.randn()) == drawn
+
+
+def test_trainer_state_is_json(whole):
+    state = json.loads((newest_first(whole[0])[0] / checkpoint.STATE).read_text())
+    assert state["step"] == 8
+    assert set(state["best"]) == {"step", "loss", "accuracy"}

@@ -1,0 +1,177 @@
+"""Configurations: all mistakes in one message, with key, line and nearest name; overrides; defaults; round trip."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mokamm.config import ConfigError, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = """\
+model:
+  llm: {path: some/llm}
+  modalities:
+    vision: {encoder: {name: open_clip, path: p, layer: -2}, projector: {name: qformer, tokens: 4}, segments: 10}
+    audio: {encoder: {name: beats, path: p}, segments: 10, seconds: 1.0}
+adapter: {method: moka, r: 4}
+data:
+  train: [{source: music_avqa, path: train.json, options: {video_dir: videos}}]
+training:
+  output_dir: runs/x
+  learning_rate: 1e-4
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+def test_values_defaults_and_options(write):
+    config = load_config(write(GOOD))
+    assert config.model.modality_names == ["text", "vision", "audio"]
+    assert config.model.modalities["vision"].encoder.options == {"layer": -2}
+    assert config.model.modalities["vision"].projector.options == {"tokens": 4}
+    assert config.model.modalities["audio"].projector.name == "qformer"
+    assert config.training.learning_rate == 1e-4  # YAML 1.1 reads 1e-4 as text
+    assert config.training.eval_batch_size == config.training.per_device_train_batch_size == 4
+    assert config.training.resume_from_checkpoint == "auto"
+    assert config.data.train[0].options == {"video_dir": "videos"}
+
+
+def test_all_mistakes_at_once_with_lines_and_nearest_names(write):
+    text = (
+        GOOD.replace("learning_rate", "lerning_rate")
+        .replace("r: 4", "r: 0")
+        .replace("output_dir: runs/x", "bf16: perhaps")
+    )
+    text = text.replace("source: music_avqa", "wieght: 2, source: music_avqa").replace(
+        "layer: -2}", "layer: -2}, segmnts: 3"
+    )
+    with pytest.raises(ConfigError) as error:
+        load_config(write(text))
+    message = str(error.value)
+    for expected in (
+        "training.lerning_rate (line 11): unknown key 'lerning_rate'; did you mean 'learning_rate'?",
+        "adapter.r (line 6)",
+        "found 0",
+        "training.bf16 (line 10)",
+        "found 'perhaps'",
+        "training.output_dir (line 9): this key is missing",
+        "data.train.0.wieght (line 8): unknown key 'wieght'; did you mean 'weight'?",
+        "model.modalities.vision.segmnts (line 4): unknown key 'segmnts'; did you mean 'segments'?",
+    ):
+        assert expected in message, expected
+
+
+def test_overrides(write):
+    overrides = ["training.max_steps=20", "data.train.0.limit=5", "data.cache.dir=cache", "training.report_to=none"]
+    config = load_config(write(GOOD), [*overrides, "adapter.target_modules=[q_proj, v_proj]"])
+    assert config.training.max_steps == 20
+    assert config.data.train[0].limit == 5
+    assert config.data.cache is not None
+    assert config.data.cache.dir == "cache"
+    assert config.training.report_to == []
+    assert config.adapter.target_modules == ["q_proj", "v_proj"]
+
+
+def test_mistaken_overrides_are_told_with_the_rest(write):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(GOOD), ["max_steps", "data.train.7.limit=1", "training.max_stepz=1", "adapter.r.x=1"])
+    message = str(error.value)
+    assert "override 'max_steps': expected dotted.key=value" in message
+    assert "data.train has the entries 0 to 0; found '7'" in message
+    assert "did you mean 'max_steps'?" in message
+    assert "adapter.r is a value" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("vision:", "text:"), "'text' is always the first modality"),
+        (("vision:", "Vision 1:"), "no name for a modality"),
+        (("learning_rate: 1e-4", "learning_rate: -1"), "greater than 0"),
+        (("learning_rate: 1e-4", "warmup_ratio: 0.1\n  warmup_steps: 5"), "both set"),
+        (("learning_rate: 1e-4", "max_steps: 0"), "max_steps is 0"),
+        (("learning_rate: 1e-4", "learning_rate: 1e-4\n  learning_rate: 2e-4"), "sets keys twice"),
+        (("path: some/llm", "path: x, dtype: bfloat16"), None),
+        (("train: [{source: music_avqa, path: train.json, options: {video_dir: videos}}]", "train: []"), "data.train"),
+        ((GOOD, "- a\n- b\n"), "must hold a mapping"),
+        ((GOOD, "a: [b\n"), "not valid YAML"),
+    ],
+)
+def test_single_mistakes(write, change, expected):
+    path = write(GOOD.replace(*change))
+    if expected is None:
+        load_config(path)
+        with pytest.raises(ConfigError, match="one precision"):
+            load_config(path, ["training.deepspeed=configs/deepspeed/zero2.json"])
+        return
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert expected in str(error.value)
+
+
+def test_missing_file_names_its_neighbours(write):
+    path = write(GOOD)
+    with pytest.raises(ConfigError, match=r"did you mean '.*config\.yaml'"):
+        load_config(path.with_name("confg.yaml"))
+
+
+def test_dump_is_read_back_equal(write, tmp_path):
+    config = load_config(write(GOOD))
+    config.versions = {"torch": "2.11", "base": {"llm": "some/llm"}}
+    config.dump(tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_files_are_located_in_the_media_folder_first(write, tmp_path):
+    config = load_config(write(GOOD))
+    assert config.locate(config.data.train[0]) == (Path("train.json"), Path("."))
+    config.data.media_dir = str(tmp_path)
+    assert config.locate(config.data.train[0]) == (tmp_path / "train.json", tmp_path)
+
+
+def test_missing_files_are_all_named(write, tmp_path):
+    overrides = ["training.deepspeed=configs/deepspeed/zero22.json", f"training.init_from={tmp_path}/none"]
+    config = load_config(write(GOOD), overrides)
+    with pytest.raises(ConfigError) as error:
+        config.check_files()
+    message = str(error.value)
+    assert "data.train.0.path: no such file: train.json" in message
+    assert "zero22.json; did you mean 'configs/deepspeed/zero2.json'" in message
+    assert "training.init_from: no such folder" in message
+    config = load_config(write(GOOD), [f"data.world={{dir: {tmp_path}, train: 1, validation: 1, test: 1}}"])
+    config.data.train[0].path = f"{tmp_path}/train/train.json"
+    config.check_files()  # the run makes these itself
+
+
+def test_the_command_tells_a_mistake_without_traceback_and_without_torch(write):
+    path = write(GOOD.replace("learning_rate", "lerning_rate"))
+    code = (
+        "import sys; from mokamm import train\n"
+        f"try: train.main([{str(path)!r}])\n"
+        "except SystemExit as e: print('code', e.code, [m for m in ('torch', 'transformers', 'deepspeed') if m in "
+        "sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.strip() == "code 2 []"
+    assert "did you mean 'learning_rate'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path):
+    load_config(path)
+    assert path.read_text().lstrip().startswith("#"), "a recipe opens with its purpose and how to start it"
+    assert yaml.safe_load(path.read_text())["training"]["output_dir"].startswith("runs/")

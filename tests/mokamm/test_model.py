@@ -1,0 +1,289 @@
+"""The whole model against plain loops, transformers' own loss, and its own invariances (a tiny Llama with MokA)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from data.collate import collate
+from data.schema import IGNORED, Message, Text, UserError
+from mokamm.build import load_init, trainable_parts
+from mokamm.model import user_message
+
+METHODS = ["moka", "multi_lora", "lora", "full", "none"]
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def samples(make_sample):
+    history = (Message("user", (Text("Which?"),)), Message("assistant", (Text("two"),)))
+    return [
+        make_sample(("video", "clip.mp4"), ("audio", "long.wav"), "How many are sounding?"),
+        make_sample("Only text here?", answer="yes"),
+        make_sample(("audio", "short.wav"), "Which one?", ("image", "wide.png"), ("image", "picture.png"), answer="no"),
+        make_sample(("audio", "short.wav"), answer="a violin", history=history),
+    ]
+
+
+def batch_of(model, samples, side="right"):
+    return collate([model.processor(sample) for sample in samples], model.processor.pad_id, side=side)
+
+
+def rows_of(model, samples, side="right"):
+    """Each sample's logits without padding."""
+    batch = batch_of(model, samples, side)
+    with torch.no_grad():
+        logits = model(batch)["logits"]
+    return [row[mask.bool()] for row, mask in zip(logits, batch["attention_mask"], strict=True)]
+
+
+def test_embedding_is_a_plain_loop(model, samples):
+    """Token by token, item by item, each segment encoded and projected alone."""
+    with torch.no_grad():
+        found = model.embed(batch_of(model, samples))
+        table = model.llm.get_input_embeddings().weight
+        for b, sample in enumerate(samples):
+            example = model.processor(sample)
+            expected = [table[i] for i in example.input_ids]
+            for item in example.media:
+                encoder, projector = model.perception.encoders[item.modality], model.projectors[item.modality]
+                t = item.start
+                if item.boundaries:
+                    expected[t - 1], expected[t + sum(item.counts)] = projector.boundaries.weight
+                for f, count in enumerate(item.counts):
+                    lengths = None if item.lengths is None else item.lengths[f : f + 1]
+                    tokens = projector(*encoder.encode(item.segments[f : f + 1], lengths))[0]
+                    for k in range(count):
+                        expected[t] = tokens[k]
+                        t += 1
+            torch.testing.assert_close(found[b, : len(expected)], torch.stack(expected), rtol=0, atol=1e-6)
+
+
+def test_loss_is_that_of_transformers(model, samples):
+    for side in ("right", "left"):
+        batch = batch_of(model, samples, side)
+        with torch.no_grad():
+            out = model(batch)
+            reference = model.llm(
+                inputs_embeds=model.embed(batch),
+                attention_mask=batch["attention_mask"],
+                position_ids=(batch["attention_mask"].cumsum(-1) - 1).clamp(min=0),
+                labels=batch["labels"],
+            )
+        tokens = int((batch["labels"] != IGNORED).sum())
+        assert int(out["tokens"]) == tokens > 0
+        torch.testing.assert_close(out["loss_sum"] / tokens, reference.loss, rtol=1e-5, atol=0)
+        assert out["loss_sum"].dtype == torch.float32
+
+
+def test_padding_and_company_change_nothing(model, samples):
+    alone = [rows_of(model, [sample])[0] for sample in samples]
+    for side in ("right", "left"):
+        for expected, found in zip(alone, rows_of(model, samples, side), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_no_token_sees_a_later_one_and_no_prompt_sees_the_answer(model, make_sample):
+    content = (("video", "clip.mp4"), ("audio", "short.wav"), "How many are sounding?")
+    first, second = (make_sample(*content, answer=answer) for answer in ("two red squares", "no violin at all"))
+    prompt = len(model.processor(first, for_generation=True).input_ids)
+    a, b = rows_of(model, [first])[0], rows_of(model, [second])[0]
+    assert torch.equal(a[:prompt], b[:prompt])
+    assert not torch.equal(a[prompt], b[prompt])
+    batch = batch_of(model, [first])
+    for t in range(prompt, batch["input_ids"].shape[1]):
+        changed = copy.deepcopy(batch)
+        changed["input_ids"][0, t] = 7
+        with torch.no_grad():
+            logits = model(changed)["logits"][0]
+        assert torch.equal(logits[:t], a[:t])
+
+
+def test_the_adapter_sees_modalities_and_question(model, samples):
+    batch = batch_of(model, samples[:1])
+    with torch.no_grad():
+        before = model(batch)["logits"]
+        for name in ("modality_ids", "key_index"):
+            changed = copy.deepcopy(batch)
+            changed[name] = torch.zeros_like(changed[name])
+            assert not torch.allclose(model(changed)["logits"], before, atol=1e-4), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_trained_parameter_gets_a_gradient_whatever_the_batch(make_model, samples, method):
+    model = make_model(method).train()
+    parts = trainable_parts(model)
+    assert set(parts) == {"none": {"projector"}, "full": {"projector", "llm"}}.get(method, {"projector", "adapter"})
+    named = [name for part in parts.values() for name, _ in part]
+    assert sorted(named) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    for some in (samples[1:2], samples[3:], samples):
+        model.zero_grad(set_to_none=True)
+        out = model(batch_of(model, some))
+        (out["loss_sum"] / out["tokens"]).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name.startswith("projectors."):
+                assert parameter.grad is not None, name
+                used = any(media.modality == name.split(".")[1] for sample in some for media in sample.media)
+                if not used:
+                    assert not parameter.grad.any(), name
+                elif not name.endswith("key.bias"):
+                    assert parameter.grad.any(), name
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad is not None, name
+
+
+def test_idle_projectors_change_no_loss(model, samples):
+    batch = batch_of(model, samples[1:2])
+    with torch.no_grad():
+        expected = model(batch)["loss_sum"]
+    model.train()
+    try:
+        assert torch.equal(model(batch)["loss_sum"], expected)
+    finally:
+        model.eval()
+
+
+def test_projectors_are_called_once_a_step_whatever_the_batch(model, samples):
+    calls = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name, module in model.projectors.items()
+    ]
+    model.train()
+    try:
+        for some in (samples, samples[1:2], samples[3:]):
+            calls.clear()
+            model(batch_of(model, some))
+            assert sorted(calls) == ["audio", "vision"]
+    finally:
+        model.eval()
+        for handle in handles:
+            handle.remove()
+
+
+def test_cached_and_fresh_features_give_one_loss(make_model, samples, tmp_path):
+    model = make_model(cache_dir=tmp_path)
+    with torch.no_grad():
+        fresh = model(batch_of(model, samples))["loss_sum"]
+        # 0.7 s alone has fewer patches than beside 2.5 s: cached items of one batch differ in P
+        batch = batch_of(model, samples)
+        assert all(item.segments is None for media in batch["media"].values() for item in media.items)
+        assert len({item.features.shape[1] for item in batch["media"]["audio"].items}) > 1
+        assert torch.equal(model(batch)["loss_sum"], fresh)
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+def greedy(model, sample, steps):
+    """Without a cache: the whole row anew for each token, generated tokens being text."""
+    example = model.processor(sample, for_generation=True)
+    found = []
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = model(collate([copy.deepcopy(example)], model.processor.pad_id))["logits"]
+        found.append(int(logits[0, -1].argmax()))
+        if found[-1] in model.end_ids:
+            break
+        example.input_ids = torch.cat([example.input_ids, torch.tensor(found[-1:])])
+        example.labels = torch.cat([example.labels, torch.tensor([IGNORED])])
+        example.modality_ids = torch.cat([example.modality_ids, torch.tensor([0])])
+        example.key_mask = torch.cat([example.key_mask, torch.tensor([False])])
+    return model.tokenizer.decode(found, skip_special_tokens=True).strip()
+
+
+def test_generation_is_greedy_and_the_same_alone_in_a_batch_folded_and_not(model, samples):
+    expected = [greedy(model, sample, 12) for sample in samples]
+    assert len(set(expected)) > 1
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert model.generate(samples, 12) == expected
+    assert model.generate(samples, 12, folded=False) == expected
+    assert [model.generate([sample], 12)[0] for sample in samples] == expected
+    with model.folded():
+        assert model.llm.base_model.folded
+        assert model.generate(samples, 12) == expected
+        assert model.llm.base_model.folded
+    assert not model.llm.base_model.folded
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_generation_leaves_the_mode_alone_and_takes_nothing_from_sampling_defaults(model, samples):
+    expected = model.generate(samples, 8)
+    settings = model.llm.get_base_model().generation_config
+    settings.do_sample, settings.temperature, settings.repetition_penalty = True, 5.0, 9.0
+    model.train()
+    try:
+        assert model.generate(samples, 8) == expected
+        assert model.training
+    finally:
+        model.eval()
+        settings.do_sample, settings.temperature, settings.repetition_penalty = False, None, None
+
+
+def test_beams_give_one_answer_a_sample_alone_and_in_a_batch(model, samples):
+    together = model.generate(samples, 8, num_beams=3)
+    assert together == [model.generate([sample], 8, num_beams=3)[0] for sample in samples]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_generates(make_model, samples, method):
+    model = make_model(method)
+    assert model.generate(samples, 6) == [greedy(model, sample, 6) for sample in samples]
+
+
+def test_chat_reads_any_path_and_a_history(model, samples, media_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    video, audio = media_dir / "clip.mp4", media_dir / "long.wav"
+    answer = model.chat("How many are sounding?", video=video, audio=str(audio), max_new_tokens=12)
+    assert answer == model.generate(samples[:1], 12)[0]
+    history = [user_message("How many?", video=video), Message("assistant", (Text(answer),))]
+    again = model.chat("And now?", history=history, max_new_tokens=5)
+    assert isinstance(again, str)
+    several = user_message(" Why? ", image=[video, audio], speech=audio)
+    assert [getattr(p, "modality", "text") for p in several.content] == ["vision", "vision", "speech", "text"]
+    with pytest.raises(UserError, match="nothing was asked"):
+        model.chat(" ")
+
+
+# ---- weights to begin with -------------------------------------------------------------------------------------------
+
+
+def projector_state(model):
+    return {key: torch.full_like(value, 0.5) for key, value in model.projectors.state_dict().items()}
+
+
+def test_init_from_takes_every_key(make_model, tmp_path, caplog):
+    model = make_model("none")
+    state = projector_state(model)
+    (tmp_path / "final").mkdir()
+    save_file({**state, "speech.norm.weight": torch.ones(3)}, tmp_path / "final" / "projectors.safetensors")
+    load_init(model, tmp_path)
+    assert all(torch.equal(value, state[key]) for key, value in model.projectors.state_dict().items())
+    assert "projector for 'speech', which this config does not use" in caplog.text
+
+
+def test_init_from_names_what_does_not_fit(make_model, tmp_path):
+    model = make_model("none")
+    with pytest.raises(UserError, match=r"projectors.safetensors is missing"):
+        load_init(model, tmp_path)
+    path = tmp_path / "projectors.safetensors"
+    state = projector_state(model)
+    save_file({key: value for key, value in state.items() if key.startswith("vision")}, path)
+    with pytest.raises(UserError, match="no projector for audio; it has vision"):
+        load_init(model, tmp_path)
+    before = {key: value.clone() for key, value in model.projectors.state_dict().items()}
+    wrong = {**state, "audio.extra": torch.ones(1), "audio.norm.weight": torch.ones(9)}
+    del wrong["vision.norm.bias"]
+    save_file(wrong, path)
+    with pytest.raises(UserError) as error:
+        load_init(model, tmp_path)
+    for part in ("missing: vision.norm.bias", "unexpected: audio.extra", "audio.norm.weight has the shape (9,)"):
+        assert part in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.projectors.state_dict().items())

@@ -1,0 +1,105 @@
+"""The report: pictures that exist and show something, a table of every number that was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.schema import UserError
+from mokamm.report import read_results, results_table, running_mean, write_report
+from mokamm.training.watch import describe, duration, forget_after, read_metrics, short
+
+
+@pytest.fixture
+def run(tmp_path):
+    lines = []
+    for step in range(10, 410, 10):
+        factor = 0.5 * (1 + math.cos(math.pi * step / 400))
+        record = {
+            "kind": "train", "step": step, "epoch": step / 200,
+            "loss": 2.2 * math.exp(-step / 120) + 0.3 + 0.08 * math.sin(step),
+            "learning_rate": {"projector": 2e-4 * factor, "adapter": 1e-3 * factor}, "grad_norm": 1.0, "seconds": 4.0,
+            "tokens_per_second": 2500.0, "padding_share": 0.1, "data_wait_share": 0.02, "memory_gb": 1.5,
+        }  # fmt: skip
+        lines.append(record)
+        if step % 100 == 0:
+            lines.append(
+                {
+                    "kind": "validation",
+                    "step": step,
+                    "epoch": step / 200,
+                    "loss": 1 - step / 800,
+                    "accuracy": step / 800,
+                    "samples": 90,
+                }
+            )
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tra')
+    (tmp_path / "predictions").mkdir()
+    for name, control, score in [
+        ("miniworld_avqa", None, 0.71),
+        ("miniworld_avqa", "shuffle", 0.38),
+        ("miniworld_spoken", None, 0.625),
+    ]:
+        content = {"benchmark": name, "rows": 400, "score": score, "metrics": {"unparsable": 3, "audio_counting": 0.5}}
+        suffix = f".{control}" if control else ""
+        (tmp_path / "predictions" / f"{name}{suffix}.metrics.json").write_text(
+            json.dumps({**content, "control": control})
+        )
+    return tmp_path
+
+
+def test_report_has_pictures_and_every_score(run):
+    page = write_report(run).read_text()
+    for name in ("loss_plot", "accuracy"):
+        pixels = np.asarray(Image.open(run / "report" / f"{name}.png").convert("RGB"))
+        assert pixels.shape[0] > 200
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20  # something is drawn
+    assert "| miniworld_avqa |  | 400 | 71.0 % | unparsable 3, audio counting 50.0 % |" in page
+    assert "| miniworld_avqa | shuffle | 400 | 38.0 %" in page
+    assert "| 400 | 0.5000 | 50.0 % |" in page
+    assert "loss_plot.png" in page
+
+
+def test_report_without_evaluation(run):
+    for path in (run / "predictions").iterdir():
+        path.unlink()
+    assert "Evaluation" not in write_report(run).read_text()
+    assert (run / "report" / "accuracy.png").is_file()
+
+
+def test_report_of_nothing(tmp_path):
+    with pytest.raises(UserError, match="no training step"):
+        write_report(tmp_path)
+
+
+def test_results_are_sorted_with_controls_after(run):
+    assert [(r["benchmark"], r["control"]) for r in read_results(run)] == [
+        ("miniworld_avqa", None), ("miniworld_avqa", "shuffle"), ("miniworld_spoken", None)
+    ]  # fmt: skip
+    assert len(results_table([])) == 2
+
+
+def test_metrics_beyond_a_checkpoint_are_forgotten(run):
+    forget_after(run / "metrics.jsonl", 200)
+    assert max(record["step"] for record in read_metrics(run / "metrics.jsonl")) == 200
+
+
+def test_lines_for_people():
+    assert [short(n) for n in (7, 1234, 5_600_000)] == ["7", "1.2k", "5.6M"]
+    assert [duration(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+    values = {
+        "step": 20,
+        "epoch": 0.5,
+        "loss": 1.25,
+        "grad_norm": 0.5,
+        "learning_rate": {"adapter": 1e-3},
+        "tokens_per_second": 3210.0,
+    }
+    assert describe("train", values, 400, 90) == (
+        "step  20/400  epoch 0.50  loss 1.2500  norm 0.50  adapter lr 1.0e-03  3.2k tokens/s  left 1:30"
+    )
+    assert running_mean([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
