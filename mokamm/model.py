@@ -43,7 +43,7 @@ class MultimodalLM(nn.Module):
     llm: Any  # a transformers model, perhaps inside a PeftModel
 
     def __init__(
-        self, llm: nn.Module, projectors: Mapping[str, Projector], perception: Perception, processor: Processor
+        self, llm: Any, projectors: Mapping[str, Projector], perception: Perception, processor: Processor
     ) -> None:
         super().__init__()
         self.llm = llm
@@ -51,7 +51,7 @@ class MultimodalLM(nn.Module):
         self.perception = perception
         self.processor = processor
         self.config: RunConfig | None = None
-        base = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+        base: Any = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         ends = getattr(base.generation_config, "eos_token_id", None)
         self.end_ids = sorted({*processor.end_ids, *([ends] if isinstance(ends, int) else ends or [])})

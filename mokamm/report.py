@@ -51,19 +51,54 @@ def read_results(run: Path) -> list[Result]:
             result = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}); delete it, or run eval/run.py again") from None
-        found.append({"control": None, "metrics": {}, **result})
+        found.append({"control": None, "metrics": {}, "interval": None, "unparsed": None, **result})
     return sorted(found, key=lambda r: (r["benchmark"], r["control"] or ""))
 
 
 def results_table(results: list[Result]) -> list[str]:
-    """Markdown: score and what else the benchmark measured. Shares are written in percent."""
-    lines = ["| benchmark | control | rows | score | more |", "|---|---|--:|--:|---|"]
+    """Markdown: score, interval, unreadable answers, and every plain number that the benchmark measured."""
+    lines = ["| benchmark | control | rows | score | 95 % interval | unread | more |", "|---|---|--:|--:|--:|--:|---|"]
     for r in results:
-        numbers = {k: v for k, v in r["metrics"].items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        more = ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in numbers.items())
         score = "-" if r["score"] is None else f"{100 * r['score']:.1f} %"
-        lines.append(f"| {r['benchmark']} | {r['control'] or ''} | {r['rows']} | {score} | {more} |")
+        interval = " - ".join(f"{100 * end:.1f}" for end in r["interval"] or ())
+        more = ", ".join(f"{_name(name)} {_number(value)}" for name, value in _numbers(r["metrics"]))
+        unread = "" if r["unparsed"] is None else r["unparsed"]
+        lines.append(
+            f"| {r['benchmark']} | {r['control'] or ''} | {r['rows']} | {score} | {interval} | {unread} | {more} |"
+        )
     return lines
+
+
+def breakdown_tables(result: Result) -> list[str]:
+    """Markdown: what a benchmark measured by group, as {table: {group: {measure: number}}}."""
+    lines: list[str] = []
+    for table, groups in result["metrics"].items():
+        grouped = groups.items() if isinstance(groups, dict) else ()
+        rows = {group: _numbers(found) for group, found in grouped if _numbers(found)}
+        if rows:
+            measures = list(dict.fromkeys(name for found in rows.values() for name, _ in found))
+            lines += ["", f"### {result['benchmark']}: {_name(table)}", ""]
+            lines += [f"| | {' | '.join(_name(m) for m in measures)} |", "|---|" + "--:|" * len(measures)]
+            for group, found in rows.items():
+                cells = dict(found)
+                shown = (_number(cells[m]) if m in cells else "" for m in measures)
+                lines.append(f"| {group} | {' | '.join(shown)} |")
+    return lines
+
+
+def _numbers(values: Any) -> list[tuple[str, float]]:
+    """The plain numbers of a mapping, and those of its `baselines`, which belong beside the score."""
+    found: list[tuple[str, float]] = []
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((name, value))
+        elif name == "baselines":
+            found += [(f"baseline {key}", number) for key, number in _numbers(value)]
+    return found
+
+
+def _name(key: str) -> str:
+    return key.replace("_", " ")
 
 
 def _number(value: float) -> str:
@@ -91,14 +126,9 @@ def _page(run: Path, train: list[dict], validation: list[dict], results: list[Re
         lines += [f"| {r['step']} | {r['loss']:.4f} | {100 * r['accuracy']:.1f} % |" for r in validation]
         lines += ["", "Right under teacher forcing: every token of the answer is the most probable one.", ""]
     if results:
-        lines += [
-            "## Evaluation",
-            "",
-            *results_table(results),
-            "",
-            "Scores are over all rows; an answer that cannot be read is wrong.",
-            "",
-        ]
+        lines += ["## Evaluation", "", *results_table(results), ""]
+        lines += ["Scores are over all rows; an answer that cannot be read (unread) is wrong."]
+        lines += [line for r in results if not r["control"] for line in breakdown_tables(r)] + [""]
     if results or validation:
         lines += ["![accuracy](accuracy.png)"]
     return lines
@@ -149,6 +179,9 @@ def plot_accuracy(results: list[Result], validation: list[dict], path: Path) -> 
         names = [r["benchmark"].replace("_", " ") + (f" · {r['control']}" if r["control"] else "") for r in bars]
         drawn = axes.barh(names, scores, color=[GREY if r["control"] else BLUE for r in bars], height=0.65)
         axes.bar_label(drawn, [f"{score:.1f}" for score in scores], padding=4)
+        for y, r in enumerate(bars):
+            if r["interval"]:  # drawn inside the bar's row, below its label
+                axes.plot([100 * end for end in r["interval"]], [y - 0.24] * 2, color="black", linewidth=1.4)
         axes.set(xlabel="score, %", xlim=(min(0.0, *scores), 105))
         _plain(axes, grid="x")
     figure.savefig(path, dpi=130)

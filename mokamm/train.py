@@ -56,6 +56,7 @@ def run(config: RunConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
     from mokamm.training import finish, launch, world
 
+    _quiet()
     ranks = launch.start(config.training)
     folder = Path(config.training.output_dir)
     if ranks.main:
@@ -87,6 +88,16 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     if ranks.main:
         checkpoint.write_final(folder, best)
     ranks.barrier()
+
+
+def _quiet() -> None:
+    """Keep libraries' progress bars and notes about their own future out of the log."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT asks
 
 
 def _summary(config: RunConfig, parts: dict, corpus: tuple, ranks: Ranks) -> str:

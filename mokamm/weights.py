@@ -135,6 +135,7 @@ def save_weights(model: Any, folder: str | Path, state: dict[str, Tensor] | None
     llm = {n.removeprefix("llm."): t.contiguous() for n, t in state.items() if n.startswith("llm.")}
     if is_adapter(model.llm):
         model.llm.save_pretrained(folder / ADAPTER, state_dict=llm, save_embedding_layers=False)
+        (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's template; the run has a model card
     elif llm:
         model.llm.save_pretrained(folder / LLM, state_dict=llm)
         tokenizer = getattr(model.processor, "tokenizer", None)

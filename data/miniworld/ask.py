@@ -70,7 +70,8 @@ def _locate_thing(scene: Scene) -> Iterator[Candidate]:
 
 
 def _seen_and_heard(scene: Scene) -> Iterator[Candidate]:
-    for shape in {thing.shape for thing in scene.things} | {PLAYED_BY[sound.instrument] for sound in scene.sounds}:
+    shapes = [thing.shape for thing in scene.things] + [PLAYED_BY[sound.instrument] for sound in scene.sounds]
+    for shape in dict.fromkeys(shapes):  # not a set: its order would differ from process to process
         yield {"a": shape}, _yes(scene.thing(shape) is not None and scene.sound_of(shape) is not None)
 
 
@@ -121,14 +122,14 @@ def _first_instrument(scene: Scene) -> Iterator[Candidate]:
 
 def _is_there(scene: Scene) -> Iterator[Candidate]:
     """Present combinations, and absent ones made of a colour and a shape that are both there, or one of them."""
-    pairs = {(thing.colour, thing.shape) for thing in scene.things}
+    pairs = [(thing.colour, thing.shape) for thing in scene.things]
     for colour, shape in pairs:
         yield {"a": colour, "b": shape}, "yes"
-    for shape in {shape for _, shape in pairs}:
+    for _, shape in pairs:
         for colour in COLOURS:
             if (colour, shape) not in pairs:
                 yield {"a": colour, "b": shape}, "no"
-    for colour in {colour for colour, _ in pairs}:
+    for colour in dict.fromkeys(colour for colour, _ in pairs):
         for shape in PLAYS:
             if (colour, shape) not in pairs:
                 yield {"a": colour, "b": shape}, "no"

@@ -18,7 +18,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -71,7 +71,7 @@ def _image_scene(request: Request, index: int) -> Scene:
     return sample_scene(request.rng(_IMAGES, index), still=True)
 
 
-def _write_wave(path: Path, wave: np.ndarray) -> None:
+def write_wave(path: Path, wave: np.ndarray) -> None:
     import soundfile
 
     soundfile.write(path, wave, RATE, subtype="PCM_16")
@@ -80,7 +80,7 @@ def _write_wave(path: Path, wave: np.ndarray) -> None:
 def _render_clip(folder: Path, request: Request, index: int) -> None:
     scene = clip_scene(request, index)
     write_video(scene, folder / "videos" / f"{_identity(index)}.mp4")
-    _write_wave(folder / "audio" / f"{_identity(index)}.wav", render_sound(scene))
+    write_wave(folder / "audio" / f"{_identity(index)}.wav", render_sound(scene))
 
 
 def _render_image(folder: Path, request: Request, index: int) -> None:
@@ -90,12 +90,13 @@ def _render_image(folder: Path, request: Request, index: int) -> None:
 
 def _render_speech(folder: Path, job: tuple[str, Utterance]) -> None:
     name, utterance = job
-    _write_wave(folder / "speech" / f"{name}.wav", speak(utterance))
+    write_wave(folder / "speech" / f"{name}.wav", speak(utterance))
 
 
 def avqa_rows(request: Request) -> list[dict[str, Any]]:
     """MUSIC-AVQA's rows, its spelling of `anser` included."""
-    balance, rng, rows = Balance(AVQA), request.choices(_CLIPS), []
+    balance, rng = Balance(AVQA), request.choices(_CLIPS)
+    rows: list[dict[str, Any]] = []
     for index in range(request.num):
         for question in balance.pick(clip_scene(request, index), rng, QUESTIONS_PER_CLIP):
             rows.append(
@@ -166,7 +167,8 @@ def sentences(request: Request, n: int) -> Iterator[tuple[dict[str, Any], tuple[
 
 def image_rows(request: Request, n: int) -> list[dict[str, Any]]:
     """Yes/no object questions as in POPE, two an image, as many yes as no."""
-    balance, choices, rows = Balance(IMAGES), request.choices(_IMAGES), []
+    balance, choices = Balance(IMAGES), request.choices(_IMAGES)
+    rows: list[dict[str, Any]] = []
     for index in range(n):
         scene = _image_scene(request, index)
         for question in balance.pick(scene, choices, 1) + balance.pick(scene, choices, 1):
@@ -186,7 +188,7 @@ def _one_thread() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def _run(jobs: list[Callable[[], None]], workers: int, label: str) -> None:
+def run_jobs(jobs: Sequence[Callable[[], object]], workers: int, label: str) -> None:
     """Run the jobs in processes of their own, under a progress bar."""
     from tqdm import tqdm
 
@@ -195,7 +197,7 @@ def _run(jobs: list[Callable[[], None]], workers: int, label: str) -> None:
             pass
 
 
-def _call(job: Callable[[], None]) -> None:
+def _call(job: Callable[[], object]) -> None:
     job()
 
 
@@ -210,7 +212,7 @@ def _fill(folder: Path, request: Request, workers: int) -> None:
     jobs: list[Callable[[], None]] = [partial(_render_clip, folder, request, index) for index in range(request.num)]
     jobs += [partial(_render_image, folder, request, index) for index in range(half)]
     jobs += [partial(_render_speech, folder, job) for _, job in asked + said]
-    _run(jobs, workers, f"miniature world, {request.split}")
+    run_jobs(jobs, workers, f"miniature world, {request.split}")
     (folder / "DONE.json").write_text(json.dumps(asdict(request)) + "\n")
 
 

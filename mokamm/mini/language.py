@@ -1,25 +1,29 @@
-"""Pretrains the miniature LLM on text about worlds; loss on the assistant's turns only.
+"""Pretrains the miniature LLM on text about worlds; the user's words weigh half of the assistant's in the loss (scenes repeat
+themselves from moment to moment: to predict them is to learn to look back).
 
-About 40 minutes on one core. Goes on from its last state after an interruption (the state lies in the work folder).
+Two processes of one thread each (a small model gains little from threads). Goes on from its last state after an interruption (the state lies in the work folder).
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.miniworld.scene import BASE
 from mokamm.mini.architecture import new_llm, save_llm, train_tokenizer
-from mokamm.mini.text import Turns, corpus, document
+from mokamm.mini.text import Turns, corpus, document, told
 
 BATCH = 16
-PEAK_RATE = 2e-3
+PEAK_RATE = 3e-3
+USER_WEIGHT = 0.5
 
 
 def encode(tokenizer: object, turns: Turns) -> tuple[list[int], list[bool]]:
@@ -27,58 +31,130 @@ def encode(tokenizer: object, turns: Turns) -> tuple[list[int], list[bool]]:
     ids, loss = [1], [False]
     for user, assistant in turns:
         prompt = [4, *tokenizer(user)["input_ids"], 2, 5]  # type: ignore[operator]
-        answer = [*tokenizer(assistant)["input_ids"], 2]  # type: ignore[operator]
+        answer = [*tokenizer(" " + assistant)["input_ids"], 2]  # type: ignore[operator]
         ids += prompt + answer
         loss += [False] * len(prompt) + [True] * len(answer)
     return ids, loss
 
 
-def _batch(tokenizer: object, step: int) -> tuple[Tensor, Tensor]:
-    rng = np.random.default_rng([17, step])
-    rows = sorted((encode(tokenizer, document(rng, BASE)) for _ in range(2 * BATCH)), key=lambda row: len(row[0]))
-    half = int(rng.integers(2))  # the shorter or the longer half: less padding
-    rows = rows[half * BATCH : (half + 1) * BATCH]
+def _batch(tokenizer: object, step: int, rank: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B,T) and the weight of each in the loss (B,T)."""
+    rng = np.random.default_rng([17, step, rank])
+    rows = sorted((encode(tokenizer, document(rng, BASE)) for _ in range(2 * batch)), key=lambda row: len(row[0]))
+    half = int(np.random.default_rng([18, step]).integers(2))  # the shorter or the longer half: less padding
+    rows = rows[half * batch : (half + 1) * batch]
     length = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros(BATCH, length, dtype=torch.long)
-    labels = torch.full((BATCH, length), -100)
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    weights = torch.zeros(batch, length)
     for i, (row, loss) in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
-        labels[i, : len(row)] = torch.where(torch.tensor(loss), torch.tensor(row), -100)
-    return ids, labels
+        weights[i, : len(row)] = torch.where(torch.tensor(loss), 1.0, USER_WEIGHT)
+    return ids, weights
+
+
+def _optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for embeddings and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    muon = torch.optim.Muon(matrices, lr=PEAK_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw", ns_steps=4)
+    return [muon, torch.optim.AdamW(rest, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def _average_gradients(model: nn.Module) -> None:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _clock(used: float, began: float) -> tuple[float, float]:
+    """Seconds used so far by the clock of rank 0, so that all ranks stop together; and now."""
+    now = time.monotonic()
+    seconds = torch.tensor(used + now - began, dtype=torch.float64)
+    dist.broadcast(seconds, src=0)
+    return seconds.item(), now
 
 
 def train(folder: Path, work: Path, minutes: float) -> dict[str, float]:
     """Train for about `minutes`; the learning rate falls to zero with the time that is used up."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
+    rank, world = dist.get_rank(), dist.get_world_size()
     tokenizer = train_tokenizer(corpus(3000, BASE, seed=0))
     model = new_llm(len(tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, foreach=True)
+    optimizers = _optimizers(model)
     state = work / "language.pt"
     step, used = 0, 0.0
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
         step, used = saved["step"], saved["used"]
     losses: list[float] = []
+    began = time.monotonic()
     while used < 60 * minutes:
-        began = time.monotonic()
         rate = PEAK_RATE * min(1.0, (step + 1) / 100) * max(0.01, 1 - used / (60 * minutes))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        ids, labels = _batch(tokenizer, step)
-        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
-        wanted = labels[:, 1:]
-        loss = F.cross_entropy(model.lm_head(hidden[wanted != -100]), wanted[wanted != -100])
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+        ids, weights = _batch(tokenizer, step, rank, BATCH // world)
+        logits = model(input_ids=ids).logits[:, :-1]
+        each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        weight = weights[:, 1:].flatten()
+        loss = (each * weight).sum() / weight.sum()
+        answers = each.detach()[weight == 1.0].mean()
         loss.backward()
+        _average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        step, used = step + 1, used + time.monotonic() - began
-        if step % 50 == 0:
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+        losses.append(answers.item())
+        step, used, began = step + 1, *_clock(used, began)
+        if step % 50 == 0 and rank == 0:
             print(json.dumps({"step": step, "minutes": round(used / 60, 2), "loss": round(float(np.mean(losses[-50:])), 4)}), flush=True)
-        if step % 250 == 0:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "used": used}, state)
-    save_llm(model, tokenizer, folder / "llm")
+        if step % 100 == 0 and rank == 0:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            torch.save({"model": model.state_dict(), "optimizers": states, "step": step, "used": used}, state)
+    if rank == 0:
+        save_llm(model, tokenizer, folder / "llm")
     return {"steps": step, "minutes": used / 60, "loss": float(np.mean(losses[-50:]))}
+
+
+@torch.no_grad()
+def told_accuracy(folder: Path, documents: int = 200) -> float:
+    """Share of answers to questions about unseen scenes told in words that are right to the last token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rng, right, asked = np.random.default_rng(2**20), 0, 0
+    for _ in range(documents):
+        turns = told(rng, BASE)
+        ids, _ = encode(tokenizer, turns)
+        guessed = model(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        end = 1
+        for turn in turns:
+            bears_loss = encode(tokenizer, [turn])[1][1:]
+            start, end = end + bears_loss.index(True), end + len(bears_loss)
+            if not turn[0].startswith("Describe"):
+                asked += 1
+                right += guessed[start - 1 : end - 1] == ids[start:end]
+    return right / asked
+
+
+def main() -> None:
+    """Started by `build.py` through torchrun: FOLDER WORK MINUTES."""
+    folder, work, minutes = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+    dist.init_process_group("gloo")
+    figures = train(folder, work, minutes)
+    if dist.get_rank() == 0:
+        figures["told_accuracy"] = told_accuracy(folder / "llm")
+        (work / "language.json").write_text(json.dumps(figures))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ Turns = list[tuple[str, str]]  # (user, assistant)
 
 def tell_frames(scene: Scene, rng: np.random.Generator) -> str:
     """What is seen at 3, 5 or 10 moments, evenly spread."""
-    n = (3, 5, 10)[rng.choice(3, p=(0.6, 0.3, 0.1))]
+    n = (3, 5, 10)[rng.choice(3, p=(0.7, 0.25, 0.05))]
     moments = []
     for i in range(n):
         second = (i + 0.5) * SECONDS / n
@@ -74,16 +74,17 @@ def _captions(scene: Scene) -> Turns:
     return [(DESCRIBE_PICTURE, tell_picture(scene)), (DESCRIBE_SOUND, tell_sounds(scene))]
 
 
-def _told(rng: np.random.Generator, vocabulary: Vocabulary) -> Turns:
+def told(rng: np.random.Generator, vocabulary: Vocabulary) -> Turns:
+    """A scene told in words, questions about it and, for a time line, its captions."""
     scene = sample_scene(rng, vocabulary)
     form = rng.random()
-    seen = tell_frames(scene, rng) if form < 0.7 else tell_picture(scene)
-    heard = tell_windows(scene, rng) if form < 0.7 else tell_sounds(scene)
+    seen = tell_frames(scene, rng) if form < 0.6 else tell_picture(scene)
+    heard = tell_windows(scene, rng) if form < 0.6 else tell_sounds(scene)
     asked = questions(scene, AVQA, rng, base=True) + questions(scene, SPOKEN, rng, base=True)
     asked += questions(scene, IMAGES, rng, base=True)
     turns = [(question.text, question.answer) for question in asked]
     turns = [turns[i] for i in rng.permutation(len(turns))[:9]]
-    if form < 0.7:
+    if form < 0.6:
         turns += _captions(scene)
     turns = [turns[i] for i in rng.permutation(len(turns))]
     return [(f"{seen} {heard} {turns[0][0]}", turns[0][1]), *turns[1:]]
@@ -96,10 +97,10 @@ def document(rng: np.random.Generator, vocabulary: Vocabulary) -> Turns:
         return _spelled(rng, vocabulary)
     if draw < 0.3:
         return _spelled_question(rng, vocabulary)
-    return _told(rng, vocabulary)
+    return told(rng, vocabulary)
 
 
 def corpus(n: int, vocabulary: Vocabulary, seed: int) -> list[str]:
     """n documents as plain text, to train the tokenizer on."""
     rng = np.random.default_rng(seed)
-    return [" ".join(part for turn in document(rng, vocabulary) for part in turn) for _ in range(n)]
+    return [f"{user} {assistant}" for _ in range(n) for user, assistant in document(rng, vocabulary)]

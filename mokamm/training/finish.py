@@ -113,6 +113,9 @@ def _example(config: RunConfig) -> str:
 
     entry = config.data.validation[0] if config.data.validation else config.data.train[0]
     path, media_dir = config.locate(entry)
+    if config.data.world:  # the same file of the split that training has not seen
+        test = Path(config.data.world.dir) / "test"
+        path, media_dir = (test / path.name, test) if (test / path.name).is_file() else (path, media_dir)
     sample = open_source(entry.source, path, limit=1, **entry.options)[0]
     options, words = [], []
     for part in (p for message in sample.prompt for p in message.content):

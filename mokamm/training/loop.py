@@ -63,7 +63,7 @@ def fit(
     groups = parameter_groups(training, parts)
     state, engine = start(config, model, groups, shape, ranks)
     if training.gradient_checkpointing:
-        model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model.llm)
     loop = Loop(config, model, engine, corpus, ranks, shape, state)
     try:
         loop.run(stop_after or shape.total_steps)
@@ -71,6 +71,14 @@ def fit(
         loop.close()
     best = state.best if training.load_best_model_at_end else None
     return Path(training.output_dir) / f"checkpoint-{int(best['step']) if best else state.step}"
+
+
+def checkpoint_activations(llm: Any) -> None:
+    """Recompute activations in the backward pass. transformers renamed the call within version 5."""
+    if hasattr(llm, "activation_checkpointing_enable"):
+        llm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def start(

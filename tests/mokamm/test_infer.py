@@ -20,11 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run_config(base: Path, **training) -> dict:
     qformer = {"name": "qformer", "tokens": 2, "hidden": 32, "heads": 2, "layers": 1}
+    vision = {"name": "open_clip", "path": str(base / "vision")}
     return {
         "model": {
             "llm": {"path": str(base / "llm")},
             "modalities": {
-                "vision": {"encoder": {"name": "open_clip", "path": str(base / "vision")}, "projector": qformer, "segments": 2},
+                "vision": {"encoder": vision, "projector": qformer, "segments": 2},
                 "audio": {
                     "encoder": {"name": "beats", "path": str(base / "audio.safetensors")},
                     "projector": {"name": "mlp", "stride": 16},
@@ -208,7 +209,7 @@ def test_a_chat_attaches_media_remembers_and_survives_mistakes(finished, model, 
         (["{run}", " ", "--json"], "nothing was asked"),
         (
             ["{run}", "hello", "--base", "no/such/llm/here"],
-            "model.llm.path: AutoTokenizer cannot load 'no/such/llm/here'",
+            "AutoTokenizer cannot load 'no/such/llm/here'",
         ),
         (["{run}", "hello", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1; found 0"),
         (["{silent}", "hello", "--speech", "{media}/long.wav"], "no modality 'speech'; it was trained with: vision"),
@@ -263,9 +264,8 @@ def test_a_moved_run_answers_from_anywhere_by_its_path(finished, model, media_di
     (moved / "config.yaml").write_text(yaml.safe_dump(config))
     shutil.copy(media_dir / "clip.mp4", tmp_path / "clip.mp4")
     command = [sys.executable, str(ROOT / "mokamm" / "infer.py"), "moved", "how many ?", "--video", "clip.mp4"]
-    done = subprocess.run(
-        [*command, "--base", base, "--max-new-tokens", "6"], capture_output=True, text=True, cwd=tmp_path
-    )
+    command += ["--base", base, "--max-new-tokens", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == model.chat("how many ?", video=media_dir / "clip.mp4", max_new_tokens=6)
     assert done.stderr == ""

@@ -40,7 +40,7 @@ def turns(*texts, system=None):
 
 
 def plain(sample, merged):
-    """The conversation as transformers takes it; where the family has no system role it stands before the first turn."""
+    """The conversation as transformers takes it; without a system role its text stands before the first turn."""
     listed = [{"role": m.role, "content": m.text} for m in sample.messages]
     if merged and listed[0]["role"] == "system":
         listed[1]["content"] = listed[0]["content"] + "\n\n" + listed[1]["content"]

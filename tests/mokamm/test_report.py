@@ -44,7 +44,18 @@ def run(tmp_path):
         ("miniworld_avqa", "shuffle", 0.38),
         ("miniworld_spoken", None, 0.625),
     ]:
-        content = {"benchmark": name, "rows": 400, "score": score, "metrics": {"unparsable": 3, "audio_counting": 0.5}}
+        content = {
+            "benchmark": name,
+            "rows": 400,
+            "score": score,
+            "interval": [score - 0.05, score + 0.05],
+            "unparsed": 3,
+            "metrics": {
+                "label_accuracy": 0.5,
+                "baselines": {"majority_answer": 0.3},
+                "types": {"Audio Counting": {"rows": 40, "accuracy": 0.25}},
+            },
+        }
         suffix = f".{control}" if control else ""
         (tmp_path / "predictions" / f"{name}{suffix}.metrics.json").write_text(
             json.dumps({**content, "control": control})
@@ -58,9 +69,12 @@ def test_report_has_pictures_and_every_score(run):
         pixels = np.asarray(Image.open(run / "report" / f"{name}.png").convert("RGB"))
         assert pixels.shape[0] > 200
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20  # something is drawn
-    assert "| miniworld_avqa |  | 400 | 71.0 % | unparsable 3, audio counting 50.0 % |" in page
+    more = "label accuracy 50.0 %, baseline majority answer 30.0 %"
+    assert f"| miniworld_avqa |  | 400 | 71.0 % | 66.0 - 76.0 | 3 | {more} |" in page
     assert "| miniworld_avqa | shuffle | 400 | 38.0 %" in page
     assert "| 400 | 0.5000 | 50.0 % |" in page
+    assert "### miniworld_avqa: types" in page
+    assert "| Audio Counting | 40 | 25.0 % |" in page
     assert "loss_plot.png" in page
 
 

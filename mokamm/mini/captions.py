@@ -1,0 +1,72 @@
+"""The data of stage 1: captions of what is seen and what is heard, and transcripts. No questions.
+
+Worlds of the base only (no diamond, horn, orange or cyan; six voices), from a seed of their own: no scene of the
+miniature world's splits plays a part.
+
+    FOLDER/videos/ID.mp4 audio/ID.wav speech/ID.wav   captions.jsonl (messages with typed content)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.miniworld.draw import write_video
+from data.miniworld.scene import BASE, Scene, sample_scene
+from data.miniworld.sound import render_sound
+from data.miniworld.speech import BASE_VOICES, Utterance, sample_utterance, speak
+from data.miniworld.tell import tell_picture, tell_sentence, tell_sounds
+from data.miniworld.write import run_jobs, write_wave
+from mokamm.mini.text import DESCRIBE_PICTURE, DESCRIBE_SOUND, TRANSCRIBE
+
+SEED = 90_210
+
+
+def _scene(index: int) -> Scene:
+    return sample_scene(np.random.default_rng([SEED, 0, index]), BASE)
+
+
+def _utterance(index: int) -> Utterance:
+    rng = np.random.default_rng([SEED, 1, index])
+    return sample_utterance(rng, tell_sentence(rng, BASE), BASE_VOICES)
+
+
+def _render_clip(folder: Path, index: int) -> None:
+    scene = _scene(index)
+    write_video(scene, folder / "videos" / f"{index:08d}.mp4")
+    write_wave(folder / "audio" / f"{index:08d}.wav", render_sound(scene))
+
+
+def _render_speech(folder: Path, index: int) -> None:
+    write_wave(folder / "speech" / f"{index:08d}.wav", speak(_utterance(index)))
+
+
+def _row(media: dict[str, str], prompt: str, answer: str) -> dict[str, Any]:
+    content = [media, {"type": "text", "text": prompt}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+
+
+def write_captions(folder: Path, clips: int, utterances: int) -> None:
+    """Render `clips` videos with their sounds and `utterances` sentences; does nothing where they are there."""
+    done = folder / "captions.jsonl"
+    if done.exists():
+        return
+    for name in ("videos", "audio", "speech"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(clips):
+        scene, name = _scene(index), f"{index:08d}"
+        rows.append(_row({"type": "video", "path": f"videos/{name}.mp4"}, DESCRIBE_PICTURE, tell_picture(scene)))
+        rows.append(_row({"type": "audio", "path": f"audio/{name}.wav"}, DESCRIBE_SOUND, tell_sounds(scene)))
+    for index in range(utterances):
+        media = {"type": "audio", "as": "speech", "path": f"speech/{index:08d}.wav"}
+        rows.append(_row(media, TRANSCRIBE, _utterance(index).text))
+    jobs = [partial(_render_clip, folder, index) for index in range(clips)]
+    jobs += [partial(_render_speech, folder, index) for index in range(utterances)]
+    run_jobs(jobs, os.cpu_count() or 1, "stage 1")
+    done.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,35 @@
+"""Fixtures that several floors share: the miniature base (the shipped one) and a small miniature world."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def mini_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the miniature base; random weights of the same files where the trained ones are not there yet."""
+    shipped = ROOT / "mokamm" / "mini"
+    if (shipped / "stage1").is_dir():
+        return shipped
+    from mokamm.mini.architecture import write_random
+
+    folder = tmp_path_factory.mktemp("base")
+    write_random(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rendered miniature world: 8 clips for training and 6 for the test."""
+    from data.miniworld.write import write_split
+
+    folder = tmp_path_factory.mktemp("world")
+    write_split(folder, "train", 8, workers=1)
+    write_split(folder, "test", 6, workers=1)
+    return folder
