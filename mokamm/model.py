@@ -14,6 +14,7 @@ Axis letters: B batch, T tokens, D model width, V vocabulary, N segments, P patc
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -230,23 +231,34 @@ class MultimodalLM(nn.Module):
         return self.generate([sample], max_new_tokens, streamer, num_beams, loader)[0]
 
 
+MARKER = re.compile(r"\s*\{(video|image|audio|speech)\}\s*")  # spaces around a marker are not the question's
+
+
 def user_message(
     question: str, *, video: Paths = None, image: Paths = None, audio: Paths = None, speech: Paths = None
 ) -> Message:
-    """A user's turn as the training rows have it: the media first, then the question, whose tokens are the keys."""
-    kinds: list[tuple[Kind, str, Paths]] = [
-        ("video", "vision", video),
-        ("image", "vision", image),
-        ("audio", "audio", audio),
-        ("audio", "speech", speech),
-    ]
+    """A user's turn: media stand before the question, or where it says `{video}`, `{image}`, `{audio}` or `{speech}`.
+
+    The question's text gives the keys of the cross-modal attention, as in the training rows. Raises UserError for a marker
+    without a file.
+    """
+    given = {"video": video, "image": image, "audio": audio, "speech": speech}
+    waiting = {name: _media(name, paths) for name, paths in given.items() if paths is not None}
     content: list[Text | Media] = []
-    for kind, modality, paths in kinds:
-        listed = [] if paths is None else [paths] if isinstance(paths, str | Path) else paths
-        content += [Media(kind, str(Path(path).absolute()), modality) for path in listed]
-    if question.strip():
-        content.append(Text(question.strip(), question=True))
-    return Message("user", tuple(content))
+    for i, piece in enumerate(MARKER.split(question.strip())):
+        if i % 2 == 0:
+            content += [Text(piece, question=True)] if piece.strip() else []
+        elif waiting.get(piece):
+            content.append(waiting[piece].pop(0))
+        else:
+            raise UserError(f"the question says {{{piece}}}, but no file is left for it; give one more --{piece} FILE")
+    return Message("user", (*(media for left in waiting.values() for media in left), *content))
+
+
+def _media(name: str, paths: Paths) -> list[Media]:
+    kind, modality = {"video": ("video", "vision"), "image": ("image", "vision")}.get(name, ("audio", name))
+    listed = [] if paths is None else [paths] if isinstance(paths, str | Path) else paths
+    return [Media(cast(Kind, kind), str(Path(path).absolute()), modality) for path in listed]
 
 
 def _stack(media: MediaBatch, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -90,8 +90,6 @@ def finish(config: RunConfig, run: Path) -> None:
 
 # ---- the command to talk to the result -------------------------------------------------------------------------------
 
-OPTIONS = {"video": "--video", "image": "--image"}
-
 
 def talk_command(config: RunConfig, run: Path) -> str:
     """An infer.py command for the first row of the first benchmark whose files can be read, else one with names to
@@ -120,8 +118,9 @@ def _example(config: RunConfig) -> str:
     options, words = [], []
     for part in (p for message in sample.prompt for p in message.content):
         if isinstance(part, Media):
-            option = OPTIONS.get(part.kind) or ("--speech" if part.modality == "speech" else "--audio")
-            options += [option, shlex.quote((media_dir / part.path).as_posix())]
+            name = part.kind if part.kind in ("video", "image") else part.modality
+            options += [f"--{name}", shlex.quote((media_dir / part.path).as_posix())]
+            words += [f"{{{name}}}"] if words else []  # a marker where it does not come first
         elif isinstance(part, Text):
             words.append(part.text.strip())
     return " ".join([*options, shlex.quote(" ".join(w for w in words if w))])
