@@ -9,7 +9,9 @@ from data.schema import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.miniworld", description="Render a split of the miniature world.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.miniworld", description="Render a split of the miniature world."
+    )
     parser.add_argument("--out", required=True, help="folder that receives SPLIT/")
     parser.add_argument("--split", required=True, help="train, validation or test")
     parser.add_argument("--num", type=int, required=True, help="number of ten-second clips")

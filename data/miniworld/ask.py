@@ -217,7 +217,8 @@ class Balance:
     def _excess(self, kind: str, subject: str, answer: str) -> int:
         """How far an answer is ahead of the rarest of its kind, for this subject and over all subjects."""
         return max(
-            self.answers[kind, about, answer] - min(self.answers[kind, about, other] for other in self.kinds[kind].answers)
+            self.answers[kind, about, answer]
+            - min(self.answers[kind, about, other] for other in self.kinds[kind].answers)
             for about in self._scopes(kind, subject)
         )
 

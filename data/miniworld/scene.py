@@ -45,7 +45,9 @@ class Vocabulary:
 
 
 WORLD = Vocabulary(tuple(PLAYS), tuple(COLOURS))
-BASE = Vocabulary(WORLD.shapes[:-1], WORLD.colours[:-2])  # what the miniature base has met: no diamond, horn, orange, cyan
+BASE = Vocabulary(
+    WORLD.shapes[:-1], WORLD.colours[:-2]
+)  # what the miniature base has met: no diamond, horn, orange, cyan
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +142,8 @@ def _sounds(rng: np.random.Generator, vocabulary: Vocabulary, things: tuple[Thin
     sounds = []
     for shape, start in zip(players, starts, strict=True):
         thing = seen.get(shape)
-        first, last = int(start), SECONDS
-        if thing is not None and (last := thing.leave) - 2 < first:  # a thing that leaves is heard before it is gone
+        first = int(start)
+        if thing is not None and thing.leave - 2 < first:  # a thing that leaves is heard before it is gone
             first = int(start) % (thing.leave - 1)
         shortest = 2 if thing is None else max(2, thing.enter - first + 2)
         end = int(rng.integers(first + shortest, SECONDS + 1)) if first + shortest <= SECONDS else SECONDS

@@ -69,5 +69,7 @@ def render_sound(scene: Scene) -> np.ndarray:
     for sound in scene.sounds:
         t = np.arange(sound.duration * RATE) / RATE
         edge = np.minimum(1, np.minimum(t, sound.duration - t) / 0.02)
-        mix[sound.start * RATE : sound.end * RATE] += 0.2 * sound.level * edge * INSTRUMENTS[sound.instrument](t, sound.pitch, rng)
+        mix[sound.start * RATE : sound.end * RATE] += (
+            0.2 * sound.level * edge * INSTRUMENTS[sound.instrument](t, sound.pitch, rng)
+        )
     return np.clip(mix, -1, 1).astype(np.float32)

@@ -1,7 +1,8 @@
-"""Speech by eSpeak NG, called through ctypes: about 30 ms for 3 s of sound, 16 kHz mono, the same words the same samples.
+"""Speech by eSpeak NG, called through ctypes: about 30 ms for 3 s of sound, 16 kHz mono, same words same samples.
 
-The library carries state (wave phases, a random generator) from one utterance to the next, so each is spoken by a fork of
-a process in which the library was initialised and never used. eSpeak NG is GPL: only this module loads it, and the application runs `python -m data.miniworld` as a process of its own.
+The library carries state (wave phases, a random generator) from one utterance to the next, so each is spoken by a fork
+of a process in which the library was initialised and never used. eSpeak NG is GPL: only this module loads it, and the
+application runs `python -m data.miniworld` as a process of its own.
 """
 
 from __future__ import annotations

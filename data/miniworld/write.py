@@ -162,7 +162,10 @@ def sentences(request: Request, n: int) -> Iterator[tuple[dict[str, Any], tuple[
             pass
         name = f"sentence-{_identity(index)}"
         content = [_speech_entry(name), {"type": "text", "text": "Write down what is said."}]
-        yield _row(name, content, text, ("Speech", "Transcription")), (name, sample_utterance(rng, text, VOICES[request.split]))
+        yield (
+            _row(name, content, text, ("Speech", "Transcription")),
+            (name, sample_utterance(rng, text, VOICES[request.split])),
+        )
 
 
 def image_rows(request: Request, n: int) -> list[dict[str, Any]]:
@@ -193,7 +196,9 @@ def run_jobs(jobs: Sequence[Callable[[], object]], workers: int, label: str) -> 
     from tqdm import tqdm
 
     with multiprocessing.Pool(workers, initializer=_one_thread) as pool:
-        for _ in tqdm(pool.imap_unordered(_call, jobs, chunksize=8), total=len(jobs), desc=label, unit="file", mininterval=1.0):
+        for _ in tqdm(
+            pool.imap_unordered(_call, jobs, chunksize=8), total=len(jobs), desc=label, unit="file", mininterval=1.0
+        ):
             pass
 
 
@@ -230,7 +235,9 @@ def write_split(out: str | Path, split: str, num: int, seed: int = 0, workers: i
         done = folder / "DONE.json"
         if done.exists() and json.loads(done.read_text()) == asdict(request):
             return folder
-        raise UserError(f"{folder} exists and holds something else than {asdict(request)}: remove it or choose another --out")
+        raise UserError(
+            f"{folder} exists and holds something else than {asdict(request)}: remove it or choose another --out"
+        )
     unfinished = folder.with_name(f".{split}.{os.getpid()}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     for name in ("videos", "audio", "speech", "images"):

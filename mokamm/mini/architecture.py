@@ -1,16 +1,16 @@
 """The shapes of the miniature base, each in its family's own configuration class and file format.
 
-    llm/              Llama, 5 layers of width 192, byte-level BPE, a chat template
-    vision/           an open_clip folder: ViT, 16 x 16 patches of 64 x 64 pixels
-    audio.safetensors BEATs, 3 layers of width 128
-    speech/           Whisper, encoder of 4 layers, windows of 4 s
+llm/              Llama, 5 layers of width 192, byte-level BPE, a chat template
+vision/           an open_clip folder: ViT, 16 x 16 patches of 64 x 64 pixels
+audio.safetensors BEATs, 3 layers of width 128
+speech/           Whisper, encoder of 4 layers, windows of 4 s
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import open_clip
@@ -30,7 +30,7 @@ VOCABULARY = 512
 SPEECH_SECONDS = 4
 CLIP_TEXT_LENGTH = 48
 
-VISION = {
+VISION: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 128, "layers": 4, "head_width": 32, "mlp_ratio": 3.0},
     "text_cfg": {
@@ -38,7 +38,12 @@ VISION = {
         "pool_type": "eos", "eos_id": 2,
     },
 }  # fmt: skip
-PREPROCESS = {"mean": [0.25, 0.25, 0.25], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic", "resize_mode": "squash"}
+PREPROCESS = {
+    "mean": [0.25, 0.25, 0.25],
+    "std": [0.25, 0.25, 0.25],
+    "interpolation": "bicubic",
+    "resize_mode": "squash",
+}
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -84,7 +89,7 @@ def new_vision() -> open_clip.CLIP:
     """An open_clip CLIP model; its text tower reads the LLM's tokens and serves the contrastive training only."""
     import open_clip
 
-    return open_clip.CLIP(VISION["embed_dim"], dict(VISION["vision_cfg"]), dict(VISION["text_cfg"]))  # type: ignore[arg-type]
+    return open_clip.CLIP(VISION["embed_dim"], dict(VISION["vision_cfg"]), dict(VISION["text_cfg"]))
 
 
 def new_audio() -> BEATs:
@@ -111,9 +116,7 @@ def new_speech() -> WhisperModel:
 
 
 def save_llm(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    import torch
-
-    model.to(torch.float16).save_pretrained(folder)
+    model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -137,10 +140,9 @@ def save_audio(model: BEATs, path: Path) -> None:
 
 
 def save_speech(model: WhisperModel, folder: Path) -> None:
-    import torch
     from transformers import WhisperFeatureExtractor
 
-    model.to(torch.float16).save_pretrained(folder)
+    model.half().save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=80, chunk_length=SPEECH_SECONDS).save_pretrained(folder)
 
 

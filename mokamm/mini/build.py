@@ -67,7 +67,12 @@ def _stage1(out: Path, work: Path) -> dict[str, float]:
         "model.modalities.audio.encoder.path": out / "audio.safetensors",
         "model.modalities.speech.encoder.path": out / "speech",
     }
-    command = [sys.executable, "mokamm/train.py", "configs/mini/stage1.yaml", *(f"{k}={v}" for k, v in settings.items())]
+    command = [
+        sys.executable,
+        "mokamm/train.py",
+        "configs/mini/stage1.yaml",
+        *(f"{k}={v}" for k, v in settings.items()),
+    ]
     subprocess.run(command, cwd=ROOT, check=True)
     shutil.copytree(run / "final", out / "stage1")
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]

@@ -1,7 +1,8 @@
-"""Pretrains the miniature LLM on text about worlds; the user's words weigh half of the assistant's in the loss (scenes repeat
-themselves from moment to moment: to predict them is to learn to look back).
+"""Pretrains the miniature LLM on text about worlds; the user's words weigh half of the assistant's in the
+loss (scenes repeat themselves from moment to moment: to predict them is to learn to look back).
 
-Two processes of one thread each (a small model gains little from threads). Goes on from its last state after an interruption (the state lies in the work folder).
+Two processes of one thread each (a small model gains little from threads). Goes on from its last state after an
+interruption (the state lies in the work folder).
 """
 
 from __future__ import annotations
@@ -114,7 +115,12 @@ def train(folder: Path, work: Path, minutes: float) -> dict[str, float]:
         losses.append(answers.item())
         step, used, began = step + 1, *_clock(used, began)
         if step % 50 == 0 and rank == 0:
-            print(json.dumps({"step": step, "minutes": round(used / 60, 2), "loss": round(float(np.mean(losses[-50:])), 4)}), flush=True)
+            print(
+                json.dumps(
+                    {"step": step, "minutes": round(used / 60, 2), "loss": round(float(np.mean(losses[-50:])), 4)}
+                ),
+                flush=True,
+            )
         if step % 100 == 0 and rank == 0:
             states = [optimizer.state_dict() for optimizer in optimizers]
             torch.save({"model": model.state_dict(), "optimizers": states, "step": step, "used": used}, state)

@@ -38,7 +38,9 @@ from mokamm.mini.architecture import (
 LETTERS = "_abcdefghijklmnopqrstuvwxyz "  # index 0 is CTC's blank
 
 
-def fit(name: str, parameters: list[nn.Parameter], losses: Iterator[Tensor], rate: float, minutes: float) -> dict[str, float]:
+def fit(
+    name: str, parameters: list[nn.Parameter], losses: Iterator[Tensor], rate: float, minutes: float
+) -> dict[str, float]:
     """Take AdamW steps on the losses that come, until the minutes are used up."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02, foreach=True)
     began, seen = time.monotonic(), []
@@ -52,7 +54,17 @@ def fit(name: str, parameters: list[nn.Parameter], losses: Iterator[Tensor], rat
         optimizer.zero_grad()
         seen.append(loss.item())
         if step % 25 == 24:
-            print(json.dumps({"part": name, "step": step + 1, "used": round(used, 3), "loss": round(float(np.mean(seen[-25:])), 4)}), flush=True)
+            print(
+                json.dumps(
+                    {
+                        "part": name,
+                        "step": step + 1,
+                        "used": round(used, 3),
+                        "loss": round(float(np.mean(seen[-25:])), 4),
+                    }
+                ),
+                flush=True,
+            )
         if used >= 1:
             break
     return {"steps": len(seen), "loss": float(np.mean(seen[-25:]))}
@@ -79,7 +91,8 @@ def _near_miss(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def _pictures(rng: np.random.Generator, n: int) -> tuple[Tensor, list[str]]:
-    frames, captions = [], []
+    frames: list[np.ndarray] = []
+    captions: list[str] = []
     while len(frames) < n:
         scene, second = sample_scene(rng, BASE, still=bool(rng.random() < 0.6)), float(rng.uniform(0, SECONDS))
         for variant in (scene, _near_miss(rng, scene)):
@@ -115,7 +128,9 @@ def train_vision(folder: Path, tokenizer: Callable[..., dict], minutes: float) -
 
 def _window(rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
     """One second of up to four instruments; some start or end within it."""
-    heard = [list(BASE.shapes)[i] for i in rng.permutation(len(BASE.shapes))[: rng.choice(5, p=(0.1, 0.3, 0.3, 0.2, 0.1))]]
+    heard = [
+        list(BASE.shapes)[i] for i in rng.permutation(len(BASE.shapes))[: rng.choice(5, p=(0.1, 0.3, 0.3, 0.2, 0.1))]
+    ]
     wave = 0.002 * rng.normal(size=RATE)
     for shape in heard:
         t = np.arange(RATE) / RATE + int(rng.integers(SECONDS))

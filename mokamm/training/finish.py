@@ -115,7 +115,8 @@ def _example(config: RunConfig) -> str:
         test = Path(config.data.world.dir) / "test"
         path, media_dir = (test / path.name, test) if (test / path.name).is_file() else (path, media_dir)
     sample = open_source(entry.source, path, limit=1, **entry.options)[0]
-    options, words = [], []
+    options: list[str] = []
+    words: list[str] = []
     for part in (p for message in sample.prompt for p in message.content):
         if isinstance(part, Media):
             name = part.kind if part.kind in ("video", "image") else part.modality

@@ -19,7 +19,17 @@ from data.miniworld.scene import COLOURS, PLAYED_BY, SECONDS, sample_scene
 from data.miniworld.sound import RATE, render_sound
 from data.miniworld.speech import TEST_VOICES, sample_utterance, speak
 from data.miniworld.tell import split_of
-from data.miniworld.write import VOICES, Request, avqa_rows, clip_scene, event_lines, image_rows, sentences, spoken, write_split
+from data.miniworld.write import (
+    VOICES,
+    Request,
+    avqa_rows,
+    clip_scene,
+    event_lines,
+    image_rows,
+    sentences,
+    spoken,
+    write_split,
+)
 from data.schema import Media, UserError
 from data.sources import open_source
 
@@ -151,7 +161,14 @@ def test_the_question_alone_tells_nothing() -> None:
     avqa = [(row["type"], row["question_content"], row["anser"]) for row in avqa_rows(request)]
     assert question_only_gain(avqa) < 0.05
     spoken_rows = [row for row, _ in spoken(Request("train", 1500, 0))]
-    kinds = [(r["meta"]["question_type"][1], " ".join(r["messages"][0]["content"][2]["text"].split()), r["messages"][1]["content"]) for r in spoken_rows]
+    kinds = [
+        (
+            r["meta"]["question_type"][1],
+            " ".join(r["messages"][0]["content"][2]["text"].split()),
+            r["messages"][1]["content"],
+        )
+        for r in spoken_rows
+    ]
     assert question_only_gain(kinds) < 0.05
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for kind, _, answer in avqa:
