@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from data.miniworld.scene import BASE
 from mokamm.mini.architecture import new_llm, save_llm, train_tokenizer
 from mokamm.mini.text import Turns, corpus, document, told
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 BATCH = 16
 PEAK_RATE = 3e-3
@@ -78,12 +82,22 @@ def _clock(used: float, began: float) -> tuple[float, float]:
     return seconds.item(), now
 
 
+def _tokenizer(folder: Path, rank: int) -> PreTrainedTokenizerFast:
+    """The tokenizer that the saved state was trained with, else a new one."""
+    from transformers import PreTrainedTokenizerFast
+
+    if rank == 0 and not folder.exists():
+        train_tokenizer(corpus(3000, BASE, seed=0)).save_pretrained(folder)
+    dist.barrier()
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
 def train(folder: Path, work: Path, minutes: float) -> dict[str, float]:
     """Train for about `minutes`; the learning rate falls to zero with the time that is used up."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     rank, world = dist.get_rank(), dist.get_world_size()
-    tokenizer = train_tokenizer(corpus(3000, BASE, seed=0))
+    tokenizer = _tokenizer(work / "tokenizer", rank)
     model = new_llm(len(tokenizer))
     optimizers = _optimizers(model)
     state = work / "language.pt"
