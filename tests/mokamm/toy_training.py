@@ -24,6 +24,7 @@ from mokamm.training.loop import fit
 from mokamm.training.watch import read_metrics
 
 VOCABULARY = 48
+FROM_STEP_ONE = {"lr_scheduler_type": "constant", "warmup_steps": 0}  # every step changes the weights
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -139,8 +140,8 @@ def main(folder: Path, stages: list[str]) -> None:
     ranks = launch.start(config(folder, **first).training)
     for stage in stages:
         path = str(ROOT / f"configs/deepspeed/{stage}.json")
-        again = partial(run, ranks=ranks, deepspeed=path, per_device_train_batch_size=2 // ranks.world)
-        again(folder / stage / "exact", max_steps=3)
+        again = partial(run, ranks=ranks, deepspeed=path, per_device_train_batch_size=2 // ranks.world, **FROM_STEP_ONE)
+        again(folder / stage / "exact", max_steps=5)
         again(folder / stage / "whole", dropout=0.2, max_steps=5, eval_steps=3)
         again(folder / stage / "halved", dropout=0.2, max_steps=5, eval_steps=3, stop_after=4)
         again(folder / stage / "halved", dropout=0.2, max_steps=5, eval_steps=3)
