@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object: question, answer, media, seconds, tokens"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # the question may stand after the options
     for name in ("max_new_tokens", "beams"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1; found {getattr(args, name)}")

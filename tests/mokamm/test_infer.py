@@ -139,7 +139,7 @@ def test_the_answer_is_that_of_the_evaluation(capsys, finished, model, media_dir
     other = Sample("y", (Message("user", (Text("what is this ?", True),)),))
     expected = model.generate([other, sample], 10, loader=MediaLoader(media_dir))[1]
 
-    command = [finished, "how many ?", *options(media), "--max-new-tokens", 10, "--device", "cpu"]
+    command = [finished, *options(media), "how many ?", "--max-new-tokens", 10, "--device", "cpu"]
     code, out, _ = call(capsys, *command)
     assert (code, out.strip()) == (0, expected)
     code, out, err = call(capsys, *command, "--json")
