@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -33,6 +36,8 @@ from data.miniworld.write import (
 from data.schema import Media, UserError
 from data.sources import open_source
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def frames_of(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
@@ -50,6 +55,21 @@ def test_same_seed_gives_the_same_decoded_content_with_any_number_of_processes(t
     assert not np.array_equal(frames_of(one / video), frames_of(other / video))
     for speech in sorted((one / "speech").iterdir()):
         assert np.array_equal(soundfile.read(speech)[0], soundfile.read(two / "speech" / speech.name)[0])
+
+
+def test_annotations_do_not_depend_on_the_process() -> None:
+    """Python's string hashes differ from process to process, and with them the order of a set."""
+    program = (
+        "import hashlib; from data.miniworld.write import *; r = Request('train', 40, 0);"
+        "print(hashlib.sha256(repr([avqa_rows(r), list(spoken(r)), image_rows(r, 40)]).encode()).hexdigest())"
+    )
+    digests = set()
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", program]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        digests.add(done.stdout)
+    assert len(digests) == 1
 
 
 def test_files_show_and_sound_what_the_scene_says(world: Path) -> None:
