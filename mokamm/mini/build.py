@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CLIPS, UTTERANCES = 1500, 3000
-LANGUAGE_MINUTES = 43
+LANGUAGE_MINUTES = 30
 
 
 def _language(out: Path, work: Path) -> dict[str, float]:

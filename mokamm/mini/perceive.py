@@ -27,6 +27,7 @@ from mokamm.mini.architecture import (
     CLIP_TEXT_LENGTH,
     PREPROCESS,
     SPEECH_SECONDS,
+    native_bfloat16,
     new_audio,
     new_speech,
     new_vision,
@@ -105,7 +106,7 @@ def _pictures(rng: np.random.Generator, n: int) -> tuple[Tensor, list[str]]:
 
 def train_vision(folder: Path, tokenizer: Callable[..., dict], minutes: float) -> dict[str, float]:
     torch.manual_seed(1)
-    model = new_vision()
+    model, native = new_vision(), native_bfloat16()
 
     def losses() -> Iterator[Tensor]:
         rng = np.random.default_rng(101)
@@ -115,8 +116,9 @@ def train_vision(folder: Path, tokenizer: Callable[..., dict], minutes: float) -
             for i, caption in enumerate(captions):
                 row = tokenizer(caption)["input_ids"][: CLIP_TEXT_LENGTH - 1]
                 ids[i, : len(row) + 1] = torch.tensor([*row, 2])
-            image, text = model.encode_image(pixels, normalize=True), model.encode_text(ids, normalize=True)
-            logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
+            with torch.autocast("cpu", torch.bfloat16, enabled=native):
+                image, text = model.encode_image(pixels, normalize=True), model.encode_text(ids, normalize=True)
+            logits = model.logit_scale.exp().clamp(max=100) * image.float() @ text.float().T
             same = torch.tensor([[a == b for a in captions] for b in captions])  # a near miss may be no miss
             target = same.float() / same.sum(1, keepdim=True)
             yield (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
