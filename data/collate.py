@@ -67,8 +67,7 @@ def _media(examples: Sequence[Example], offsets: list[int]) -> dict[str, MediaBa
             if item.start < margin or item.start + sum(item.counts) + margin > len(example.input_ids):
                 raise ValueError(
                     f"sample {example.sample.id}: {item.modality} tokens at {item.start} + {sum(item.counts)} lie "
-                    "outside its "
-                    f"{len(example.input_ids)} tokens"
+                    f"outside its {len(example.input_ids)} tokens"
                 )
             groups.setdefault(item.modality, []).append((item, offset + item.start))
     return {modality: _media_batch(group) for modality, group in groups.items()}

@@ -20,6 +20,8 @@ Axis letters: F frames, S audio samples.
 
 from __future__ import annotations
 
+import codecs
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +45,7 @@ CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,wav,w64,flac,mp3,aac,aiff,au,caf,amr,gif,h264,"
     "hevc,m4v"
 )
+MAX_ASPECT = 100  # longer side to shorter; encoders scale the shorter side up, and a strip would become a huge picture
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS: Pillow would run Ghostscript
 _GUESSED_DURATION = {"mp3", "aac", "amr", "mpegts", "mpeg"}  # FFmpeg estimates these from the bit rate
 _SOUND_DELAY = Fraction(1, 20)  # s; a sound track that starts later than this after the picture is padded with silence
@@ -89,6 +92,7 @@ def sound_track(path: Path, limits: MediaLimits) -> Tensor:
         _check_complete(path, Fraction(len(sound), rate), duration, max(Fraction(1, 10), duration / 50))
         if len(sound) - duration * rate < _CODEC_PADDING * rate:
             sound = sound[: round(duration * rate)]
+    _check_seconds(path, delay + Fraction(len(sound), rate) - _CODEC_PADDING, limits)
     samples = torch.from_numpy(np.concatenate([np.zeros(round(delay * rate), dtype=np.float32), sound]))
     if not torch.isfinite(samples).all():
         raise MediaError(f"{path}: its samples hold NaN or infinity; export it again as 16 bit PCM")
@@ -115,28 +119,28 @@ def picture(path: Path, limits: MediaLimits) -> Tensor:
 # --- files and headers
 
 
+def check_file(path: Path, limits: MediaLimits, expected: str = "a media file") -> os.stat_result:
+    """The status of a file that may be read: regular, not empty, within max_bytes. Raises MediaError, OSError."""
+    status = path.stat()
+    if not path.is_file():
+        raise MediaError(f"{path}: is not a regular file; expected {expected}")
+    if status.st_size == 0:
+        raise MediaError(f"{path}: is empty (0 bytes); fetch or record it again")
+    if status.st_size > limits.max_bytes:
+        raise MediaError(
+            f"{path}: has {status.st_size} bytes, more than data.limits.max_bytes = {limits.max_bytes}; shorten it or "
+            "raise the limit"
+        )
+    return status
+
+
 @contextmanager
 def _reading(path: Path, limits: MediaLimits, expected: str) -> Iterator[None]:
     """Check what the file system says, then turn every decoding error into a MediaError."""
     try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise MediaError(f"{path}: is not a regular file; expected {expected}")
-        if size == 0:
-            raise MediaError(f"{path}: is empty (0 bytes); fetch or record it again")
-        if size > limits.max_bytes:
-            raise MediaError(
-                f"{path}: has {size} bytes, more than data.limits.max_bytes = {limits.max_bytes}; shorten it or raise "
-                "the limit"
-            )
+        check_file(path, limits, expected)
         yield
-    except (
-        av.FFmpegError,
-        OSError,
-        ValueError,
-        EOFError,
-        SyntaxError,
-    ) as error:  # Pillow raises SyntaxError on some broken files
+    except (av.FFmpegError, OSError, ValueError, EOFError, SyntaxError) as error:  # SyntaxError: Pillow, broken PNGs
         reason = getattr(error, "strerror", None) or str(error)
         raise MediaError(f"{path}: cannot be read as {expected} ({reason}): {_looks(path)}") from None
 
@@ -153,8 +157,10 @@ def _opened(path: Path, limits: MediaLimits) -> Iterator[Any]:
 def _looks(path: Path) -> str:
     """What the file seems to be, for the message of one that cannot be decoded."""
     try:
-        head = path.open("rb").read(512)
-        text = head.decode("utf-8") if b"\0" not in head else ""
+        with path.open("rb") as file:
+            head = file.read(512)
+        decoder = codecs.getincrementaldecoder("utf-8")()  # 512 bytes may end within a letter
+        text = decoder.decode(head) if b"\0" not in head else ""
     except (OSError, UnicodeDecodeError):
         text = ""
     if text:
@@ -227,9 +233,13 @@ def _frame_time(stream: Any) -> Fraction:
 def _check_pixels(path: Path, width: int, height: int, limits: MediaLimits) -> None:
     if width * height > limits.max_pixels:
         raise MediaError(
-            f"{path}: its header claims {width} x {height} = {width * height} pixels, more than "
-            "data.limits.max_pixels = "
-            f"{limits.max_pixels}; scale it down or raise the limit"
+            f"{path}: its header claims {width} x {height} = {width * height} pixels, more than data.limits.max_pixels "
+            f"= {limits.max_pixels}; scale it down or raise the limit"
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise MediaError(
+            f"{path}: its header claims {width} x {height} pixels, a strip more than {MAX_ASPECT} times as long as it "
+            "is wide; cut it into pictures"
         )
 
 
@@ -245,8 +255,7 @@ def _check_complete(path: Path, found: Fraction, declared: Fraction, tolerance: 
     if declared - found > tolerance:
         raise MediaError(
             f"{path}: its header claims {float(declared):.2f} s but only {float(found):.2f} s can be decoded: the file "
-            "was cut off "
-            "or is damaged; fetch it again"
+            "was cut off or is damaged; fetch it again"
         )
 
 
@@ -286,6 +295,7 @@ def _pick(
 
     for index, frame in enumerate(container.decode(stream)):
         time = start + index * _frame_time(stream) if frame.pts is None else frame.pts * frame.time_base
+        _check_seconds(path, time - start, limits)  # the header may have lied
         while held is not None and len(picked) < len(targets) and targets[len(picked)] < time:
             take()
         shown = frame.duration * frame.time_base if frame.duration else _frame_time(stream)

@@ -36,7 +36,7 @@ class Ledger:
         self._read_to = 0
 
     def __len__(self) -> int:
-        """Distinct bad rows that this process knows of; `refresh` first to count those of others."""
+        """Distinct bad rows that this process knows of: its own, and those of others up to its own last one."""
         return len(self._seen)
 
     def add(self, source: str, row: int, sample_id: str, reason: str) -> None:
@@ -51,12 +51,6 @@ class Ledger:
                 ) from None
         self._check()
 
-    def refresh(self) -> None:
-        """Read what other processes have written."""
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                self._read_new(file)
-
     def _append(self, entry: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+", buffering=0) as file:
@@ -65,7 +59,7 @@ class Ledger:
             if (entry["source"], entry["row"]) in self._seen:
                 return
             line = ("" if whole else "\n") + json.dumps(entry, ensure_ascii=False) + "\n"
-            file.write(line.encode())
+            file.write(line.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON writes it: \ud83d
             self._seen[entry["source"], entry["row"]] = entry["reason"]
             self._read_to = os.fstat(file.fileno()).st_size
 
@@ -92,8 +86,7 @@ class Ledger:
         shown = "\n".join(f"  {source} row {row}: {reason}" for (source, row), reason in reasons[:ALWAYS_ALLOWED])
         raise UserError(
             f"{bad} of {self.total} rows cannot be used ({bad / max(1, self.total):.1%}), more than "
-            "data.max_bad_fraction = "
-            f"{self.max_bad_fraction:g}. The first of them:\n{shown}\nAll are in {self.path}. "
-            "Mend them (often data.media_dir is wrong), "
-            "or raise data.max_bad_fraction; delete the list before starting anew"
+            f"data.max_bad_fraction = {self.max_bad_fraction:g}. The first of them:\n{shown}\n"
+            f"All are in {self.path}. Mend them (often data.media_dir is wrong), or raise data.max_bad_fraction; "
+            "delete the list before starting anew"
         )

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.decode import SAMPLE_RATE, MediaLimits, picture, sound_track, video_frames
+from data.decode import SAMPLE_RATE, MediaLimits, check_file, picture, sound_track, video_frames
 from data.schema import Media, MediaError
 
 __all__ = ["SAMPLE_RATE", "MediaLimits", "MediaLoader", "Windows", "cut_windows"]
@@ -51,7 +51,7 @@ class MediaLoader:
         self._hashes: dict[tuple[str, int, int], str] = {}
 
     def resolve(self, media: Media) -> Path:
-        """The file of a media reference; MediaError if it lies outside media_dir, is a URL, or is not there."""
+        """The file of a media reference; MediaError if it lies outside media_dir, is a URL, or cannot be reached."""
         name = media.path
         if _URL.match(name):
             raise MediaError(
@@ -61,17 +61,16 @@ class MediaLoader:
             raise MediaError(
                 f"the row's {media.kind} path {name!r} names no file; expected a path relative to data.media_dir"
             )
-        if self.media_dir is None:
-            if not (self.allow_outside and Path(name).is_absolute()):
-                raise MediaError(f"{name!r}: the row names a {media.kind}, but data.media_dir is not set; set it")
-            return self._existing(Path(name).resolve(), name)
+        if self.media_dir is None and not (self.allow_outside and Path(name).is_absolute()):
+            raise MediaError(f"{name!r}: the row names a {media.kind}, but data.media_dir is not set; set it")
         try:
-            path = (self.media_dir / name).resolve()
-        except (OSError, RuntimeError) as error:  # a link that leads to itself
-            raise MediaError(f"{name!r}: cannot be resolved ({error}); put the real file there") from None
-        if not self.allow_outside:
-            self._check_inside(path, name)
-        return self._existing(path, name)
+            return self._located(name)
+        except (OSError, RuntimeError, UnicodeError) as error:  # too long, no permission, a link to itself, half a pair
+            reason = getattr(error, "strerror", None) or error
+            raise MediaError(
+                f"{name[:200]!r}: cannot be resolved ({reason}); correct the row's path, or put the real file there and "
+                "check the permissions of its folder"
+            ) from None
 
     def frames(self, media: Media, segments: int) -> Tensor:
         """uint8 (F,3,H,W): F = `segments` pictures of a video, uniformly by timestamp; F = 1 for an image."""
@@ -94,10 +93,10 @@ class MediaLoader:
         return cut_windows(sound_track(path, self.limits), segments, seconds, whole, path)
 
     def fingerprint(self, media: Media) -> str:
-        """sha256 of the file's content; hashed once for each (path, size, modification time)."""
+        """sha256 of the file's content; hashed once for each (path, size, modification time). Raises MediaError."""
         path = self.resolve(media)
         try:
-            status = path.stat()
+            status = check_file(path, self.limits)
             key = (str(path), status.st_size, status.st_mtime_ns)
             if key not in self._hashes:
                 with path.open("rb") as file:
@@ -105,6 +104,12 @@ class MediaLoader:
         except OSError as error:
             raise MediaError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
         return self._hashes[key]
+
+    def _located(self, name: str) -> Path:
+        path = ((self.media_dir or Path()) / name).resolve()
+        if not self.allow_outside:
+            self._check_inside(path, name)
+        return self._existing(path, name)
 
     def _check_inside(self, path: Path, name: str) -> None:
         if Path(name).is_absolute():
@@ -137,8 +142,8 @@ class MediaLoader:
         with os.scandir(path.parent) as entries:
             known = [entry.name for entry, _ in zip(entries, range(10_000), strict=False)]
         close = difflib.get_close_matches(path.name, known, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else f"; the folder holds {len(known)} other files"
-        raise MediaError(f"{path}: not found{hint} Check the row's path or fetch the file")
+        hint = f"did you mean '{close[0]}'?" if close else f"the folder holds {len(known)} other files."
+        raise MediaError(f"{path}: not found; {hint} Check the row's path or fetch the file")
 
 
 def cut_windows(samples_S: Tensor, segments: int, seconds: float, whole: bool, path: Path | str = "sound") -> Windows:
@@ -158,8 +163,7 @@ def cut_windows(samples_S: Tensor, segments: int, seconds: float, whole: bool, p
     if whole:
         raise MediaError(
             f"{path}: lasts {total / SAMPLE_RATE:.2f} s, longer than the {segments} x {seconds:g} s that the config "
-            "gives to speech; "
-            "raise `segments` or `seconds` of that modality, or cut the recording"
+            "gives to speech; raise `segments` or `seconds` of that modality, or cut the recording"
         )
     starts = [(2 * k + 1) * total // (2 * segments) - size // 2 for k in range(segments)]
     starts = [min(max(start, 0), total - size) for start in starts]

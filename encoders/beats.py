@@ -32,11 +32,22 @@ from encoders.base import EncoderError, load_exactly, require_path
 from encoders.fbank import HOP, MEL_BINS, WINDOW, kaldi_fbank
 
 FBANK_MEAN, FBANK_STD = 15.41663, 6.55582
+# What the published BEATsConfig assumes of a key that a checkpoint's cfg lacks, where ours for a new model differs.
+PUBLISHED_DEFAULTS: dict[str, Any] = {
+    "deep_norm": False,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "relative_position_embedding": False,
+    "max_distance": 1280,
+    "gru_rel_pos": False,
+    "finetuned_model": False,
+    "predictor_dropout": 0.1,
+}
 
 
 @dataclass
 class BeatsConfig:
-    """The `cfg` of a published checkpoint; defaults are the fine-tuned AS2M model's (training-only rates are 0)."""
+    """The `cfg` of a checkpoint; defaults, for a new model, are the fine-tuned AS2M one's (training-only rates are 0)."""
 
     input_patch_size: int = 16
     embed_dim: int = 512
@@ -66,8 +77,11 @@ class BeatsConfig:
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any]) -> BeatsConfig:
-        """Reads every field that it knows and ignores the rest."""
-        return cls(**{field.name: cfg[field.name] for field in fields(cls) if field.name in cfg})
+        """A checkpoint's cfg: fields it lacks are the published code's, those unknown here are ignored."""
+        if cfg.get("input_patch_size", -1) < 1:
+            raise EncoderError("the BEATs checkpoint's cfg has no input_patch_size; the published ones say 16")
+        complete = {**PUBLISHED_DEFAULTS, **cfg}
+        return cls(**{field.name: complete[field.name] for field in fields(cls) if field.name in complete})
 
     def __post_init__(self) -> None:
         if self.activation_fn != "gelu" or self.layer_norm_first:
@@ -288,7 +302,7 @@ class BEATs(nn.Module):
     def logits(self, x_NPC: Tensor, mask_NP: Tensor | None = None) -> Tensor:
         """(N, classes): the predictor's linear map, averaged over valid patches; sigmoid gives the published output."""
         if self.predictor is None:
-            raise EncoderError("this BEATs checkpoint has no predictor (cfg finetuned_model is false)")
+            raise EncoderError("this BEATs checkpoint has no predictor (it was pre-trained only)")
         logits_NPK = self.predictor(F.dropout(x_NPC, self.cfg.predictor_dropout, self.training))
         if mask_NP is None:
             return logits_NPK.mean(1)
@@ -314,11 +328,14 @@ def save_beats(path: str | Path, model: BEATs) -> None:
 
 
 def load_beats(path: str | Path) -> BEATs:
-    """A BEATs in float32 on the CPU, every key accounted for. A `.pt` is read with `weights_only=True`."""
+    """A BEATs in float32 on the CPU, every key accounted for. A `.pt` is read with `weights_only=True`.
+
+    It has a predictor where the file holds one, whatever its cfg says.
+    """
     file = require_path(path, "BEATs checkpoint")
     cfg, state = _read_pt(file) if file.suffix in {".pt", ".pth", ".bin"} else _read_safetensors(file)
     with torch.device("meta"):
-        model = BEATs(BeatsConfig.from_dict(cfg))
+        model = BEATs(BeatsConfig.from_dict({**cfg, "finetuned_model": "predictor.weight" in state}))
     load_exactly(model, state, file)
     return model.float()
 

@@ -33,7 +33,8 @@ from eval.benchmarks import BENCHMARKS, Benchmark, Row, find_benchmark
 from eval.controls import CONTROLS, Control
 from eval.generation import Ask, answer_rows
 from eval.printing import print_metrics, stdout_kept_clean
-from mokamm.config import BenchmarkConfig, RunConfig, load_config
+from mokamm.config import BenchmarkConfig, RunConfig, load_run_config
+from mokamm.mistakes import is_users
 
 if TYPE_CHECKING:
     from mokamm.model import MultimodalLM
@@ -81,18 +82,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 # ---- what to run -----------------------------------------------------------------------------------------------------
 
 
-def read_config(run: Path) -> RunConfig:
-    for part in ("config.yaml", "final"):
-        if not (run / part).exists():
-            raise UserError(
-                f"{run} is no finished run: {run / part} is not there (working directory {Path.cwd()}); "
-                "expected the output_dir of a training (python mokamm/train.py CONFIG makes one)"
-            )
-    return load_config(run / "config.yaml")
-
-
 def plan_jobs(config: RunConfig, args: argparse.Namespace) -> list[Job]:
     """The benchmarks asked for. Raises UserError for an unknown one, one without files, or files that are not there."""
+    if args.benchmark != "all":
+        find_benchmark(args.benchmark)
     if args.path:
         if args.benchmark == "all":
             raise UserError("--path belongs to one benchmark; name it instead of 'all'")
@@ -100,8 +93,6 @@ def plan_jobs(config: RunConfig, args: argparse.Namespace) -> list[Job]:
         entries[0].media_dir = args.media_dir or str(Path(args.path).parent)
     else:
         entries = [entry for entry in config.evaluation.benchmarks if args.benchmark in ("all", entry.benchmark)]
-    if args.benchmark != "all":
-        find_benchmark(args.benchmark)
     if not entries:
         named = ", ".join(entry.benchmark for entry in config.evaluation.benchmarks) or "none"
         raise UserError(
@@ -156,12 +147,13 @@ def load_model(run: Path, config: RunConfig, control: Control, base: str | None)
         from mokamm.model import MultimodalLM
 
         return MultimodalLM.from_run(run, base=base)
-    from mokamm.build import build_model
+    from mokamm.build import build_model, check_base
 
     plain = config.model_copy(deep=True)
     plain.adapter.method = "none"
     if base is not None:
         plain.model.llm.path, plain.model.llm.revision = base, None
+    check_base(plain, named=base is not None)
     if plain.data.cache and not Path(plain.data.cache.dir).is_dir():
         plain.data.cache = None  # as from_run has it: a run that has moved starts no cache where it is now
     return build_model(plain)
@@ -209,7 +201,7 @@ def _write(path: Path, text: str) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Everything behind the command line; metrics by benchmark."""
-    config = read_config(args.run)
+    config = load_run_config(args.run)
     control = Control.named(args.control, config.model.modality_names)
     check_control(config, control)
     work = [(job, load_rows(job, control)) for job in plan_jobs(config, args)]
@@ -250,24 +242,13 @@ def warn_of_bad_rows(name: str, rows: list[Row]) -> None:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def user_mistakes() -> tuple[type[Exception], ...]:
-    """Exceptions with a complete message for users, of floors that do not know UserError."""
-    from encoders.errors import EncoderError
-    from mokamm.routing import AdapterError
-
-    return EncoderError, AdapterError
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         with stdout_kept_clean(args.json):
             results = run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Exception as error:
-        if not isinstance(error, user_mistakes()):
+        if not is_users(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -24,20 +24,14 @@ from encoders import build_encoder
 from encoders.base import Encoder
 from encoders.cache import FeatureCache
 from mokamm.adapters import wrap
-from mokamm.config import LimitsConfig, LLMConfig, ModalityConfig, RunConfig, load_config
+from mokamm.config import LimitsConfig, LLMConfig, ModalityConfig, RunConfig, find_path, load_run_config
 from mokamm.model import MultimodalLM
 from mokamm.perception import Perception, Sense
 from mokamm.processor import Processor
 from mokamm.projectors import Projector, build_projector
-from mokamm.weights import ADAPTER, PROJECTORS, is_adapter, load_weights
+from mokamm.weights import ADAPTER, PROJECTORS, fingerprint, is_adapter, load_adapter, load_weights
 
 log = logging.getLogger("mokamm")
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def find(path: str) -> str:
-    """A local path from the working directory, else from this checkout (so that a run can move); else a hub id."""
-    return str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
 
 
 def build_model(
@@ -47,7 +41,7 @@ def build_model(
 
     Raises UserError, EncoderError or AdapterError for a part that is unknown, missing or does not fit.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     modalities = config.model.modalities
     # the quick ones first, so that a misspelt encoder does not wait for a large LLM
     encoders = {name: _encoder(modality) for name, modality in modalities.items()}
@@ -76,17 +70,28 @@ def build_model(
     return model.to(device).train(for_training)
 
 
+def choose_device(wanted: torch.device | str | None) -> torch.device:
+    """The device of that name, or where none is given a GPU if there is one. Raises UserError for one that is not."""
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError) as error:  # an unknown name, no GPU of that number, a torch without CUDA
+        here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        raise UserError(f"device '{wanted}' cannot be used; here are: {here} ({_first_line(error)})") from error
+
+
 def media_loader(media_dir: str | Path | None, limits: LimitsConfig, allow_outside: bool = False) -> MediaLoader:
     return MediaLoader(media_dir, MediaLimits(**limits.model_dump()), allow_outside)
 
 
 def load_run(run: str | Path, base: str | None = None, device: torch.device | str | None = None) -> MultimodalLM:
-    """The model of a finished run. Raises UserError for a folder that is none, or whose base is not where it was."""
+    """The model of a finished run. Raises UserError for a folder that is none, or whose base is not the one it was."""
     run = Path(run)
-    check_run(run)
-    config = load_config(run / "config.yaml")
+    config = load_run_config(run)
     if base is not None:
         config.model.llm.path, config.model.llm.revision = base, None
+    check_base(config, named=base is not None)
     if config.data.cache and not Path(config.data.cache.dir).is_dir():
         config.data.cache = None  # a run that has moved starts no cache in someone's working directory
     model = build_model(config, device, init=False)
@@ -94,19 +99,21 @@ def load_run(run: str | Path, base: str | None = None, device: torch.device | st
     return model
 
 
-def check_run(run: Path) -> None:
-    """Raise UserError unless `run` is the folder of a finished run."""
-    if not run.is_dir():
-        raise UserError(
-            f"no such run folder: {run} (working directory {Path.cwd()}); expected training.output_dir of a run"
-        )
-    for part in ("config.yaml", "final"):
-        if not (run / part).exists():
-            known = ", ".join(sorted(path.name for path in run.iterdir())[:12]) or "nothing"
-            raise UserError(
-                f"{run} is no finished run: {part} is missing (found {known}); train one with: "
-                "python mokamm/train.py CONFIG"
-            )
+def check_base(config: RunConfig, named: bool) -> None:
+    """Compare a local base with the fingerprint of the one that the run was trained on (older runs hold none).
+
+    Another one is a UserError, or only a warning where the user named it.
+    """
+    trained, folder = config.versions.get("base", {}).get("fingerprint"), find_path(config.model.llm.path)
+    if not trained or not folder.is_dir() or fingerprint(folder) == trained:
+        return
+    if named:
+        log.warning("note: the base in %s is not the one that the run was trained on; answers may differ", folder)
+        return
+    raise UserError(
+        f"model.llm.path: the base in {folder} has changed since the run was trained: its weights have another "
+        "fingerprint. Bring those weights back, name a folder that holds them (--base PATH), or train the run anew"
+    )
 
 
 def trainable_parts(model: MultimodalLM) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -127,7 +134,7 @@ def load_init(model: MultimodalLM, folder: str | Path) -> None:
     """
     from safetensors.torch import load_file
 
-    folder = Path(find(str(folder)))
+    folder = find_path(str(folder))
     folder = folder / "final" if (folder / "final" / PROJECTORS).is_file() else folder
     path = folder / PROJECTORS
     if not path.is_file():
@@ -160,17 +167,15 @@ def load_init(model: MultimodalLM, folder: str | Path) -> None:
 
 
 def _init_adapter(model: MultimodalLM, folder: Path) -> None:
-    from mokamm.weights import _load_adapter
-
     if is_adapter(model.llm):
-        _load_adapter(model.llm, folder)
+        load_adapter(model.llm, folder)
     else:
         log.warning("note: %s is not used: the model has no adapter", folder)
 
 
 def _encoder(modality: ModalityConfig) -> Encoder:
     encoder = modality.encoder
-    return build_encoder(encoder.name, find(encoder.path), **encoder.options)
+    return build_encoder(encoder.name, str(find_path(encoder.path)), **encoder.options)
 
 
 def _projector(modality: ModalityConfig, encoder: Encoder, width: int) -> Projector:
@@ -181,16 +186,20 @@ def _projector(modality: ModalityConfig, encoder: Encoder, width: int) -> Projec
 def _from_pretrained(kind: str, llm: LLMConfig, **options: Any) -> Any:
     """AutoTokenizer's or AutoModelForCausalLM's `from_pretrained`, its errors told in one message."""
     import transformers
+    from safetensors import SafetensorError
 
-    path = find(llm.path)
+    path = str(find_path(llm.path))
     try:
         return getattr(transformers, kind).from_pretrained(
             path, revision=llm.revision or "main", trust_remote_code=llm.trust_remote_code, **options
         )
-    except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"model.llm.path: {kind} cannot load '{path}': {first}\n  expected a local folder with an LLM in Hugging "
-            "Face format, or a hub id (which needs the network, or a downloaded copy); for a run, --base PATH names "
-            "another place"
+            f"model.llm.path: {kind} cannot load '{path}': {_first_line(error)}\n  expected a local folder with an LLM "
+            "in Hugging Face format, or a hub id (which needs the network, or a downloaded copy); for a run, "
+            "--base PATH names another place"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

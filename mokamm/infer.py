@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from data.schema import UserError
+from mokamm.mistakes import is_users
 
 if TYPE_CHECKING:
     from data.schema import Message
@@ -45,7 +46,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--base", metavar="PATH", help="the LLM's hub id or folder, instead of the one in the run's config"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="default: evaluation.max_new_tokens of the run, as it was scored",
+    )
     parser.add_argument("--beams", type=int, default=1, metavar="N", help="beam search with N beams (not streamed)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     parser.add_argument(
@@ -53,8 +59,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_intermixed_args(argv)  # the question may stand after the options
     for name in ("max_new_tokens", "beams"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1; found {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1; found {value}")
     return args
 
 
@@ -64,15 +71,9 @@ def given_media(args: argparse.Namespace) -> dict[str, list[str]]:
 
 def check(args: argparse.Namespace, interactive: bool) -> RunConfig:
     """Everything that can be known without loading the model. Raises UserError."""
-    from mokamm.config import load_config
+    from mokamm.config import load_run_config
 
-    for part in ("config.yaml", "final"):
-        if not (args.run / part).exists():
-            raise UserError(
-                f"{args.run} is no finished run: {args.run / part} is not there (working directory {Path.cwd()}); "
-                "expected the output_dir of a training (python mokamm/train.py CONFIG)"
-            )
-    config = load_config(args.run / "config.yaml")
+    config = load_run_config(args.run)
     for option, paths in given_media(args).items():
         for path in paths:
             check_media(option, path, config)
@@ -175,7 +176,9 @@ def repl(asker: Asker, config: RunConfig, lines: Iterable[str], out: TextIO) -> 
             elif line.strip() or media.get("speech"):
                 asker.ask(line.strip(), media, out)
                 media = {}
-        except UserError as error:
+        except Exception as error:
+            if not is_users(error):
+                raise
             print(f"error: {error}", file=out)
 
 
@@ -231,17 +234,10 @@ def quiet() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    from encoders import EncoderError
-
     try:
         run(args)
-    except (UserError, EncoderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ValueError as error:
-        from mokamm.routing import AdapterError  # torch, which is there by now
-
-        if not isinstance(error, AdapterError):
+    except Exception as error:
+        if not is_users(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

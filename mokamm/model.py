@@ -27,6 +27,7 @@ from data.collate import collate
 from data.media import MediaLoader
 from data.schema import IGNORED, Batch, Kind, Media, MediaBatch, Message, Sample, Text, UserError
 from mokamm.adapters import AdapterError, MokaModel, set_routing
+from mokamm.config import EvaluationConfig
 from mokamm.perception import Perception
 from mokamm.processor import Processor
 from mokamm.projectors import Projector
@@ -148,7 +149,7 @@ class MultimodalLM(nn.Module):
     def generate(
         self,
         samples: Sequence[Sample] | Batch,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         streamer: Any = None,
         num_beams: int = 1,
         loader: MediaLoader | None = None,
@@ -156,6 +157,7 @@ class MultimodalLM(nn.Module):
     ) -> list[str]:
         """The answers to samples (whose own answers, if any, are not read) or to a left-padded batch; greedy or beams.
 
+        `max_new_tokens`: None = the run's `evaluation.max_new_tokens`, so that every use gives the same answer.
         `loader` opens the samples' media instead of the processor's own. `folded`: see `folded()`, which for a large
         LLM is best entered once around many calls. Raises BadSample for unusable samples.
         """
@@ -180,12 +182,13 @@ class MultimodalLM(nn.Module):
         examples = [processor(sample, for_generation=True) for sample in samples]
         return collate(examples, self.processor.pad_id, side="left")
 
-    def _generation_config(self, max_new_tokens: int, num_beams: int) -> Any:
+    def _generation_config(self, max_new_tokens: int | None, num_beams: int) -> Any:
         """Plain greedy or beam search: nothing is taken over from the sampling defaults that chat LLMs ship with."""
         from transformers import GenerationConfig
 
+        evaluation = self.config.evaluation if self.config else EvaluationConfig()
         return GenerationConfig(
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens or evaluation.max_new_tokens,
             num_beams=num_beams,
             do_sample=False,
             temperature=1.0,
@@ -217,7 +220,7 @@ class MultimodalLM(nn.Module):
         audio: Paths = None,
         speech: Paths = None,
         history: Sequence[Message] = (),
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         num_beams: int = 1,
         streamer: Any = None,
     ) -> str:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.schema import UserError
 from mokamm.config import ConfigError, RunConfig, load_config
+from mokamm.mistakes import is_users
 
 if TYPE_CHECKING:
     from mokamm.training.launch import Ranks
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.check_files()
         run(config)
     except Exception as error:
-        if not _is_users(error):
+        if not is_users(error):
             raise
         _tell(error)
         sys.stdout.flush()
@@ -64,6 +64,7 @@ def run(config: RunConfig) -> None:
         if config.data.world:
             world.make_world(config.data.world)
     ranks.barrier()
+    config.check_files(world_is_made=True)  # a wrong name of a file in it is found before training
     train(config, folder, ranks)
     launch.stop(ranks)
     if ranks.main:
@@ -75,16 +76,17 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     from mokamm.build import build_model, trainable_parts
     from mokamm.training import checkpoint, finish, launch
     from mokamm.training.corpus import build_corpus
-    from mokamm.training.loop import fit
+    from mokamm.training.loop import begin, fit
 
     model = build_model(config, ranks.device, for_training=True)
     parts = trainable_parts(model)
     corpus = build_corpus(config, model.processor)
+    beginning = begin(config, corpus, ranks)
     if ranks.main:
         finish.dump_config(config, folder, model)
         print(_summary(config, parts, corpus, ranks), flush=True)
     launch.seed_everything(config.training.seed + ranks.rank)  # the same weights on every rank, dropout of its own
-    best = fit(config, model, parts, corpus, ranks)
+    best = fit(config, model, parts, corpus, ranks, beginning)
     if ranks.main:
         checkpoint.write_final(folder, best)
     ranks.barrier()
@@ -108,21 +110,10 @@ def _summary(config: RunConfig, parts: dict, corpus: tuple, ranks: Ranks) -> str
     how = Path(config.training.deepspeed).stem if config.training.deepspeed else "plain PyTorch"
     return (
         f"{config.adapter.method if config.training.stage == 2 else 'stage 1'} on {config.model.llm.path} ({how}, "
-        f"{ranks.world} "
-        f"process{'es' if ranks.world > 1 else ''}, {ranks.device.type})\n"
-        f"  trained parameters: {trained}\n  samples: {len(corpus[0])}{validation}\n  run folder: "
-        f"{config.training.output_dir}"
+        f"{ranks.world} process{'es' if ranks.world > 1 else ''}, {ranks.device.type})\n"
+        f"  trained parameters: {trained}\n  samples: {len(corpus[0])}{validation}\n"
+        f"  run folder: {config.training.output_dir}"
     )
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether the message is complete; floors that may not import data have bases of their own."""
-    if isinstance(error, UserError):
-        return True
-    from encoders.base import EncoderError
-    from mokamm.routing import AdapterError
-
-    return isinstance(error, EncoderError | AdapterError)
 
 
 def _tell(error: Exception) -> None:

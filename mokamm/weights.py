@@ -1,7 +1,7 @@
 """The trained weights of a run on disk: what `final/` and `checkpoint-N/` hold of the model.
 
-    adapter/                 PEFT's own format (any adapter method); PeftModel.from_pretrained(llm, DIR/adapter) loads
-    it llm/                     transformers' format, only where the whole LLM was trained
+    adapter/                 PEFT's own format, any method; PeftModel.from_pretrained(llm, DIR/adapter) loads it
+    llm/                     transformers' format, only where the whole LLM was trained
     projectors.safetensors   keys <modality>.<parameter>
     MANIFEST.json            size and sha256 of every file
 
@@ -46,9 +46,7 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(folder: str | Path) -> None:
-    """List every file below `folder` with size and sha256; written last, through a temporary file, and flushed to
-    disk.
-    """
+    """List every file below `folder` with size and sha256; written last, through a temporary file, and flushed."""
     folder = Path(folder)
     files = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in _files(folder)}
     temporary = folder / f".{MANIFEST}.tmp"
@@ -80,27 +78,16 @@ def manifest_problems(folder: str | Path) -> list[str]:
     return problems
 
 
-def find_weights(path: str | Path) -> Path:
-    """The folder that holds weights: the given one, or the `final/` or newest `checkpoint-N/` of a run."""
-    path = Path(path)
-    for folder in (path, path / "final", *newest_first(path)):
-        if (folder / PROJECTORS).is_file() or (folder / ADAPTER).is_dir():
-            return folder
-    raise WeightsError(
-        f"no trained weights in {path}: expected {PROJECTORS} or {ADAPTER}/ there, in {path}/final or in "
-        f"{path}/checkpoint-N; "
-        "did the run end before its first checkpoint?"
-    )
-
-
-def newest_first(run: str | Path) -> list[Path]:
-    """A run's `checkpoint-N` folders, the highest N first."""
-    numbered = []
-    for folder in Path(run).glob("checkpoint-*"):
-        step = folder.name.removeprefix("checkpoint-")
-        if folder.is_dir() and step.isdigit():
-            numbered.append((int(step), folder))
-    return [folder for _, folder in sorted(numbered, reverse=True)]
+def fingerprint(folder: Path) -> str:
+    """sha256 over names, sizes and the first and last MiB of a folder's weight files: quick also for large ones."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(-min(path.stat().st_size, 2**20), os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 # ---- save ------------------------------------------------------------------------------------------------------------
@@ -147,8 +134,7 @@ def save_weights(model: Any, folder: str | Path, state: dict[str, Tensor] | None
 
 
 def load_weights(model: Any, folder: str | Path, verify: bool = True) -> None:
-    """Load what `save_weights` wrote into a model of the same shape. Raises WeightsError on any key or byte that
-    differs.
+    """Load what `save_weights` wrote into a model of the same shape; WeightsError on any key or byte that differs.
 
     verify: compare all files with MANIFEST.json first (where there is none, the keys alone are checked).
     """
@@ -157,7 +143,7 @@ def load_weights(model: Any, folder: str | Path, verify: bool = True) -> None:
         _refuse(folder, manifest_problems(folder))
     load_projectors(model, folder)
     if is_adapter(model.llm):
-        _load_adapter(model.llm, folder / ADAPTER)
+        load_adapter(model.llm, folder / ADAPTER)
     elif (folder / LLM).is_dir():
         _load_llm(model.llm, folder / LLM)
     elif (folder / ADAPTER).is_dir():
@@ -179,7 +165,8 @@ def load_projectors(model: Any, folder: str | Path) -> None:
     _load_exactly(model.projectors, load_file(path), path)
 
 
-def _load_adapter(llm: Any, folder: Path) -> None:
+def load_adapter(llm: Any, folder: Path) -> None:
+    """Load PEFT's file into the adapter of a PeftModel; every key of either must be in the other."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 

@@ -20,7 +20,7 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 BASE_VOICES = ("en-us", "en-us+m3", "en-us+f2", "en", "en+m1", "en+f4")
 NEW_VOICES = ("en-us+f3", "en-gb-x-rp+m7", "en-us+m5")  # in stage 2's training split, unknown to the base
-TEST_VOICES = ("en-us+m1", "en+f2", "en+f5")  # in the validation and test splits only
+TEST_VOICES = ("en-us+m1", "en+f2", "en+f5")  # in the test split only
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,16 @@
                                      {"type": "text", "text": "What is heard?", "question": true}]},
         {"role": "assistant", "content": "A flute."}], "meta": {"any": "thing"}}
 
-Content is a text or a list of parts: text; video (its picture only), image, audio (a sound file, or a video for its
-track), each with a path and `as`, the modality whose encoder perceives it (by default vision, vision, audio; speech is
-{"type": "audio", "as": "speech"}).
-`question: true` marks the text whose tokens are keys; where no text of the turn is
-marked, all of it is the question.
-A conversation of n answers is n samples: the k-th has the turns before as plain
-history, and bears its loss on answer k only.
-Other keys of the row are kept in `meta`.
+Content is a text or a list of parts. A medium has a path and, where the default is not meant, `as`: the modality whose
+encoder perceives it.
+
+    text     `question: true` marks the text whose tokens are keys; where none of the turn is marked, all of it is
+    video    its picture only                           as vision
+    image    one picture                                as vision
+    audio    a sound file, or a video for its track     as audio; a recording of speech says "as": "speech"
+
+A conversation of n answers is n samples: the k-th has the turns before as plain history, and bears its loss on answer k
+only. Other keys of the row are kept in `meta`.
 
 Cost: the file is read through once at opening to count turns; after that a row is read from its place in the file when
 asked for.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.schema import BadSample, Sample, UserError, nearest
+from data.schema import BadSample, Sample, Text, UserError, nearest
 
 Parse = Callable[[Any, int], Sample]
 
@@ -31,7 +31,7 @@ class Rows:
             raise IndexError(index)
         index %= self._count
         try:
-            return self._parse(self._records[index], index)
+            return _whole(self._parse(self._records[index], index))
         except BadSample as error:
             raise BadSample(f"{self.path}, row {index}: {error}") from None
 
@@ -121,3 +121,18 @@ def text_of(row: Any, key: str, *, where: str = "") -> str:
             f"{', '.join(map(str, row))})"
         )
     return value
+
+
+def _whole(sample: Sample) -> Sample:
+    """The sample, unless a text of it holds half a surrogate pair: JSON may ("\\ud83d"), no tokenizer or file can."""
+    parts = [part for message in sample.messages for part in message.content]
+    for text in (sample.id, *(part.text if isinstance(part, Text) else part.path for part in parts)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            near = text[max(0, error.start - 20) : error.end + 20]
+            raise BadSample(
+                f"a text holds half a character, {text[error.start]!r} in {near!r} (cut in the middle of an emoji?); "
+                "complete or remove it"
+            ) from None
+    return sample

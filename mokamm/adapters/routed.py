@@ -35,7 +35,7 @@ import torch
 from peft import PeftConfig, PeftType
 from torch import Tensor, nn
 
-from mokamm.adapters.peft_bridge import Tuner, TunerLayer, first_match, nearest, register_method
+from mokamm.adapters.peft_bridge import Tuner, TunerLayer, first_match, register_method
 from mokamm.routing import AdapterError, Routing, RoutingContext
 
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -76,14 +76,8 @@ class MokaConfig(PeftConfig):
         if not 0.0 <= self.lora_dropout < 1.0:
             raise AdapterError(f"lora_dropout must be in [0, 1); found {self.lora_dropout!r}.")
         names = self.modalities = list(self.modalities)
-        if not names or len(set(names)) < len(names) or "text" in names[1:]:
+        if names[:1] != ["text"] or len(set(names)) < len(names):
             raise AdapterError(f"modalities must be distinct names, 'text' first; found {names}.")
-
-    def modality_id(self, name: str) -> int:
-        """The number that stands for a modality in `Routing.modality_ids`."""
-        if name not in self.modalities:
-            raise AdapterError(f"The adapter has no modality '{name}'{nearest(name, self.modalities)}")
-        return self.modalities.index(name)
 
 
 @dataclass(frozen=True)
@@ -252,7 +246,11 @@ class RoutedLinear(TunerLayer):
         delta = b.to(wide) @ a.to(wide)
         return delta.T if type(self.get_base_layer()).__name__ == "Conv1D" else delta  # which keeps W transposed
 
-    # -- PEFT's bookkeeping: whatever changes which adapter acts takes the folded one out first --
+    # -- PEFT's bookkeeping: whatever changes which adapter acts, or its weights, takes the folded one out first --
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unfold_text()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         self.unfold_text()
@@ -337,6 +335,11 @@ class MokaModel(Tuner):
         for layer in self.routed_layers():
             layer.unfold_text()
 
+    def unload(self) -> nn.Module:
+        """The LLM without the adapter, its weights bit-identical to what they were."""
+        self.unfold_text()
+        return super().unload()
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
@@ -351,7 +354,9 @@ class MokaModel(Tuner):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """As `gradient_checkpointing_enable`, by its newer name."""
+        """As `gradient_checkpointing_enable`, by its newer name (which older transformers do not know)."""
+        if not hasattr(self.model, "activation_checkpointing_enable"):
+            return self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
         self.model.activation_checkpointing_enable(
             activation_checkpointing_kwargs=self._checkpointing(activation_checkpointing_kwargs), **kwargs
         )

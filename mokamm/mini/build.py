@@ -22,14 +22,19 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-CLIPS, UTTERANCES = 1500, 3000
+CLIPS, UTTERANCES = 3000, 3000
 LANGUAGE_MINUTES = 30
 
 
-def _language(out: Path, work: Path) -> dict[str, float]:
+def _torchrun(*command: str | Path) -> None:
+    """One process a core, two at most: a small model gains little from threads."""
     ranks = str(min(2, os.cpu_count() or 1))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    subprocess.run([*command, "-m", "mokamm.mini.language", out, work, str(LANGUAGE_MINUTES)], cwd=ROOT, check=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    subprocess.run([*launcher, *command], cwd=ROOT, check=True)
+
+
+def _language(out: Path, work: Path) -> dict[str, float]:
+    _torchrun("-m", "mokamm.mini.language", out, work, str(LANGUAGE_MINUTES))
     return json.loads((work / "language.json").read_text())
 
 
@@ -38,7 +43,7 @@ def _vision(out: Path, work: Path) -> dict[str, float]:
 
     from mokamm.mini.perceive import train_vision
 
-    return train_vision(out, AutoTokenizer.from_pretrained(out / "llm"), minutes=8)
+    return train_vision(out, AutoTokenizer.from_pretrained(out / "llm"), minutes=6)
 
 
 def _audio(out: Path, work: Path) -> dict[str, float]:
@@ -67,13 +72,7 @@ def _stage1(out: Path, work: Path) -> dict[str, float]:
         "model.modalities.audio.encoder.path": out / "audio.safetensors",
         "model.modalities.speech.encoder.path": out / "speech",
     }
-    command = [
-        sys.executable,
-        "mokamm/train.py",
-        "configs/mini/stage1.yaml",
-        *(f"{k}={v}" for k, v in settings.items()),
-    ]
-    subprocess.run(command, cwd=ROOT, check=True)
+    _torchrun("mokamm/train.py", "configs/mini/stage1.yaml", *(f"{key}={value}" for key, value in settings.items()))
     shutil.copytree(run / "final", out / "stage1")
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     return {"steps": last["step"], "loss": last["loss"]}

@@ -7,8 +7,8 @@
       MANIFEST.json                                written last
 
 A checkpoint is written as `.checkpoint-N.tmp` beside its place, flushed to disk and renamed, so that a folder with its
-name is complete. Rotation keeps the newest `save_total_limit` and always the best. On several nodes the run folder
-must be shared.
+name is complete. Rotation keeps the newest `save_total_limit` and always the best. What an earlier run left in the same
+folder is moved to RUN/previous-<n>/ and never mixed up with the new run. On several nodes the run folder must be shared.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,23 @@ from mokamm.weights import (
     LLM,
     PROJECTORS,
     manifest_problems,
-    newest_first,
     save_weights,
     saved_parameters,
     write_manifest,
 )
 
 STATE = "trainer_state.json"
+# what a run leaves beside its checkpoints
+RECORDS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "bad_samples.jsonl",
+    "tensorboard",
+    "final",
+    "predictions",
+    "report",
+    "README.md",
+)
 
 
 @dataclass
@@ -48,6 +59,18 @@ class TrainerState:
     step: int = 0
     best: dict[str, float] | None = None
     same: dict[str, Any] = field(default_factory=dict)  # must be equal when resuming
+
+
+def step_of(folder: Path) -> int:
+    """The N of checkpoint-N; -1 for another name."""
+    step = folder.name.removeprefix("checkpoint-")
+    return int(step) if step.isdigit() else -1
+
+
+def newest_first(run: Path) -> list[Path]:
+    """A run's `checkpoint-N` folders, the highest N first."""
+    folders = (folder for folder in run.glob("checkpoint-*") if folder.is_dir() and step_of(folder) >= 0)
+    return sorted(folders, key=step_of, reverse=True)
 
 
 # ---- save ------------------------------------------------------------------------------------------------------------
@@ -69,7 +92,7 @@ def save(run: Path, state: TrainerState, model: Any, engine: Engine, ranks: Rank
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1))
         write_manifest(temporary)
         put_in_place(temporary, target)
-        rotate(run, keep, state.best)
+        rotate(run, keep, state)
     ranks.barrier()
     return target
 
@@ -112,12 +135,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def rotate(run: Path, keep: int | None, best: dict[str, float] | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one."""
+def rotate(run: Path, keep: int | None, state: TrainerState) -> None:
+    """Delete all but the newest `keep` checkpoints of this run (those up to its step) and the best one."""
     if keep is None:
         return
-    for folder in newest_first(run)[keep:]:
-        if best is None or folder.name != f"checkpoint-{int(best['step'])}":
+    own = [folder for folder in newest_first(run) if step_of(folder) <= state.step]
+    for folder in own[keep:]:
+        if state.best is None or step_of(folder) != int(state.best["step"]):
             shutil.rmtree(folder)
 
 
@@ -166,20 +190,35 @@ def find(run: Path, wanted: str | None) -> Path | None:
     return None
 
 
+def set_aside(run: Path, step: int) -> None:
+    """Move what another run left in this folder into previous-<n>/, before a run at `step` goes on in it.
+
+    Those are the checkpoints beyond that step; from step 0 on also all records, so that previous-<n>/ is a whole run.
+    """
+    names = [folder.name for folder in newest_first(run) if step_of(folder) > step]
+    names += [name for name in RECORDS if step == 0 and (run / name).exists()]
+    if not names:
+        return
+    place = next(folder for folder in (run / f"previous-{n}" for n in count(1)) if not folder.exists())
+    place.mkdir()
+    for name in names:
+        os.rename(run / name, place / name)
+    print(f"note: what another run left in {run} is now in {place}: {', '.join(names)}", flush=True)
+
+
 def read_state(folder: Path, same: dict[str, Any]) -> TrainerState:
     """The state in a checkpoint. UserError where this run differs in something that its steps depend on."""
     state = TrainerState(**json.loads((folder / STATE).read_text()))
     different = [
-        f"{key}: {state.same.get(key)!r} there, {value!r} now"
+        f"{key}: {state.same[key]!r} there, {value!r} now"
         for key, value in same.items()
-        if state.same.get(key) != value
+        if key in state.same and state.same[key] != value  # an older version may not have known the key
     ]
     if different:
         raise UserError(
             "\n  - ".join([f"{folder} comes from another run than the one configured:", *different])
             + "\ngo back to those values, or choose another training.output_dir (or "
-            "training.resume_from_checkpoint=null, which "
-            "starts anew in the same folder)"
+            "training.resume_from_checkpoint=null, which starts anew in the same folder and moves the earlier run aside)"
         )
     return state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,9 +15,23 @@ from data.collate import collate
 from data.dataset import MultimodalDataset, Part
 from data.ledger import Ledger
 from data.media import MediaLimits, MediaLoader
-from data.schema import UserError
+from data.schema import IGNORED, BadSample, Example, UserError
 from data.sources import open_source
 from mokamm.config import RunConfig, SourceConfig
+
+
+class HeldOut(MultimodalDataset):
+    """Validation rows: the substitute of one that cannot be used keeps its place in the batch, without an answer.
+
+    It would otherwise be counted as the row that it is not.
+    """
+
+    def __getitem__(self, index: int) -> Example:
+        try:
+            return self._load(index)
+        except BadSample:
+            stand_in = super().__getitem__(index)
+            return replace(stand_in, labels=torch.full_like(stand_in.labels, IGNORED))
 
 
 class Corpus(NamedTuple):
@@ -27,9 +42,7 @@ class Corpus(NamedTuple):
 
 
 def build_corpus(config: RunConfig, processor: Any) -> Corpus:
-    """Open every source. processor: mokamm.processor.Processor; each source gets a copy of it with its own media
-    folder.
-    """
+    """Open every source. processor: mokamm.processor.Processor; each source gets a copy with its own media folder."""
     train = open_parts(config, config.data.train, processor, "data.train")
     validation = open_parts(config, config.data.validation, processor, "data.validation", prefix="validation/")
     total = sum(len(part.rows) for part in (*train, *validation))
@@ -37,7 +50,7 @@ def build_corpus(config: RunConfig, processor: Any) -> Corpus:
     seed = config.training.seed
     return Corpus(
         MultimodalDataset(train, processor, ledger, seed),
-        MultimodalDataset(validation, processor, ledger, seed) if validation else None,
+        HeldOut(validation, processor, ledger, seed) if validation else None,
         processor.pad_id,
         ledger,
     )

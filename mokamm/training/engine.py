@@ -1,11 +1,10 @@
 """One interface over DeepSpeed (any ZeRO stage) and plain PyTorch (one process, or DDP).
 
     outputs = engine(batch, last)    forward; `last`: this micro batch completes the step
-    engine.backward(loss, last)      the losses of all micro batches and ranks are SUMMED: the caller divides by the
-    number of
-                                     answer tokens of the whole step, and an engine undoes its own averaging
-    norm = engine.step(factor)       every rate = base rate * factor; clip, update, clear; returns the norm before
-    clipping engine.gather(parameters)        whole parameters inside, where ZeRO-3 shards them
+    engine.backward(loss, last)      losses of all micro batches and ranks are SUMMED: the caller divides by the step's
+                                     number of answer tokens, and an engine undoes its own averaging
+    norm = engine.step(factor)       every rate = base rate * factor; clip, update, clear; the norm before clipping
+    engine.gather(parameters)        whole parameters inside, where ZeRO-3 shards them
     engine.state() / load_state()    optimizer state of this rank, loadable by torch.load(weights_only=True)
 
 Weights are not in the engine's state: they are written as safetensors (mokamm/weights.py) and loaded before the engine
@@ -98,9 +97,7 @@ class PlainEngine:
 
 
 class DeepSpeedEngine:
-    """deepspeed.initialize with our optimizer and no scheduler; `auto` entries of the JSON are filled from the
-    configuration.
-    """
+    """deepspeed.initialize with our optimizer and no scheduler; `auto` in the JSON is filled from the configuration."""
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], training: TrainingConfig, ranks: Ranks) -> None:
         import deepspeed

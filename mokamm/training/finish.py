@@ -1,10 +1,7 @@
-"""What a finished run leaves: final/, the evaluation's predictions, report/, a model card, and a command to talk to
-it.
-"""
+"""What a finished run leaves: final/, the evaluation's predictions, report/, a model card, a command to talk to it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -16,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from data.schema import UserError
-from mokamm.config import RunConfig
+from mokamm.config import RunConfig, find_path
 from mokamm.training.launch import plain_environment
 from mokamm.training.world import REPOSITORY
+from mokamm.weights import fingerprint
 
 LIBRARIES = (
     "mokamm",
@@ -47,22 +45,10 @@ def versions(config: RunConfig, model: Any) -> dict[str, Any]:
     llm = config.model.llm
     inner = model.llm.get_base_model() if hasattr(model.llm, "get_base_model") else model.llm
     base = {"llm": llm.path, "revision": llm.revision, "commit": getattr(inner.config, "_commit_hash", None)}
-    if Path(llm.path).is_dir():
-        base["fingerprint"] = fingerprint(Path(llm.path))
+    if find_path(llm.path).is_dir():
+        base["fingerprint"] = fingerprint(find_path(llm.path))
     found["base"] = base
     return found
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 over names, sizes and the first and last MiB of a folder's weight files: quick also for large ones."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(-min(path.stat().st_size, 2**20), os.SEEK_END)
-            digest.update(file.read())
-    return digest.hexdigest()
 
 
 def evaluate(run: Path) -> bool:
@@ -72,9 +58,7 @@ def evaluate(run: Path) -> bool:
 
 
 def finish(config: RunConfig, run: Path) -> None:
-    """Evaluation, report and model card of a run whose final/ is written. Raises UserError where the evaluation
-    failed.
-    """
+    """Evaluation, report and model card of a run whose final/ is written; UserError where the evaluation failed."""
     from mokamm.report import write_report
 
     evaluated = not config.evaluation.benchmarks or evaluate(run)
@@ -92,9 +76,7 @@ def finish(config: RunConfig, run: Path) -> None:
 
 
 def talk_command(config: RunConfig, run: Path) -> str:
-    """An infer.py command for the first row of the first benchmark whose files can be read, else one with names to
-    fill in.
-    """
+    """An infer.py command for a row of the run's own sources, else one with names to fill in."""
     try:
         return f"python mokamm/infer.py {run} {_example(config)}"
     except Exception:  # an example is a courtesy; no run should fail for it

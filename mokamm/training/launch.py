@@ -72,8 +72,7 @@ def start(training: TrainingConfig) -> Ranks:
     if not cpu and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; start fewer "
-            f"processes, or set "
-            "training.use_cpu=true"
+            "processes, or set training.use_cpu=true"
         )
     device = torch.device("cpu") if cpu else torch.device("cuda", local_rank)
     if not cpu:

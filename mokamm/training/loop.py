@@ -1,7 +1,7 @@
 """The steps of a run, from the first (or a checkpoint) to the last.
 
     for every step:  gather the micro batches of this rank
-                     count the answer tokens over all of them and over all ranks           (one collective)
+                     count the answer tokens over all of them and over all ranks (one collective)
                      forward, backward of loss_sum / that number, for each micro batch
                      clip, update at the schedule's rate
     now and then:    log | validate | save
@@ -48,20 +48,52 @@ class Window:
     began: float = 0.0
 
 
+@dataclass
+class Beginning:
+    """Where a run begins: its steps, how far they are done, and the checkpoint that holds them (None: at step 0)."""
+
+    shape: Plan
+    state: TrainerState
+    folder: Path | None
+
+
+def begin(config: RunConfig, corpus: Corpus, ranks: Ranks) -> Beginning:
+    """Find what to go on from, and move aside what another run left in the folder; on every rank, before any writing.
+
+    Raises UserError where the checkpoint comes from another run than the one configured.
+    """
+    training, run = config.training, Path(config.training.output_dir)
+    shape = plan(
+        len(corpus.train), training.per_device_train_batch_size, training.gradient_accumulation_steps, ranks.world,
+        training.num_train_epochs, training.max_steps,
+    )  # fmt: skip
+    folder = shared(lambda: checkpoint.find(run, training.resume_from_checkpoint), ranks)
+    same = common(config, shape)
+    state = checkpoint.read_state(folder, same) if folder else TrainerState(same=same)
+    own = folder is not None and folder.resolve().parent == run.resolve()
+    if not own:
+        state.best = None  # its checkpoint is not in this folder, where the result is taken from
+    if ranks.main:
+        checkpoint.set_aside(run, state.step if own else 0)
+    ranks.barrier()
+    return Beginning(shape, state, folder)
+
+
 def fit(
-    config: RunConfig, model: Any, parts: Parts, corpus: Corpus, ranks: Ranks, stop_after: int | None = None
+    config: RunConfig,
+    model: Any,
+    parts: Parts,
+    corpus: Corpus,
+    ranks: Ranks,
+    beginning: Beginning,
+    stop_after: int | None = None,
 ) -> Path:
     """Train; returns the checkpoint whose weights are the run's result (the best one, or the last).
 
     parts: trainable (name, parameter) pairs by part. stop_after: leave after that step, as if interrupted (for tests).
     """
-    training = config.training
-    shape = plan(
-        len(corpus.train), training.per_device_train_batch_size, training.gradient_accumulation_steps, ranks.world,
-        training.num_train_epochs, training.max_steps,
-    )  # fmt: skip
-    groups = parameter_groups(training, parts)
-    state, engine = start(config, model, groups, shape, ranks)
+    training, shape, state = config.training, beginning.shape, beginning.state
+    engine = start(training, model, parameter_groups(training, parts), beginning.folder, ranks)
     if training.gradient_checkpointing:
         checkpoint_activations(model.llm)
     loop = Loop(config, model, engine, corpus, ranks, shape, state)
@@ -82,15 +114,10 @@ def checkpoint_activations(llm: Any) -> None:
 
 
 def start(
-    config: RunConfig, model: Any, groups: list[dict[str, Any]], shape: Plan, ranks: Ranks
-) -> tuple[TrainerState, Engine]:
-    """The engine and where it stands: at a checkpoint where one is to be resumed, else at step 0."""
-    training = config.training
-    folder = shared(lambda: checkpoint.find(Path(training.output_dir), training.resume_from_checkpoint), ranks)
-    same = common(config, shape)
-    state = TrainerState(same=same)
+    training: TrainingConfig, model: Any, groups: list[dict[str, Any]], folder: Path | None, ranks: Ranks
+) -> Engine:
+    """The engine, with the weights, optimizer and generators of a checkpoint where one is to be resumed."""
     if folder is not None:
-        state = checkpoint.read_state(folder, same)
         load_weights(model, folder, verify=False)  # `find` has read every byte
     engine = build_engine(model, groups, training, ranks)
     if folder is not None:
@@ -98,7 +125,7 @@ def start(
         if ranks.main:
             print(f"resuming from {folder}", flush=True)
     engine.train(True)
-    return state, engine
+    return engine
 
 
 def shared(ask: Any, ranks: Ranks) -> Any:
@@ -109,28 +136,28 @@ def shared(ask: Any, ranks: Ranks) -> Any:
     return answer[0]
 
 
+SAME = (
+    "stage", "init_from", "learning_rate", "projector_learning_rate", "lr_scheduler_type", "warmup_ratio",
+    "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "seed",
+)  # fmt: skip
+
+
 def common(config: RunConfig, shape: Plan) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on from, for its steps to be the same."""
     training = config.training
-    keys = (
-        "stage",
-        "learning_rate",
-        "projector_learning_rate",
-        "lr_scheduler_type",
-        "weight_decay",
-        "max_grad_norm",
-        "bf16",
-        "seed",
-    )
     return {
         "rows": shape.rows,
         "ranks": shape.world,
         "training.per_device_train_batch_size": shape.batch,
         "training.gradient_accumulation_steps": shape.accumulation,
         "total steps": shape.total_steps,
-        **{f"training.{key}": getattr(training, key) for key in keys},
+        **{f"training.{key}": getattr(training, key) for key in SAME},
         "training.deepspeed": Path(training.deepspeed).name if training.deepspeed else None,
-        "adapter": config.adapter.model_dump(mode="json"),
+        "adapter": config.adapter.model_dump(mode="json", exclude_none=True),
+        # pairs, because the order of the modalities counts
+        "model.modalities": [[name, entry.model_dump(mode="json")] for name, entry in config.model.modalities.items()],
+        "data.max_length": config.data.max_length,
+        "data.train": [entry.model_dump(mode="json", exclude={"media_dir"}) for entry in config.data.train],
     }
 
 
@@ -148,14 +175,8 @@ class Loop:
         state: TrainerState,
     ) -> None:
         self.training: TrainingConfig = config.training
-        self.model, self.engine, self.corpus, self.ranks, self.plan, self.state = (
-            model,
-            engine,
-            corpus,
-            ranks,
-            shape,
-            state,
-        )
+        self.model, self.engine, self.corpus = model, engine, corpus
+        self.ranks, self.plan, self.state = ranks, shape, state
         self.folder = Path(self.training.output_dir)
         self.factor = schedule(self.training, shape.total_steps)
         self.watch = (

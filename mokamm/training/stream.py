@@ -1,5 +1,4 @@
-"""Which rows a step sees: a pure function of (seed, position), so that workers, ranks and a resumed run see the same
-ones.
+"""Which rows a step sees: a function of (seed, position) alone, so that workers, ranks and a resumed run agree.
 
     epoch 0: a permutation of all n rows | epoch 1: another one | ...        one endless line of rows
     step s takes the rows  [s*W, (s+1)*W)  of it,  W = batch * accumulation * ranks

@@ -1,7 +1,8 @@
 """Validation while training: the mean loss over answer tokens, and the share of samples whose whole answer is right.
 
 "Right" is under teacher forcing: at every answer token the most probable token is the true one. That is greedy
-decoding's answer exactly when it is the true answer, at the cost of one forward instead of a generation.
+decoding's answer exactly when it is the true answer, at the cost of one forward instead of a generation. A row that
+cannot be used (corpus.HeldOut) comes without answer tokens: it has no loss, counts as wrong, and is reported as missing.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ from mokamm.training.stream import ValidationBatches
 
 @torch.no_grad()
 def validate(engine: Engine, loader: Iterable[Any], rows: ValidationBatches, ranks: Ranks) -> dict[str, float]:
-    """{"loss", "accuracy", "samples"} over all ranks; leaves the engine in training mode."""
+    """{"loss", "accuracy", "samples", "missing"} over all ranks; leaves the engine in training mode."""
     engine.train(False)
-    loss = tokens = right = samples = 0.0
+    loss = tokens = right = samples = missing = 0.0
     for i, batch in enumerate(loader):
         labels = batch["labels"]
         labels[rows.real(i) :] = IGNORED  # stand-ins
         outputs = engine(batch)
         loss += float(outputs["loss_sum"])
-        tokens += int((labels[:, 1:] != IGNORED).sum())
-        wrong = exactly_wrong(outputs["logits"], labels)
-        right += rows.real(i) - int(wrong[: rows.real(i)].sum())
+        answers = (labels[:, 1:] != IGNORED).sum(1)
+        tokens += int(answers.sum())
+        right += int((~exactly_wrong(outputs["logits"], labels) & (answers > 0)).sum())
+        missing += int((answers[: rows.real(i)] == 0).sum())
         samples += rows.real(i)
     engine.train(True)
-    loss, tokens, right, samples = ranks.sum([loss, tokens, right, samples])
-    return {"loss": loss / max(tokens, 1.0), "accuracy": right / max(samples, 1.0), "samples": samples}
+    loss, tokens, right, samples, missing = ranks.sum([loss, tokens, right, samples, missing])
+    accuracy = right / max(samples, 1.0)
+    return {"loss": loss / max(tokens, 1.0), "accuracy": accuracy, "samples": samples, "missing": missing}
 
 
 def exactly_wrong(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,8 @@
 
 metrics.jsonl, one object a line:
     {"kind": "train", "step", "epoch", "loss", "learning_rate": {part: rate}, "grad_norm", "tokens_per_second",
-    "padding_share",
-     "data_wait_share", "memory_gb", "seconds"}
-    {"kind": "validation", "step", "epoch", "loss", "accuracy", "samples"}
+     "padding_share", "data_wait_share", "memory_gb", "seconds"}
+    {"kind": "validation", "step", "epoch", "loss", "accuracy", "samples", "missing"}
 """
 
 from __future__ import annotations
@@ -101,6 +100,7 @@ def describe(kind: str, values: dict[str, Any], total: int, left: float) -> str:
     head = f"step {values['step']:>{len(str(total))}}/{total}  epoch {values['epoch']:.2f}"
     if kind == "validation":
         right = f"answers right {values['accuracy']:.1%} of {values['samples']:.0f}"
+        right += f" ({values['missing']:.0f} unusable)" if values.get("missing") else ""
         return f"{head}  validation loss {values['loss']:.4f}  {right}"
     rates = "  ".join(f"{part} lr {rate:.1e}" for part, rate in values["learning_rate"].items())
     speed = f"{short(values['tokens_per_second'])} tokens/s  left {duration(left)}"

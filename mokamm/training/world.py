@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from data.miniworld.write import Request
 from data.schema import UserError
 from mokamm.config import WorldConfig
 from mokamm.training.launch import plain_environment
@@ -16,13 +19,21 @@ SPLITS = ("train", "validation", "test")
 
 
 def make_world(world: WorldConfig) -> None:
-    """Run `python -m data.miniworld` for every split that is missing, unfinished or of other numbers. Call it on one
-    rank.
+    """Run `python -m data.miniworld` for every split that is not there; call it on one rank.
+
+    Raises UserError where a folder holds another world: other numbers, another seed, or of another version.
     """
     for split in SPLITS:
-        folder = Path(world.dir) / split
-        if _is_complete(folder / "DONE.json", getattr(world, split), world.seed):
-            continue
+        folder, wanted = Path(world.dir) / split, asdict(Request(split, getattr(world, split), world.seed))
+        if folder.exists():
+            found = _made(folder)
+            if found == wanted:
+                continue
+            raise UserError(
+                f"{folder} holds another miniature world than data.world asks for: {found or 'no DONE.json'} there, "
+                f"{wanted} wanted. Delete that folder (rm -r {folder}) to have it made anew, or choose another "
+                "data.world.dir"
+            )
         print(f"making the miniature world: {folder}, {getattr(world, split)} scenes", flush=True)
         command = [sys.executable, "-m", "data.miniworld", "--out", str(Path(world.dir).resolve()), "--split", split]
         command += ["--num", str(getattr(world, split)), "--seed", str(world.seed)]
@@ -30,14 +41,13 @@ def make_world(world: WorldConfig) -> None:
         if done.returncode:
             raise UserError(
                 f"the miniature world could not be made (exit code {done.returncode}); its own message stands above. "
-                f"To try it alone, in "
-                f"{REPOSITORY.name}/: python {' '.join(command[1:])}"
+                f"To try it alone, in {REPOSITORY.name}/: python {' '.join(command[1:])}"
             )
 
 
-def _is_complete(done: Path, number: int, seed: int) -> bool:
+def _made(folder: Path) -> dict[str, Any] | None:
+    """What a split was made from; None where it does not say."""
     try:
-        made = json.loads(done.read_text())
+        return json.loads((folder / "DONE.json").read_text())
     except (OSError, ValueError):
-        return False
-    return made.get("num", number) == number and made.get("seed", seed) == seed
+        return None

@@ -74,6 +74,14 @@ def test_text_named_mp4(tmp_path):
             read(tmp_path, "a.mp4")
 
 
+@pytest.mark.parametrize("letter", ["ü", "网", "🎻"])
+@pytest.mark.parametrize("shift", range(4))
+def test_text_whose_first_bytes_end_within_a_letter(tmp_path, letter, shift):
+    (tmp_path / "a.mp4").write_text("x" * shift + letter * 500, encoding="utf-8")
+    with pytest.raises(MediaError, match=r"a\.mp4: .*holds text, beginning"):
+        frames(tmp_path, "a.mp4")
+
+
 def test_a_playlist_opens_no_other_file(tmp_path, write_video):
     write_video(tmp_path / "real.ts", [0] * 10, codec="libx264")
     (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nreal.ts\n#EXT-X-ENDLIST\n")
@@ -132,6 +140,21 @@ def test_image_bomb(tmp_path, size):
         warnings.simplefilter("error")
         with pytest.raises(MediaError, match=r"bomb\.png: .*header claims.*scale it down"):
             frames(tmp_path, "bomb.png", "image")
+
+
+@pytest.mark.parametrize("size", [(1, 1_000_000), (101, 1), (2, 201)])
+def test_strips_are_refused(tmp_path, size):
+    Image.new("L", size).save(tmp_path / "strip.png")
+    with pytest.raises(MediaError, match=rf"strip\.png: .*{size[0]} x {size[1]} pixels, a strip more than 100 times"):
+        frames(tmp_path, "strip.png", "image")
+
+
+def test_strips_just_within_the_limit_and_of_video(tmp_path, write_video):
+    Image.new("L", (2, 200)).save(tmp_path / "long.png")
+    assert frames(tmp_path, "long.png", "image").shape == (1, 3, 200, 2)
+    write_video(tmp_path / "strip.mkv", [0] * 3, codec="libvpx", size=(16, 1616))
+    with pytest.raises(MediaError, match=r"strip\.mkv: .*16 x 1616 pixels, a strip"):
+        frames(tmp_path, "strip.mkv")
 
 
 def test_broken_images(tmp_path):

@@ -278,6 +278,31 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     assert issubclass(BadSample, UserError)
 
 
+def test_paths_that_the_file_system_refuses(tmp_path, monkeypatch):
+    loader = MediaLoader(tmp_path)
+    for name, reason in (
+        ("a" * 300 + ".mp4", "File name too long"),
+        ("x/" * 3000 + "a.mp4", "File name too long"),
+        ("a\ud83d.mp4", "surrogates not allowed"),
+        ("loop/a.mp4", "[Ll]oop|symbolic links"),
+    ):
+        if "loop" in name:
+            (tmp_path / "loop").symlink_to("loop")
+        for read in (loader.resolve, loader.fingerprint):
+            with pytest.raises(MediaError, match=f"cannot be resolved .*({reason}).* correct the row's path"):
+                read(video(name))
+    monkeypatch.setattr(os, "scandir", refuse)  # a folder that may be entered but not listed
+    with pytest.raises(MediaError, match=r"'b\.mp4': cannot be resolved \(Permission denied\).*check the permissions"):
+        loader.resolve(video("b.mp4"))
+    monkeypatch.setattr(os, "stat", refuse)  # a folder that may not be entered
+    with pytest.raises(MediaError, match=r"'c\.mp4': cannot be resolved \(Permission denied\)"):
+        loader.resolve(video("c.mp4"))
+
+
+def refuse(*_args, **_options):
+    raise PermissionError(13, "Permission denied")
+
+
 def test_fingerprint_follows_the_content(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"abc")
     (tmp_path / "b.bin").write_bytes(b"abc")
@@ -306,6 +331,22 @@ def test_limits_come_before_decoding(tmp_path, write_video, noise):
         MediaLoader(tmp_path, MediaLimits(max_seconds=1.5)).windows(audio("a.wav"), 2, 1.0, False)
     with pytest.raises(MediaError, match=r"a\.wav: has \d+ bytes, more than data\.limits\.max_bytes = 1000"):
         MediaLoader(tmp_path, MediaLimits(max_bytes=1000)).windows(audio("a.wav"), 2, 1.0, False)
+    with pytest.raises(MediaError, match=r"a\.wav: has \d+ bytes, more than data\.limits\.max_bytes = 1000"):
+        MediaLoader(tmp_path, MediaLimits(max_bytes=1000)).fingerprint(audio("a.wav"))
     exact = MediaLoader(tmp_path, MediaLimits(max_pixels=3072, max_seconds=2.0))
     assert exact.frames(video("a.mp4"), 2).shape == (2, 3, 48, 64)
     assert exact.windows(audio("a.wav"), 2, 1.0, True).samples.shape == (2, 16_000)
+
+
+def test_limits_hold_where_the_header_lies_or_is_silent(tmp_path, write_video, noise):
+    limits = MediaLimits(max_seconds=2.0)
+    path = write_video(tmp_path / "long.mkv", [0] * 60)
+    written = path.read_bytes()
+    assert written.count(b"00:00:06.000") == 1  # the track's own DURATION
+    path.write_bytes(written.replace(b"00:00:06.000", b"00:00:01.000"))
+    with pytest.raises(MediaError, match=r"long\.mkv: lasts 2\.1 s, more than data\.limits\.max_seconds = 2"):
+        MediaLoader(tmp_path, limits).frames(video("long.mkv"), 2)
+    late = write_video(tmp_path / "late.mkv", [0] * 5, sound=noise(1.0), sound_delay_ms=60_000, sound_codec="pcm_s16le")
+    assert late.stat().st_size < 100_000
+    with pytest.raises(MediaError, match=r"late\.mkv: lasts 60\.9 s, more than data\.limits\.max_seconds = 2"):
+        MediaLoader(tmp_path, limits).windows(audio("late.mkv"), 2, 1.0, False)

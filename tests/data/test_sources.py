@@ -332,3 +332,30 @@ def test_unknown_names_and_missing_files(tmp_path):
     assert set(SOURCES) == {"music_avqa", "ave", "messages"}
     with pytest.raises(IndexError):
         open_source("music_avqa", path)[1]
+
+
+# --- half a surrogate pair: json.loads takes it, no tokenizer does
+
+
+HALF = "cut \ud83d here"
+
+
+@pytest.mark.parametrize(
+    ("source", "row"),
+    [
+        ("messages", {"messages": [{"role": "user", "content": HALF}, {"role": "assistant", "content": "a"}]}),
+        ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": HALF}]}),
+        (
+            "messages",
+            {"id": HALF, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        ),
+        ("music_avqa", {**AVQA, "anser": HALF}),
+        ("music_avqa", {**AVQA, "templ_values": json.dumps(["flute", HALF])}),
+        ("music_avqa", {**AVQA, "video_id": HALF}),
+        ("ave", {"category": HALF, "video_id": "v", "start": 0, "end": 1}),
+    ],
+)
+def test_half_a_character_is_a_bad_row(tmp_path, source, row):
+    rows = open_source(source, write(tmp_path / "rows.json", [row]))
+    with pytest.raises(BadSample, match=r"row 0: a text holds half a character, '\\ud83d' in '.*cut \\ud83d here"):
+        rows[0]

@@ -239,6 +239,38 @@ def test_published_pt_with_unknown_cfg_fields(model: BEATs, tmp_path) -> None:
     assert load_beats(tmp_path / "b.pt").cfg == SMALL
 
 
+def test_keys_missing_from_a_cfg_are_the_published_codes(tmp_path) -> None:
+    """The defaults of BEATsConfig in microsoft/unilm, beats/BEATs.py, written out."""
+    published = {
+        "embed_dim": 512, "conv_bias": False, "encoder_layers": 12, "encoder_embed_dim": 768,
+        "encoder_ffn_embed_dim": 3072, "encoder_attention_heads": 12, "activation_fn": "gelu",
+        "layer_wise_gradient_decay_ratio": 1.0, "layer_norm_first": False, "deep_norm": False, "dropout": 0.1,
+        "attention_dropout": 0.1, "activation_dropout": 0.0, "encoder_layerdrop": 0.0, "dropout_input": 0.0,
+        "conv_pos": 128, "conv_pos_groups": 16, "relative_position_embedding": False, "num_buckets": 320,
+        "max_distance": 1280, "gru_rel_pos": False, "finetuned_model": False, "predictor_dropout": 0.1,
+        "predictor_class": 527,
+    }  # fmt: skip
+    assert asdict(BeatsConfig.from_dict({"input_patch_size": 16})) == {"input_patch_size": 16, **published}
+    for cfg in ({}, {"input_patch_size": -1}):
+        with pytest.raises(EncoderError, match="cfg has no input_patch_size"):
+            BeatsConfig.from_dict(cfg)
+
+
+def test_a_predictor_is_there_where_the_file_has_one(model: BEATs, tmp_path) -> None:
+    cfg, state = asdict(SMALL), model.state_dict()
+    bare = {name: tensor for name, tensor in state.items() if not name.startswith("predictor")}
+    for said in ({"finetuned_model": True}, {"finetuned_model": False}, {}):
+        cfg = {key: value for key, value in cfg.items() if key != "finetuned_model"} | said
+        torch.save({"cfg": cfg, "model": state}, tmp_path / "tuned.pt")
+        torch.save({"cfg": cfg, "model": bare}, tmp_path / "bare.pt")
+        assert torch.equal(load_beats(tmp_path / "tuned.pt").predictor.weight, state["predictor.weight"])
+        pretrained = load_beats(tmp_path / "bare.pt")
+        assert pretrained.predictor is None
+        assert not pretrained.cfg.finetuned_model
+        with pytest.raises(EncoderError, match="has no predictor"):
+            pretrained.logits(torch.zeros(1, 8, 16))
+
+
 def test_encoder_does_not_depend_on_the_batch(model: BEATs, tmp_path) -> None:
     save_beats(tmp_path / "b.safetensors", model)
     encoder = BeatsEncoder(tmp_path / "b.safetensors", max_batch=3)

@@ -180,7 +180,7 @@ def test_answers_do_not_depend_on_the_batch_and_equal_the_models_own(
     row = BENCHMARKS["miniworld_avqa"].load(folder / "avqa.json")[1]
     media = {"video": str(folder / "videos/0.mp4"), "audio": str(folder / "audio/0.wav")}
     assert isinstance(row.sample, Sample)
-    assert model.chat(row.sample.prompt[-1].text, **media, max_new_tokens=6) == together[1]
+    assert model.chat(row.sample.prompt[-1].text, **media) == together[1]  # as many tokens as the evaluation, too
 
 
 def test_controls_change_what_they_say(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -223,6 +223,7 @@ def test_a_table_for_people(run: Path, capfd: pytest.CaptureFixture[str]) -> Non
         (["all", "RUN", "--control", "blnd"], "did you mean 'blind'"),
         (["all", "RUN", "--control", "adapter:sight"], "has no modality 'sight'"),
         (["all", "RUN", "--path", "x.json"], "name it instead of 'all'"),
+        (["miniworld_avq", "RUN", "--path", "x.json"], "did you mean 'miniworld_avqa'"),
         (["miniworld_avqa", "RUN", "--path", "absent.json"], "no such annotation file"),
         (["miniworld_avqa", "RUN", "--limit", "2", "--control", "shuffle"], "share one clip or picture"),
     ],

@@ -279,6 +279,12 @@ def test_nothing_to_score(name: str) -> None:
     assert BENCHMARKS[name].score([bad(), bad()])["bad"] == 2
 
 
+def test_a_configuration_knows_the_benchmarks_without_importing_them() -> None:
+    from mokamm import names
+
+    assert set(names.BENCHMARKS) == set(BENCHMARKS)
+
+
 def test_an_unknown_benchmark_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"did you mean 'miniworld_avqa'.*known: miniworld_avqa, miniworld_events"):
         find_benchmark("miniworld_avq")

@@ -215,8 +215,8 @@ def make_model_(
         "audio": build_projector("mlp", 8, 32, boundaries, stride=2),
     }
     configs = {
-        "vision": {"encoder": {"name": "x", "path": "x"}, "segments": 2, "boundaries": boundaries},
-        "audio": {"encoder": {"name": "x", "path": "x"}, "segments": 3, "seconds": 1.0, "boundaries": boundaries},
+        "vision": {"encoder": {"name": "clip", "path": "x"}, "segments": 2, "boundaries": boundaries},
+        "audio": {"encoder": {"name": "beats", "path": "x"}, "segments": 3, "seconds": 1.0, "boundaries": boundaries},
     }
     senses = {
         name: Sense.of(name, ModalityConfig.model_validate(config), encoders[name], projectors[name])

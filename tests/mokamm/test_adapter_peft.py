@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -152,6 +159,20 @@ def test_disable_adapter_and_unload_give_the_base_back() -> None:
         model(inputs_embeds=torch.zeros(1, 4, 16, dtype=torch.float64))
     assert torch.equal(logits_of(model), adapted)
     assert torch.equal(logits_of(model.unload()), base)
+
+
+def test_unloading_or_loading_weights_takes_the_folded_text_path_out() -> None:
+    base, model = small_llm(), randomise(get_peft_model(small_llm(), MokaConfig(r=3)))
+    other = {name: tensor + 0.1 for name, tensor in get_peft_model_state_dict(model).items()}
+    model.base_model.fold_text()
+    set_peft_model_state_dict(model, other)
+    assert not model.base_model.folded
+    loaded = logits_of(model)
+    model.base_model.fold_text()
+    torch.testing.assert_close(logits_of(model), loaded, rtol=0, atol=1e-10)
+    plain = model.unload()
+    for (name, own), (_, expected) in zip(plain.named_parameters(), base.named_parameters(), strict=True):
+        assert torch.equal(own, expected), name
 
 
 def test_several_adapters() -> None:
@@ -325,11 +346,10 @@ def test_experts_are_refused_unless_left_out() -> None:
     assert target_report(model) == {"gate": 1}
 
 
-def test_modality_names() -> None:
-    config = MokaConfig(modalities=["text", "vision", "audio"])
-    assert [config.modality_id(name) for name in ("text", "vision", "audio")] == [0, 1, 2]
-    with pytest.raises(AdapterError, match="no modality 'vison'; did you mean 'vision'"):
-        config.modality_id("vison")
+@pytest.mark.parametrize("names", [["vision", "audio"], ["vision", "text"], ["text", "text"], []])
+def test_the_first_modality_is_the_text_path(names: list[str]) -> None:
+    with pytest.raises(AdapterError, match="'text' first"):
+        MokaConfig(modalities=names)
 
 
 class TestWrap:

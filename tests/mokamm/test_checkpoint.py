@@ -14,14 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from data.schema import UserError
 from mokamm.training import checkpoint
+from mokamm.training.checkpoint import TrainerState, newest_first
+from mokamm.training.loop import common
+from mokamm.training.stream import plan
+from mokamm.training.watch import read_metrics
 from mokamm.weights import (
     MANIFEST,
     PROJECTORS,
     WeightsError,
-    find_weights,
     load_weights,
     manifest_problems,
-    newest_first,
     save_weights,
     write_manifest,
 )
@@ -111,8 +113,79 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-x").mkdir()
-    checkpoint.rotate(tmp_path, 2, {"step": 1})
+    checkpoint.rotate(tmp_path, 2, TrainerState(step=10, best={"step": 1}))
     assert [p.name for p in newest_first(tmp_path)] == ["checkpoint-10", "checkpoint-3", "checkpoint-1"]
+    checkpoint.rotate(tmp_path, 1, TrainerState(step=3))  # checkpoint-10 is none of a run that stands at 3
+    assert [p.name for p in newest_first(tmp_path)] == ["checkpoint-10", "checkpoint-3"]
+
+
+def test_a_new_run_in_an_old_folder_moves_the_old_one_aside_whole(toy, whole, tmp_path, capsys):
+    run, place = tmp_path / "run", tmp_path / "run" / "previous-1"
+    shutil.copytree(whole[0], run)
+    (run / "bad_samples.jsonl").write_text('{"source": "train", "row": 3, "id": "3", "reason": "gone"}\n')
+    old = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    _, best = toy.run(run, toy.alone(), max_steps=2, save_steps=1, eval_steps=1, save_total_limit=1,
+                      resume_from_checkpoint=None)  # fmt: skip
+    assert f"is now in {place}: checkpoint-8, checkpoint-4" in capsys.readouterr().out
+    assert {p.relative_to(place): p.read_bytes() for p in place.rglob("*") if p.is_file()} == old
+    assert best.parent == run
+    assert checkpoint.write_final(run, best).is_dir()
+    assert checkpoint.find(run, "auto") == run / "checkpoint-2"
+    assert {record["step"] for record in read_metrics(run / "metrics.jsonl")} == {1, 2}
+    assert not (run / "bad_samples.jsonl").exists()
+    toy.run(run, toy.alone(), max_steps=1, resume_from_checkpoint=None)
+    assert (run / "previous-2" / "final").is_dir()
+
+
+def test_resuming_from_an_older_checkpoint_moves_the_newer_ones_aside(toy, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    wanted = str(run / "checkpoint-4")
+    toy.run(run, toy.alone(), dropout=0.2, stop_after=5, resume_from_checkpoint=wanted)
+    assert [p.name for p in (run / "previous-1").iterdir()] == ["checkpoint-8"]
+    assert checkpoint.find(run, "auto") == run / "checkpoint-4"
+
+
+def test_resuming_from_another_folder_ends_with_a_result_of_its_own(toy, whole, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoint-4").mkdir(parents=True)  # of yet another run
+    _, best = toy.run(run, toy.alone(), dropout=0.2, resume_from_checkpoint=str(whole[0] / "checkpoint-4"))
+    assert best == run / "checkpoint-8"
+    assert not manifest_problems(best)
+    assert toy.losses(run) == toy.losses(whole[0])[4:]
+    assert (run / "previous-1" / "checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"training": {"warmup_steps": 3}}, "training.warmup_steps"),
+        ({"training": {"adam_beta2": 0.95}}, "training.adam_beta2"),
+        ({"training": {"init_from": "runs/stage1"}}, "training.init_from"),
+        ({"data": {"max_length": 77}}, "data.max_length"),
+        ({"data": {"train": [{"source": "messages", "path": "toy.jsonl", "weight": 2.0}]}}, "data.train"),
+        ({"model": {"modalities": {"b": "clip", "a": "clip"}}}, "model.modalities"),
+    ],
+)
+def test_what_the_steps_depend_on_must_be_the_same(toy, tmp_path, changes, key):
+    from mokamm.config import RunConfig
+
+    def settings(**sections):
+        tree = toy.config(tmp_path).to_dict()
+        tree["model"]["modalities"] = {"a": "clip", "b": "clip"}
+        for name, values in sections.items():
+            tree[name] |= values
+        encoders = tree["model"]["modalities"].items()
+        tree["model"]["modalities"] = {name: {"encoder": {"name": encoder, "path": "p"}} for name, encoder in encoders}
+        return common(RunConfig.model_validate(tree), plan(8, 2, 1, 1, 1.0, -1))
+
+    (tmp_path / checkpoint.STATE).write_text(json.dumps({"step": 4, "same": settings()}))
+    assert checkpoint.read_state(tmp_path, settings()).step == 4
+    with pytest.raises(UserError, match=rf"  - {key}: .* now\n"):
+        checkpoint.read_state(tmp_path, settings(**changes))
+    older = {name: value for name, value in settings().items() if name != key}
+    (tmp_path / checkpoint.STATE).write_text(json.dumps({"step": 4, "same": older}))
+    assert checkpoint.read_state(tmp_path, settings(**changes)).step == 4
 
 
 def test_final_has_the_weights_and_no_trainer_state(toy, whole, tmp_path):
@@ -123,7 +196,6 @@ def test_final_has_the_weights_and_no_trainer_state(toy, whole, tmp_path):
     checkpoint.write_final(run, source)  # again, over the first
     assert sorted(p.name for p in final.iterdir()) == [MANIFEST, "adapter", PROJECTORS]
     assert not manifest_problems(final)
-    assert find_weights(run) == final
 
 
 @pytest.mark.parametrize("method", ["lora", "moka", "full", "none"])
@@ -158,8 +230,6 @@ def test_every_key_is_accounted_for(toy, tmp_path):
         load_weights(model, tmp_path)
     assert f"missing: {name.removeprefix('projectors.')}" in str(error.value)
     assert "unexpected" in str(error.value)
-    with pytest.raises(WeightsError, match="no trained weights"):
-        find_weights(tmp_path / "elsewhere")
 
 
 def test_random_generators_go_on_where_they_stopped(toy, tmp_path):

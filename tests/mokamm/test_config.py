@@ -74,6 +74,49 @@ def test_all_mistakes_at_once_with_lines_and_nearest_names(write):
         assert expected in message, expected
 
 
+def test_unknown_names_are_told_with_the_rest_and_their_nearest(write):
+    text = GOOD.replace("open_clip", "openclip").replace("qformer", "qfromer").replace("method: moka", "method: mokka")
+    text = text.replace("music_avqa", "music_avqua").replace("learning_rate", "lerning_rate")
+    text += "evaluation: {benchmarks: [{benchmark: miniworld_avq, path: x}]}\n"
+    with pytest.raises(ConfigError) as error:
+        load_config(write(text))
+    for expected in (
+        "model.modalities.vision.encoder.name (line 4): unknown encoder 'openclip'; did you mean 'open_clip'?",
+        "model.modalities.vision.projector.name (line 4): unknown projector 'qfromer'; did you mean 'qformer'?",
+        "adapter.method (line 6): unknown adapter method 'mokka'; did you mean 'moka'?",
+        "data.train.0.source (line 8): unknown data source 'music_avqua'; did you mean 'music_avqa'?",
+        "evaluation.benchmarks.0.benchmark (line 12): unknown benchmark 'miniworld_avq'; did you mean 'miniworld_avqa'?",
+        "did you mean 'learning_rate'?",
+    ):
+        assert expected in str(error.value), expected
+
+
+def test_names_known_without_torch_are_those_of_the_registries():
+    from mokamm import names
+    from mokamm.adapters import METHODS
+    from mokamm.projectors import PROJECTORS
+
+    assert set(names.METHODS) == set(METHODS)
+    assert set(names.PROJECTORS) == set(PROJECTORS)
+
+
+def test_all_that_the_adapters_know_can_be_configured(write):
+    from mokamm.adapters import MOKA_OPTIONS, OTHER_OPTIONS
+    from mokamm.config import AdapterConfig
+
+    assert set(AdapterConfig.model_fields) == {"method", *MOKA_OPTIONS, *OTHER_OPTIONS}
+    section = "adapter: {method: moka, target_modules: '.*_proj', exclude_modules: [v_proj], shared_b: false}"
+    config = load_config(write(GOOD.replace("adapter: {method: moka, r: 4}", section)))
+    assert config.adapter.target_modules == ".*_proj"
+    assert (config.adapter.exclude_modules, config.adapter.shared_b, config.adapter.frozen_a) == (
+        ["v_proj"],
+        False,
+        None,
+    )
+    with pytest.raises(ConfigError, match=r"adapter\.target_modules \(line 6\): '\*_proj' is neither"):
+        load_config(write(GOOD), ["adapter.target_modules='*_proj'"])
+
+
 def test_overrides(write):
     overrides = ["training.max_steps=20", "data.train.0.limit=5", "data.cache.dir=cache", "training.report_to=none"]
     config = load_config(write(GOOD), [*overrides, "adapter.target_modules=[q_proj, v_proj]"])
@@ -154,6 +197,8 @@ def test_missing_files_are_all_named(write, tmp_path):
     config = load_config(write(GOOD), [f"data.world={{dir: {tmp_path}, train: 1, validation: 1, test: 1}}"])
     config.data.train[0].path = f"{tmp_path}/train/train.json"
     config.check_files()  # the run makes these itself
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.path: no such file"):
+        config.check_files(world_is_made=True)
 
 
 def test_the_command_tells_a_mistake_without_traceback_and_without_torch(write):

@@ -211,6 +211,8 @@ def test_a_chat_attaches_media_remembers_and_survives_mistakes(finished, model, 
             ["{run}", "hello", "--base", "no/such/llm/here"],
             "AutoTokenizer cannot load 'no/such/llm/here'",
         ),
+        (["{run}", "hello", "--device", "foo"], "device 'foo' cannot be used; here are: cpu"),
+        (["{run}", "hello", "--device", "cuda:99"], "device 'cuda:99' cannot be used; here are: cpu"),
         (["{run}", "hello", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1; found 0"),
         (["{silent}", "hello", "--speech", "{media}/long.wav"], "no modality 'speech'; it was trained with: vision"),
         (["{silent}", "hello"], "final is not there"),
@@ -234,6 +236,66 @@ def test_mistakes_end_in_one_message_and_code_2(
     assert "error: " in err
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_truncated_llm_is_told_in_one_message(capsys, finished, base, tmp_path):
+    shutil.copytree(base / "llm", tmp_path / "llm")
+    weights = tmp_path / "llm" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, out, err = call(capsys, finished, "hello", "--base", tmp_path / "llm", "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert "AutoModelForCausalLM cannot load" in err
+
+
+@pytest.mark.parametrize("kind", ["EncoderError", "AdapterError"])
+def test_a_chat_survives_mistakes_of_every_floor(kind):
+    from encoders import EncoderError
+    from mokamm.adapters import AdapterError
+
+    class Asker:
+        args = infer.parse_args(["run"])
+
+        def ask(self, *_):
+            raise {"EncoderError": EncoderError, "AdapterError": AdapterError}[kind]("too long")
+
+    out = io.StringIO()
+    infer.repl(Asker(), None, ["hello", "hello"], out)
+    assert out.getvalue() == "error: too long\n" * 2
+
+
+def test_the_base_must_be_the_one_that_the_run_was_trained_on(finished, base, tmp_path, caplog):
+    """Found from any working directory; only a warning where the user names another base; older runs say nothing."""
+    from mokamm.build import check_base, load_run
+    from mokamm.config import load_config
+    from mokamm.training.finish import versions
+
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(base / "llm", tmp_path / "llm")
+    config = load_config(finished / "config.yaml")
+    check_base(config, named=False)
+    config.model.llm.path = str(tmp_path / "llm")
+    config.versions = versions(config, load_run(finished, device="cpu"))
+    config.dump(tmp_path / "run" / "config.yaml")
+    load_run(tmp_path / "run", device="cpu")
+    weights = tmp_path / "llm" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"has changed since the run was trained.*--base PATH"):
+        load_run(tmp_path / "run", device="cpu")
+    assert caplog.text == ""
+    load_run(tmp_path / "run", base=str(tmp_path / "llm"), device="cpu")
+    assert "is not the one that the run was trained on" in caplog.text
+
+
+def test_the_fingerprint_of_a_shipped_base_is_found_from_anywhere(model, monkeypatch, tmp_path):
+    from mokamm.config import RunConfig
+    from mokamm.training.finish import versions
+
+    monkeypatch.chdir(tmp_path)
+    tree = run_config(Path("p"))
+    tree["model"]["llm"]["path"] = "mokamm/mini/llm"
+    assert len(versions(RunConfig.model_validate(tree), model)["base"]["fingerprint"]) == 64
 
 
 def test_mistakes_and_help_need_no_heavy_import(finished):

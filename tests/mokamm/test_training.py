@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from data.collate import collate
-from data.schema import IGNORED, UserError
+from data.ledger import Ledger
+from data.schema import IGNORED, BadSample, UserError
 from mokamm.config import TrainingConfig
+from mokamm.training.corpus import HeldOut, batches
 from mokamm.training.engine import PlainEngine, deepspeed_config
 from mokamm.training.launch import Ranks
 from mokamm.training.loop import better
@@ -196,6 +198,26 @@ def test_validation_counts_every_sample_once(toy, tmp_path):
         expected = token_mean_in_float64(copy.deepcopy(model).double(), examples)
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert model.training
+
+
+def test_a_bad_validation_row_is_wrong_and_missing_whatever_takes_its_place(toy, tmp_path):
+    def encode(sample):
+        if sample.id == "1":
+            raise BadSample("the clip is cut off")
+        return toy.encode(sample)
+
+    ledger = Ledger(tmp_path / "bad_samples.jsonl", 0.5, 4)
+    held_out = HeldOut([(toy.samples(4), 1.0, "validation/toy")], encode, ledger)
+    model, rows = toy.build(), ValidationBatches(4, 2, 0, 1)
+    engine = PlainEngine(model, parameter_groups(training(), toy.parts_of(model)), training(), toy.alone())
+    found = validate(engine, batches(held_out, rows, 0, 0), rows, toy.alone())
+    good = [toy.encode(sample) for sample in toy.samples(4) if sample.id != "1"]
+    with torch.no_grad():
+        expected = token_mean_in_float64(copy.deepcopy(model).double(), good)
+    assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert found["accuracy"] == sum(_right(model, example) for example in good) / 4
+    assert (found["samples"], found["missing"]) == (4, 1)
+    assert json.loads((tmp_path / "bad_samples.jsonl").read_text())["reason"] == "the clip is cut off"
 
 
 def _right(model, example) -> bool:

@@ -19,8 +19,8 @@ from data.ledger import Ledger
 from data.schema import IGNORED, Example, Message, Sample, Text
 from mokamm.config import RunConfig
 from mokamm.training import launch
-from mokamm.training.corpus import Corpus
-from mokamm.training.loop import fit
+from mokamm.training.corpus import Corpus, HeldOut
+from mokamm.training.loop import begin, fit
 from mokamm.training.watch import read_metrics
 
 VOCABULARY = 48
@@ -88,7 +88,7 @@ def samples(number: int) -> list[Sample]:
 def corpus(folder: Path, rows: int = 22, validation: int = 5) -> Corpus:
     ledger = Ledger(folder / "bad_samples.jsonl", 0.05, rows + validation)
     train = MultimodalDataset([(samples(rows), 1.0, "train")], encode, ledger)
-    held_out = MultimodalDataset([(samples(rows + validation)[rows:], 1.0, "validation")], encode, ledger)
+    held_out = HeldOut([(samples(rows + validation)[rows:], 1.0, "validation")], encode, ledger)
     return Corpus(train, held_out, 0, ledger)
 
 
@@ -120,7 +120,8 @@ def run(
     settings = config(folder, **training)
     model = build(method, dropout, settings.training.seed)
     launch.seed_everything(settings.training.seed + ranks.rank)
-    best = fit(settings, model, parts_of(model), corpus(folder), ranks, stop_after)
+    found = corpus(folder)
+    best = fit(settings, model, parts_of(model), found, ranks, begin(settings, found, ranks), stop_after)
     return model, best
 
 
@@ -133,9 +134,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def main(folder: Path, stages: list[str]) -> None:
-    """Every stage: a whole run without dropout (to compare with one rank), one with, and one interrupted and
-    resumed.
-    """
+    """Every stage: a whole run without dropout (to compare with one rank), one with, one interrupted and resumed."""
     first = {"deepspeed": str(ROOT / f"configs/deepspeed/{stages[0]}.json"), "use_cpu": True, "output_dir": str(folder)}
     ranks = launch.start(config(folder, **first).training)
     for stage in stages:
