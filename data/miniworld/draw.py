@@ -40,7 +40,8 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     raise ValueError(f"no shape '{shape}'")
 
 
-def _centre(thing: Thing, second: float) -> tuple[float, float]:
+def centre(thing: Thing, second: float) -> tuple[float, float]:
+    """(x, y) in pixels of a thing's middle."""
     column, row = COLUMNS.index(thing.column), 0 if thing.row == "top" else 1
     x = SIZE * (column + 0.5) / 3 + 1.2 * np.sin(0.9 * second + thing.phase)
     y = SIZE * (row + 0.5) / 2 + 3.5 * np.sin(0.7 * second + 2 * thing.phase)
@@ -56,7 +57,7 @@ def draw_frame(scene: Scene, second: float) -> np.ndarray:
     tint = rng.uniform(10, 55, 3).astype(np.float32)
     image = tint * (0.7 + 0.6 * _Y[..., None] / SIZE) + rng.normal(0, 3, (SIZE, SIZE, 1)).astype(np.float32)
     for thing in scene.things:
-        x, y = _centre(thing, second)
+        x, y = centre(thing, second)
         cover = np.clip(0.5 - _distance(thing.shape, _X - x, _Y - y, thing.size), 0, 1)[..., None]
         image = image * (1 - cover) + np.asarray(COLOURS[thing.colour], np.float32) * cover
     return np.clip(image, 0, 255).astype(np.uint8)

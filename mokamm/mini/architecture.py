@@ -1,7 +1,7 @@
 """The shapes of the miniature base, each in its family's own configuration class and file format.
 
 llm/              Llama, 5 layers of width 192, byte-level BPE, a chat template
-vision/           an open_clip folder: ViT, 16 x 16 patches of 64 x 64 pixels
+vision/           an open_clip folder: ViT, 8 x 8 patches of 8 x 8 pixels
 audio.safetensors BEATs, 3 layers of width 128
 speech/           Whisper, encoder of 4 layers, windows of 4 s
 """
@@ -32,7 +32,7 @@ CLIP_TEXT_LENGTH = 48
 
 VISION: dict[str, Any] = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 128, "layers": 4, "head_width": 32, "mlp_ratio": 3.0},
+    "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32, "mlp_ratio": 3.0},
     "text_cfg": {
         "context_length": CLIP_TEXT_LENGTH, "vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2,
         "pool_type": "eos", "eos_id": 2,

@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-CLIPS, UTTERANCES = 3000, 3000
+CLIPS, IMAGES, UTTERANCES = 3000, 3000, 3000
 LANGUAGE_MINUTES = 30
 
 
@@ -61,7 +61,7 @@ def _speech(out: Path, work: Path) -> dict[str, float]:
 def _stage1(out: Path, work: Path) -> dict[str, float]:
     from mokamm.mini.captions import write_captions
 
-    write_captions(work / "captions", CLIPS, UTTERANCES)
+    write_captions(work / "captions", CLIPS, IMAGES, UTTERANCES)
     run = work / "stage1"
     settings = {
         "data.media_dir": work / "captions",

@@ -3,20 +3,21 @@
 Worlds of the base only (no diamond, horn, orange or cyan; six voices), from a seed of their own: no scene of the
 miniature world's splits plays a part.
 
-    FOLDER/videos/ID.mp4 audio/ID.wav speech/ID.wav   captions.jsonl (messages with typed content)
+    FOLDER/videos/ID.mp4 audio/ID.wav images/ID.png speech/ID.wav   captions.jsonl (messages with typed content)
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.miniworld.draw import write_video
+from data.miniworld.draw import draw_frame, png_bytes, write_video
 from data.miniworld.scene import BASE, Scene, sample_scene
 from data.miniworld.sound import render_sound
 from data.miniworld.speech import BASE_VOICES, Utterance, sample_utterance, speak
@@ -31,6 +32,10 @@ def _scene(index: int) -> Scene:
     return sample_scene(np.random.default_rng([SEED, 0, index]), BASE)
 
 
+def _still(index: int) -> Scene:
+    return sample_scene(np.random.default_rng([SEED, 2, index]), BASE, still=True)
+
+
 def _utterance(index: int) -> Utterance:
     rng = np.random.default_rng([SEED, 1, index])
     return sample_utterance(rng, tell_sentence(rng, BASE), BASE_VOICES)
@@ -42,6 +47,10 @@ def _render_clip(folder: Path, index: int) -> None:
     write_wave(folder / "audio" / f"{index:08d}.wav", render_sound(scene))
 
 
+def _render_image(folder: Path, index: int) -> None:
+    (folder / "images" / f"{index:08d}.png").write_bytes(png_bytes(draw_frame(_still(index), 5.0)))
+
+
 def _render_speech(folder: Path, index: int) -> None:
     write_wave(folder / "speech" / f"{index:08d}.wav", speak(_utterance(index)))
 
@@ -51,22 +60,28 @@ def _row(media: dict[str, str], prompt: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
 
 
-def write_captions(folder: Path, clips: int, utterances: int) -> None:
-    """Render `clips` videos with their sounds and `utterances` sentences; does nothing where they are there."""
+def _rows(clips: int, images: int, utterances: int) -> Iterator[dict[str, Any]]:
+    for index in range(clips):
+        scene, name = _scene(index), f"{index:08d}"
+        yield _row({"type": "video", "path": f"videos/{name}.mp4"}, DESCRIBE_PICTURE, tell_picture(scene))
+        yield _row({"type": "audio", "path": f"audio/{name}.wav"}, DESCRIBE_SOUND, tell_sounds(scene))
+    for index in range(images):
+        media = {"type": "image", "path": f"images/{index:08d}.png"}
+        yield _row(media, DESCRIBE_PICTURE, tell_picture(_still(index)))
+    for index in range(utterances):
+        media = {"type": "audio", "as": "speech", "path": f"speech/{index:08d}.wav"}
+        yield _row(media, TRANSCRIBE, _utterance(index).text)
+
+
+def write_captions(folder: Path, clips: int, images: int, utterances: int) -> None:
+    """Render `clips` videos with their sounds, `images` and `utterances`; does nothing where they are there."""
     done = folder / "captions.jsonl"
     if done.exists():
         return
-    for name in ("videos", "audio", "speech"):
+    for name in ("videos", "audio", "images", "speech"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    rows = []
-    for index in range(clips):
-        scene, name = _scene(index), f"{index:08d}"
-        rows.append(_row({"type": "video", "path": f"videos/{name}.mp4"}, DESCRIBE_PICTURE, tell_picture(scene)))
-        rows.append(_row({"type": "audio", "path": f"audio/{name}.wav"}, DESCRIBE_SOUND, tell_sounds(scene)))
-    for index in range(utterances):
-        media = {"type": "audio", "as": "speech", "path": f"speech/{index:08d}.wav"}
-        rows.append(_row(media, TRANSCRIBE, _utterance(index).text))
     jobs = [partial(_render_clip, folder, index) for index in range(clips)]
+    jobs += [partial(_render_image, folder, index) for index in range(images)]
     jobs += [partial(_render_speech, folder, index) for index in range(utterances)]
     run_jobs(jobs, os.cpu_count() or 1, "stage 1")
-    done.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done.write_text("".join(json.dumps(row) + "\n" for row in _rows(clips, images, utterances)))

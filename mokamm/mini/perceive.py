@@ -1,6 +1,7 @@
 """Trains the three miniature encoders on what the base may see: no diamond, horn, orange or cyan, six voices.
 
-vision: contrastive, frames against captions, with near misses (one colour or place changed) in every batch.
+vision: contrastive, frames against captions, with near misses (one colour or place changed) in every batch; and the
+patches of each thing against the words for it ("red circle"), because projectors read patches, not the whole.
 audio: tagging, which instruments are heard in one second. speech: transcription by letters with CTC.
 Each stops after its minutes; the learning rate falls to zero with the time used up.
 """
@@ -12,14 +13,15 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.miniworld.draw import draw_frame
-from data.miniworld.scene import BASE, COLUMNS, PLAYS, SECONDS, Scene, sample_scene
+from data.miniworld.draw import SIZE, centre, draw_frame
+from data.miniworld.scene import BASE, COLUMNS, PLAYS, SECONDS, Scene, Thing, sample_scene
 from data.miniworld.sound import INSTRUMENTS, RATE
 from data.miniworld.speech import BASE_VOICES, sample_utterance, speak
 from data.miniworld.tell import tell_sentence
@@ -27,6 +29,7 @@ from mokamm.mini.architecture import (
     CLIP_TEXT_LENGTH,
     PREPROCESS,
     SPEECH_SECONDS,
+    VISION,
     native_bfloat16,
     new_audio,
     new_speech,
@@ -36,6 +39,12 @@ from mokamm.mini.architecture import (
     save_vision,
 )
 
+if TYPE_CHECKING:
+    import open_clip
+
+PHRASES = [f"{colour} {shape}" for colour in BASE.colours for shape in BASE.shapes]
+PATCH = VISION["vision_cfg"]["patch_size"]
+Region = tuple[int, int, np.ndarray]  # of a thing in a batch of frames: its frame, its phrase, its patches' shares
 LETTERS = "_abcdefghijklmnopqrstuvwxyz "  # index 0 is CTC's blank
 
 
@@ -91,41 +100,76 @@ def _near_miss(rng: np.random.Generator, scene: Scene) -> Scene:
     return dataclasses.replace(scene, things=tuple(things))
 
 
-def _pictures(rng: np.random.Generator, n: int) -> tuple[Tensor, list[str]]:
+def _patches(thing: Thing, second: float) -> np.ndarray:
+    """The patches whose middle lies within a thing, each with an equal share: (patches,), sum 1 (0 if it is off)."""
+    x, y = centre(thing, second)
+    middles = (np.arange(SIZE // PATCH) + 0.5) * PATCH
+    within = np.hypot(middles[None, :] - x, middles[:, None] - y) < thing.size
+    return (within / max(1, within.sum())).astype(np.float32).ravel()
+
+
+def _pictures(rng: np.random.Generator, n: int) -> tuple[Tensor, list[str], list[Region]]:
+    """n frames, normalised (n,3,H,W), the caption of each, and the things seen in them."""
     frames: list[np.ndarray] = []
     captions: list[str] = []
+    regions: list[Region] = []
     while len(frames) < n:
         scene, second = sample_scene(rng, BASE, still=bool(rng.random() < 0.6)), float(rng.uniform(0, SECONDS))
         for variant in (scene, _near_miss(rng, scene)):
+            for thing in variant.things:
+                if thing.enter <= second < thing.leave:
+                    words = PHRASES.index(f"{thing.colour} {thing.shape}")
+                    regions.append((len(frames), words, _patches(thing, second)))
             frames.append(draw_frame(variant, second))
             captions.append(caption_moment(variant, second))
     mean, std = (torch.tensor(PREPROCESS[key]).view(3, 1, 1) for key in ("mean", "std"))  # type: ignore[arg-type]
     pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
-    return (pixels - mean) / std, captions
+    return (pixels - mean) / std, captions, regions
 
 
 def train_vision(folder: Path, tokenizer: Callable[..., dict], minutes: float) -> dict[str, float]:
     torch.manual_seed(1)
     model, native = new_vision(), native_bfloat16()
+    phrases = _clip_ids(tokenizer, PHRASES)
 
     def losses() -> Iterator[Tensor]:
         rng = np.random.default_rng(101)
         while True:
-            pixels, captions = _pictures(rng, 96)
-            ids = torch.zeros(len(captions), CLIP_TEXT_LENGTH, dtype=torch.long)
-            for i, caption in enumerate(captions):
-                row = tokenizer(caption)["input_ids"][: CLIP_TEXT_LENGTH - 1]
-                ids[i, : len(row) + 1] = torch.tensor([*row, 2])
+            pixels, captions, regions = _pictures(rng, 96)
+            images, words, patches = zip(*regions, strict=True)
             with torch.autocast("cpu", torch.bfloat16, enabled=native):
-                image, text = model.encode_image(pixels, normalize=True), model.encode_text(ids, normalize=True)
-            logits = model.logit_scale.exp().clamp(max=100) * image.float() @ text.float().T
+                image, patches_NPC = _seen(model, pixels)
+                text = model.encode_text(torch.cat([_clip_ids(tokenizer, captions), phrases]), normalize=True).float()
+            text, names = text[: len(captions)], text[len(captions) :]
+            scale = model.logit_scale.exp().clamp(max=100)
             same = torch.tensor([[a == b for a in captions] for b in captions])  # a near miss may be no miss
             target = same.float() / same.sum(1, keepdim=True)
-            yield (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            logits = scale * image @ text.T
+            whole = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            things = torch.einsum("np,npc->nc", torch.from_numpy(np.stack(patches)), patches_NPC[list(images)])
+            yield whole + F.cross_entropy(scale * F.normalize(things, dim=-1) @ names.T, torch.tensor(words))
 
     figures = fit("vision", list(model.parameters()), losses(), 1.5e-3, minutes)
     save_vision(model, folder / "vision")
     return figures
+
+
+def _seen(model: open_clip.CLIP, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The normalised embedding of each image (N,C), and its patches (N,P,C) in the layer that projectors read."""
+    blocks = VISION["vision_cfg"]["layers"]
+    seen = model.visual.forward_intermediates(
+        pixels, indices=[blocks - 2], normalize_intermediates=True, output_fmt="NLC"
+    )
+    (patches_NPC,) = seen["image_intermediates"]
+    return F.normalize(seen["image_features"].float(), dim=-1), (patches_NPC @ model.visual.proj).float()
+
+
+def _clip_ids(tokenizer: Callable[..., dict], texts: list[str]) -> Tensor:
+    ids = torch.zeros(len(texts), CLIP_TEXT_LENGTH, dtype=torch.long)
+    for i, text in enumerate(texts):
+        row = tokenizer(text)["input_ids"][: CLIP_TEXT_LENGTH - 1]
+        ids[i, : len(row) + 1] = torch.tensor([*row, 2])
+    return ids
 
 
 def _window(rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
