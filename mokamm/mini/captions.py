@@ -23,7 +23,7 @@ from data.miniworld.sound import render_sound
 from data.miniworld.speech import BASE_VOICES, Utterance, sample_utterance, speak
 from data.miniworld.tell import tell_picture, tell_sentence, tell_sounds
 from data.miniworld.write import run_jobs, write_wave
-from mokamm.mini.text import DESCRIBE_PICTURE, DESCRIBE_SOUND, TRANSCRIBE
+from mokamm.mini.text import DESCRIBE_PICTURE, DESCRIBE_SOUND, NOTE, TRANSCRIBE, tell_notes
 
 SEED = 90_210
 
@@ -55,22 +55,27 @@ def _render_speech(folder: Path, index: int) -> None:
     write_wave(folder / "speech" / f"{index:08d}.wav", speak(_utterance(index)))
 
 
-def _row(media: dict[str, str], prompt: str, answer: str) -> dict[str, Any]:
-    content = [media, {"type": "text", "text": prompt}]
+def _row(media: list[dict[str, str]], prompt: str, answer: str) -> dict[str, Any]:
+    content = [*media, {"type": "text", "text": prompt}]
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
 
 
 def _rows(clips: int, images: int, utterances: int) -> Iterator[dict[str, Any]]:
     for index in range(clips):
         scene, name = _scene(index), f"{index:08d}"
-        yield _row({"type": "video", "path": f"videos/{name}.mp4"}, DESCRIBE_PICTURE, tell_picture(scene))
-        yield _row({"type": "audio", "path": f"audio/{name}.wav"}, DESCRIBE_SOUND, tell_sounds(scene))
+        video = {"type": "video", "path": f"videos/{name}.mp4"}
+        audio = {"type": "audio", "path": f"audio/{name}.wav"}
+        yield _row([video], DESCRIBE_PICTURE, tell_picture(scene))
+        yield _row([audio], DESCRIBE_SOUND, tell_sounds(scene))
+        yield _row([video, audio], DESCRIBE_PICTURE, tell_picture(scene))
+        yield _row([video, audio], DESCRIBE_SOUND, tell_sounds(scene))
+        yield _row([video, audio], NOTE, tell_notes(scene))
     for index in range(images):
         media = {"type": "image", "path": f"images/{index:08d}.png"}
-        yield _row(media, DESCRIBE_PICTURE, tell_picture(_still(index)))
+        yield _row([media], DESCRIBE_PICTURE, tell_picture(_still(index)))
     for index in range(utterances):
         media = {"type": "audio", "as": "speech", "path": f"speech/{index:08d}.wav"}
-        yield _row(media, TRANSCRIBE, _utterance(index).text)
+        yield _row([media], TRANSCRIBE, _utterance(index).text)
 
 
 def write_captions(folder: Path, clips: int, images: int, utterances: int) -> None:

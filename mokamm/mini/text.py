@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from data.miniworld.ask import AVQA, IMAGES, SPOKEN, Kind, Question, questions
-from data.miniworld.scene import PLAYED_BY, SECONDS, WORLD, Scene, Sound, Vocabulary, sample_scene
+from data.miniworld.scene import COLUMNS, PLAYED_BY, SECONDS, WORLD, Scene, Sound, Vocabulary, sample_scene
 from data.miniworld.tell import tell_picture, tell_scene, tell_sentence, tell_sounds
 
 DESCRIBE_PICTURE = "Describe the picture."
@@ -96,6 +96,13 @@ def _notes(rng: np.random.Generator, vocabulary: Vocabulary, timeline: float) ->
     sounds = [_note_sound(scene, sound) for sound in scene.by_start]
     lines += [", ".join(sounds if rng.random() < 0.5 else _shuffled(rng, sounds)) for _ in range(rng.integers(0, 3))]
     return [(prompt, "; ".join(lines))]
+
+
+def tell_notes(scene: Scene) -> str:
+    """What is seen, from left to right, and what is heard, in the order of its start, with whose it is and where."""
+    things = sorted(scene.things, key=lambda thing: (COLUMNS.index(thing.column), thing.row != "top"))
+    seen = ", ".join(f"{thing.colour} {thing.shape} {thing.column}" for thing in things)
+    return f"{seen}; {', '.join(_note_sound(scene, sound) for sound in scene.by_start)}"
 
 
 def _note_sound(scene: Scene, sound: Sound) -> str:

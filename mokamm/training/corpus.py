@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -83,9 +84,15 @@ def batches(dataset: MultimodalDataset, sampler: Iterable[list[int]], pad_id: in
         batch_sampler=sampler if isinstance(sampler, Sampler) else _Given(sampler),
         collate_fn=partial(collate, pad_id=pad_id),
         num_workers=workers,
+        worker_init_fn=_give_way,
         prefetch_factor=4 if workers else None,
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _give_way(worker: int) -> None:
+    """Let the training have a core first where both want one: what is prefetched can wait, a step cannot."""
+    os.nice(10)
 
 
 class _Given(Sampler[list[int]]):

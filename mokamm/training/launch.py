@@ -77,7 +77,7 @@ def start(training: TrainingConfig) -> Ranks:
     device = torch.device("cpu") if cpu else torch.device("cuda", local_rank)
     if not cpu:
         torch.cuda.set_device(device)
-    _threads(training.dataloader_num_workers)
+    _threads()
     grouped = _join(training, cpu, launched)
     seed_everything(training.seed)
     return Ranks(rank, local_rank, world, device, grouped)
@@ -112,16 +112,17 @@ def _alone() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def _threads(workers: int) -> None:
-    """The cores that this machine's processes and their data workers leave: a parallel region is as slow as the thread
-    that shares its core. A user's OMP_NUM_THREADS is kept; torchrun's own 1 is not a user's.
+def _threads() -> None:
+    """All cores of this machine, shared by its processes; data workers give way (corpus.batches), so they are not counted.
+
+    A user's OMP_NUM_THREADS is kept; torchrun's own 1 is not a user's.
     """
     import torch
 
     if "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world - workers))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
 
 
 def _join(training: TrainingConfig, cpu: bool, launched: bool) -> bool:
