@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data.miniworld.ask import AVQA, IMAGES
-from data.miniworld.scene import BASE, COLUMNS, PLAYS, WORLD
-from mokamm.mini.text import NOTE, corpus, document, told
+from data.miniworld.scene import BASE, COLUMNS, PLAYS, WORLD, sample_scene
+from mokamm.mini import captions
+from mokamm.mini.text import NOTE, corpus, document, tell_notes, told
 
 NEW = {"diamond", "horn", "orange", "cyan"}
 
@@ -71,3 +74,32 @@ def test_answers_about_a_told_scene_stand_in_its_words() -> None:
                 assert re.search(rf"{found[1]} (on|in) the {answer}\b", scene)
                 asked += 1
     assert asked > 100
+
+
+def test_notes_join_what_is_seen_and_what_is_heard() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(200):
+        scene = sample_scene(rng, BASE)
+        seen, heard = tell_notes(scene).split("; ")
+        assert sorted(seen.split(", ")) == sorted(f"{t.colour} {t.shape} {t.column}" for t in scene.things)
+        columns = {thing.shape: thing.column for thing in scene.things}
+        for sound, words in zip(scene.by_start, heard.split(", "), strict=True):
+            instrument, _, shape, place, *_ = words.split()
+            assert instrument == sound.instrument == PLAYS[shape]
+            assert place == columns.get(shape, "outside")
+
+
+def test_stage_1_has_captions_and_transcripts_of_single_and_joint_media_and_no_question() -> None:
+    rows = list(captions._rows(3, 2, 4))
+    kinds = Counter(tuple(part["type"] for part in row["messages"][0]["content"][:-1]) for row in rows)
+    assert kinds == {("video",): 3, ("audio",): 3 + 4, ("video", "audio"): 9, ("image",): 2}
+    assert {row["messages"][0]["content"][-1]["text"] for row in rows} == {
+        "Describe the picture.", "Describe the sound.", "Notes.", "Write down what is said.",
+    }  # fmt: skip
+
+
+def test_the_shipped_base_is_small() -> None:
+    """At most 16 MB together: it is cloned by everyone."""
+    folder = Path(captions.__file__).parent
+    weights = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in weights) <= 16_000_000
