@@ -7,6 +7,7 @@ left out where they span the whole clip.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -27,9 +28,13 @@ def tell_sound(sound: Sound) -> str:
     return f"{sound.instrument}{span(sound.start, sound.end)}"
 
 
+def in_reading_order(things: Iterable[Thing]) -> list[Thing]:
+    """From left to right, and from top to bottom."""
+    return sorted(things, key=lambda thing: (COLUMNS.index(thing.column), thing.row != "top"))
+
+
 def tell_picture(scene: Scene) -> str:
-    things = sorted(scene.things, key=lambda thing: (COLUMNS.index(thing.column), thing.row != "top"))
-    return ", ".join(map(tell_thing, things)) + "."
+    return ", ".join(map(tell_thing, in_reading_order(scene.things))) + "."
 
 
 def tell_sounds(scene: Scene) -> str:

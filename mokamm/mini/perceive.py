@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.miniworld.draw import SIZE, centre, draw_frame
-from data.miniworld.scene import BASE, COLUMNS, PLAYS, SECONDS, Scene, Thing, sample_scene
+from data.miniworld.scene import BASE, PLAYS, SECONDS, Scene, Thing, sample_scene
 from data.miniworld.sound import INSTRUMENTS, RATE
 from data.miniworld.speech import BASE_VOICES, sample_utterance, speak
-from data.miniworld.tell import tell_sentence
+from data.miniworld.tell import in_reading_order, tell_sentence
 from mokamm.mini.architecture import (
     CLIP_TEXT_LENGTH,
     PREPROCESS,
@@ -82,8 +82,7 @@ def fit(
 
 def caption_moment(scene: Scene, second: float) -> str:
     """What a frame shows, in the order of reading."""
-    seen = [t for t in scene.things if t.enter <= second < t.leave]
-    seen.sort(key=lambda t: (COLUMNS.index(t.column), t.row != "top"))
+    seen = in_reading_order(t for t in scene.things if t.enter <= second < t.leave)
     return ", ".join(f"{t.colour} {t.shape} {t.row} {t.column}" for t in seen) or "none"
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 
 from data.miniworld.ask import AVQA, IMAGES, SPOKEN, Kind, Question, questions
-from data.miniworld.scene import COLUMNS, PLAYED_BY, SECONDS, WORLD, Scene, Sound, Vocabulary, sample_scene
-from data.miniworld.tell import tell_picture, tell_scene, tell_sentence, tell_sounds
+from data.miniworld.scene import PLAYED_BY, SECONDS, WORLD, Scene, Sound, Vocabulary, sample_scene
+from data.miniworld.tell import in_reading_order, tell_picture, tell_scene, tell_sentence, tell_sounds
 
 DESCRIBE_PICTURE = "Describe the picture."
 DESCRIBE_SOUND = "Describe the sound."
@@ -100,8 +100,7 @@ def _notes(rng: np.random.Generator, vocabulary: Vocabulary, timeline: float) ->
 
 def tell_notes(scene: Scene) -> str:
     """What is seen, from left to right, and what is heard, in the order of its start, with whose it is and where."""
-    things = sorted(scene.things, key=lambda thing: (COLUMNS.index(thing.column), thing.row != "top"))
-    seen = ", ".join(f"{thing.colour} {thing.shape} {thing.column}" for thing in things)
+    seen = ", ".join(f"{thing.colour} {thing.shape} {thing.column}" for thing in in_reading_order(scene.things))
     return f"{seen}; {', '.join(_note_sound(scene, sound) for sound in scene.by_start)}"
 
 
