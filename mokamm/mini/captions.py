@@ -1,7 +1,8 @@
 """The data of stage 1: captions of what is seen and what is heard, alone and together, and transcripts. No questions.
 
-With video and sound together the projectors learn to be read side by side, as stage 2 will have them. Single runs before and
-after such rows (other settings differed too): audio-visual questions 62 and 65 %, then 67; counting sounds 53 and 66 %, then 64.
+With video and sound together the projectors learn to be read side by side, as stage 2 will have them. Single runs without
+and then with such rows (other settings differed too): audio-visual questions 62 and 65 %, then 67 %; counting sounds 53
+and 66 %, then 64 %.
 
 Worlds of the base only (no diamond, horn, orange or cyan; six voices), from a seed of their own: no scene of the
 miniature world's splits plays a part.
