@@ -74,6 +74,15 @@ class MultimodalDataset(torch.utils.data.Dataset[Example]):
             f"The last substitute: {last}"
         )
 
+    def length(self, index: int) -> int:
+        """The estimated tokens of a position's row, without opening its media; 0 where the row cannot be read."""
+        part = self.parts[self._part[index]]
+        estimate = getattr(part.process or self.process, "estimate_length", None)
+        try:
+            return estimate(part.rows[int(self._row[index])]) if estimate else 0
+        except BadSample:
+            return 0
+
     def where(self, index: int) -> str:
         """Name and row of a position, for messages."""
         return f"{self.parts[self._part[index]].name} row {self._row[index]}"

@@ -208,6 +208,7 @@ class TrainingConfig(Section):
     max_grad_norm: NonNegative = 1.0  # 0: no clipping
     bf16: bool = False
     gradient_checkpointing: bool = False
+    group_by_length: bool = False  # rows of like length together; or train_sampling_strategy, its newer name
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 2
     logging_steps: Positive = 10
     eval_steps: Positive | None = None
@@ -227,6 +228,20 @@ class TrainingConfig(Section):
         if value in (None, "none", ["none"]):
             return []
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _newer_names(cls, values: Any) -> Any:
+        """transformers 5 says train_sampling_strategy: group_by_length."""
+        if not isinstance(values, dict) or "train_sampling_strategy" not in values:
+            return values
+        rest = {key: value for key, value in values.items() if key != "train_sampling_strategy"}
+        strategy = values["train_sampling_strategy"]
+        if strategy not in ("random", "group_by_length"):
+            raise ValueError(f"train_sampling_strategy is {strategy!r}; expected 'random' or 'group_by_length'")
+        if "group_by_length" in rest:
+            raise ValueError("group_by_length and train_sampling_strategy are both set; keep one of them")
+        return {**rest, "group_by_length": strategy == "group_by_length"}
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:

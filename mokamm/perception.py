@@ -55,6 +55,11 @@ class Sense:
             tokens=projector.num_tokens,
         )
 
+    def most_tokens(self, kind: str) -> int:
+        """The media tokens of an item with all its segments full; of an image, one segment."""
+        length = None if self.kind == "frames" else round(self.seconds * SAMPLE_RATE)
+        return (1 if kind == "image" else self.segments) * self.tokens(self.patches(length))
+
     def preprocessing(self, media: Media) -> str:
         """What beside file and encoder decides the features: part of the cache key."""
         return f"{media.kind} segments={self.segments} seconds={self.seconds} whole={self.whole}"

@@ -90,6 +90,18 @@ class Processor:
             row.answer(self._answer_ids(stretch, ids, rendered.answer), self.max_length)
         return row.example(sample)
 
+    def estimate_length(self, sample: Sample) -> int:
+        """About how many tokens the sample will have: its text's, and the most that the media it names can have.
+
+        No medium is opened. Cost: tokenising.
+        """
+        text = "\n".join(message.text for message in sample.messages)
+        return len(self.tokenizer(text)["input_ids"]) + sum(
+            self.senses[media.modality].most_tokens(media.kind)
+            for media in sample.media
+            if media.modality in self.senses
+        )
+
     def _answer_ids(self, stretch: Sequence[Piece], prompt_ids: list[int], answer: Sequence[Piece]) -> list[int]:
         """The answer's ids as they follow the prompt in one text, if that leaves the prompt's ids alone; else apart."""
         joint, _ = self.renderer.encode([*stretch, *answer])

@@ -138,54 +138,68 @@ def _is_there(scene: Scene) -> Iterator[Candidate]:
 AVQA: dict[str, Kind] = {
     "audio_counting": Kind(
         ("Audio", "Counting"), _count_sounds, NUMBERS[1:],
-        ("How many instruments are heard?", "How many sounds are there?"),
+        ("How many instruments are heard?", "How many sounds are there?", "How many instruments play?",
+         "What number of sounds is heard?", "Number of instruments?", "Say how many instruments sound."),
         ("How many instruments sound in the clip?", "What is the number of instruments heard?"),
     ),
     "audio_comparative": Kind(
         ("Audio", "Comparative"), _compare_sounds, YES_NO,
-        ("Does the {a} sound longer than the {b}?", "Is the {a} heard longer than the {b}?"),
+        ("Does the {a} sound longer than the {b}?", "Is the {a} heard longer than the {b}?",
+         "Is the {a} longer than the {b}?", "Does the {a} last longer than the {b}?",
+         "Say if the {a} is heard longer than the {b}."),
         ("Does the {a} play longer than the {b}?", "Is the sound of the {a} longer than the {b}?"),
     ),
     "visual_counting": Kind(
         ("Visual", "Counting"), _count_things, NUMBERS[1:],
-        ("How many shapes are there?", "How many shapes are seen?"),
+        ("How many shapes are there?", "How many shapes are seen?", "How many shapes does the picture show?",
+         "What number of shapes appears?", "Number of shapes?", "Say how many shapes are seen."),
         ("How many shapes appear in the video?", "What is the number of shapes seen?"),
     ),
     "visual_location": Kind(
         ("Visual", "Location"), _locate_thing, COLUMNS,
-        ("Where is the {a}?", "On which side is the {a}?"),
+        ("Where is the {a}?", "On which side is the {a}?", "Where is the {a} seen?", "Which side is the {a} on?",
+         "Where in the picture is the {a}?", "Say where the {a} is."),
         ("Where in the video is the {a}?", "Where does the {a} appear?"),
     ),
     "av_existential": Kind(
         ("Audio-Visual", "Existential"), _seen_and_heard, YES_NO,
-        ("Is the {a} seen and heard?", "Is there a {a} that makes a sound?"),
+        ("Is the {a} seen and heard?", "Is there a {a} that makes a sound?", "Is the {a} seen and does it sound?",
+         "Is a {a} making a sound in the picture?", "Does the {a} that is seen sound?",
+         "Say if the {a} is seen and heard."),
         ("Is the {a} both seen and heard?", "Is the {a} in the video making a sound?"),
     ),
     "av_counting": Kind(
         ("Audio-Visual", "Counting"), _count_sounding, NUMBERS[:4],
-        ("How many shapes make a sound?", "How many shapes are heard?"),
+        ("How many shapes make a sound?", "How many shapes are heard?", "How many of the shapes sound?",
+         "What number of shapes makes a sound?", "Number of shapes that sound?", "Say how many shapes are sounding."),
         ("How many shapes in the video make a sound?", "What is the number of sounding shapes?"),
     ),
     "av_location": Kind(
         ("Audio-Visual", "Location"), _locate_sound, (*COLUMNS, "outside"),
-        ("Where is the {a} sound?", "Where does the {a} sound come from?"),
+        ("Where is the {a} sound?", "Where does the {a} sound come from?", "Where is the shape that is heard {a}?",
+         "On which side is the {a} sound?", "From where does the {a} sound come?", "Say where the {a} sound is."),
         ("Where is the shape that sounds {a}?", "Where in the video is the {a} sound?"),
     ),
     "av_comparative": Kind(
         ("Audio-Visual", "Comparative"), _compare_sides, YES_NO,
-        ("Does the {a} shape sound longer than the {b} one?", "Is the {a} shape heard longer than the {b} one?"),
+        ("Does the {a} shape sound longer than the {b} one?", "Is the {a} shape heard longer than the {b} one?",
+         "Does the shape on the {a} last longer than the one on the {b}?",
+         "Is the {a} sound longer than the {b} one?", "Say if the {a} shape sounds longer than the {b} one."),
         ("Does the {a} shape play longer than the {b} one?", "Is the sound on the {a} longer than on the {b}?"),
     ),
     "av_temporal": Kind(
         ("Audio-Visual", "Temporal"), _first_sounding, WORLD.shapes,
-        ("Which shape sounds {a}?", "Which shape is heard {a}?"),
+        ("Which shape sounds {a}?", "Which shape is heard {a}?", "Which of the shapes sounds {a}?",
+         "What shape starts {a}?", "Which shape makes a sound {a}?", "Say which shape sounds {a}."),
         ("Which shape in the video sounds {a}?", "Which of the shapes starts {a}?"),
     ),
 }  # fmt: skip
 
 SPOKEN: dict[str, Kind] = {
     "colour": Kind(("Spoken", "Colour"), _colour_of, WORLD.colours,
-                   ("What colour is the {a}?",), ("what colour is the {a}", "tell me the colour of the {a}")),
+                   ("What colour is the {a}?", "Which colour has the {a}?", "What is the colour of the {a}?",
+                    "Colour of the {a}?", "Say what colour the {a} has."),
+                   ("what colour is the {a}", "tell me the colour of the {a}")),
     "location": Kind(("Spoken", "Location"), _locate_thing, COLUMNS,
                      AVQA["visual_location"].base, ("where is the {a}", "on which side is the {a}")),
     "things": Kind(("Spoken", "Counting shapes"), _count_things, NUMBERS[1:],
@@ -193,16 +207,20 @@ SPOKEN: dict[str, Kind] = {
     "sounds": Kind(("Spoken", "Counting sounds"), _count_sounds, NUMBERS[1:],
                    AVQA["audio_counting"].base, ("how many instruments are heard", "count the instruments")),
     "shape": Kind(("Spoken", "Shape"), _shape_at, WORLD.shapes,
-                  ("Which shape is on the {a}?", "What is on the {a}?"),
+                  ("Which shape is on the {a}?", "What is on the {a}?", "What shape is seen on the {a}?",
+                   "Which shape does the {a} side show?", "Shape on the {a}?", "Say what is on the {a}."),
                   ("which shape is on the {a}", "what stands on the {a}")),
     "temporal": Kind(("Spoken", "Temporal"), _first_instrument, tuple(PLAYS.values()),
-                     ("Which instrument sounds {a}?", "Which instrument starts {a}?"),
+                     ("Which instrument sounds {a}?", "Which instrument starts {a}?", "What instrument is heard {a}?",
+                      "Which of the instruments plays {a}?", "Say which instrument is {a}."),
                      ("which instrument starts {a}", "tell me which instrument sounds {a}")),
 }  # fmt: skip
 
 IMAGES: dict[str, Kind] = {
     "is_there": Kind(("Image", "Object"), _is_there, YES_NO,
-                     ("Is there a {a} {b}?",), ("Is there a {a} {b} in the image?",)),
+                     ("Is there a {a} {b}?", "Is a {a} {b} seen?", "Does the picture show a {a} {b}?",
+                      "Is a {a} {b} there?", "Say if there is a {a} {b}."),
+                     ("Is there a {a} {b} in the image?",)),
 }  # fmt: skip
 
 

@@ -80,6 +80,11 @@ def fit(
     return {"steps": len(seen), "loss": float(np.mean(seen[-25:]))}
 
 
+def _precision() -> torch.autocast:
+    """bfloat16 where the processor multiplies it natively."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=native_bfloat16())
+
+
 def caption_moment(scene: Scene, second: float) -> str:
     """What a frame shows, in the order of reading."""
     seen = in_reading_order(t for t in scene.things if t.enter <= second < t.leave)
@@ -128,7 +133,7 @@ def _pictures(rng: np.random.Generator, n: int) -> tuple[Tensor, list[str], list
 
 def train_vision(folder: Path, tokenizer: Callable[..., dict], minutes: float) -> dict[str, float]:
     torch.manual_seed(1)
-    model, native = new_vision(), native_bfloat16()
+    model = new_vision()
     phrases = _clip_ids(tokenizer, PHRASES)
 
     def losses() -> Iterator[Tensor]:
@@ -136,7 +141,7 @@ def train_vision(folder: Path, tokenizer: Callable[..., dict], minutes: float) -
         while True:
             pixels, captions, regions = _pictures(rng, 96)
             images, words, patches = zip(*regions, strict=True)
-            with torch.autocast("cpu", torch.bfloat16, enabled=native):
+            with _precision():
                 image, patches_NPC = _seen(model, pixels)
                 text = model.encode_text(torch.cat([_clip_ids(tokenizer, captions), phrases]), normalize=True).float()
             text, names = text[: len(captions)], text[len(captions) :]
@@ -197,8 +202,9 @@ def train_audio(folder: Path, minutes: float) -> dict[str, float]:
             target = torch.zeros(len(waves), len(BASE.shapes))
             for i, classes in enumerate(heard):
                 target[i, classes] = 1
-            features, _ = model.features(torch.from_numpy(np.stack(waves)))
-            yield F.binary_cross_entropy_with_logits(head(features).mean(1), target)
+            with _precision():
+                features, _ = model.features(torch.from_numpy(np.stack(waves)))
+            yield F.binary_cross_entropy_with_logits(head(features.float()).mean(1), target)
 
     figures = fit("audio", [*model.parameters(), *head.parameters()], losses(), 1.5e-3, minutes)
     save_audio(model, folder / "audio.safetensors")
@@ -234,8 +240,9 @@ def train_speech(folder: Path, minutes: float) -> dict[str, float]:
             mel = mels[rows].float() + 0.05 * torch.randn(len(rows), 80, 1)
             band = int(rng.integers(70))
             mel[:, band : band + int(rng.integers(8))] = 0.0
-            hidden = whisper.encoder(mel).last_hidden_state
-            scores = head(hidden).log_softmax(-1).transpose(0, 1)
+            with _precision():
+                hidden = whisper.encoder(mel).last_hidden_state
+            scores = head(hidden.float()).log_softmax(-1).transpose(0, 1)
             targets = [letters[i] for i in rows.tolist()]
             sizes = torch.tensor([len(target) for target in targets])
             yield F.ctc_loss(scores, torch.cat(targets), lengths[rows] // 2, sizes, zero_infinity=True)

@@ -2,24 +2,30 @@
 
 A document is a conversation: the first user turn tells a scene, either as captions ("a red circle on the left. flute from
 2 to 5.") or as a time line ("red circle left | ... flute drum | flute | none"), and each turn asks for an answer or a
-caption. Other documents spell a sentence letter by letter, with letters doubled or lost as an ear would, and ask for the
-words, or for the answer to a question so spelled. Notes say one scene over and over, things and attributes in changing
+caption. Other documents spell letter by letter, with letters doubled or lost as an ear would: sentences to be written down;
+or names to be found, and questions to be answered, in a told scene, several to a document, since a question's answer is
+one word to learn from. Notes say one scene over and over, things and attributes in changing
 order: nearly every word can be looked up, so that looking up, on which every question depends, is learned in the first
 minutes (without notes it was not in forty). The wordings of the questions are those of `Kind.base` only.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 import numpy as np
 
 from data.miniworld.ask import AVQA, IMAGES, SPOKEN, Kind, Question, questions
 from data.miniworld.scene import PLAYED_BY, SECONDS, WORLD, Scene, Sound, Vocabulary, sample_scene
-from data.miniworld.tell import in_reading_order, tell_picture, tell_scene, tell_sentence, tell_sounds
+from data.miniworld.tell import in_reading_order, tell_picture, tell_scene, tell_sentence, tell_sound, tell_sounds
 
 DESCRIBE_PICTURE = "Describe the picture."
 DESCRIBE_SOUND = "Describe the sound."
 TRANSCRIBE = "Write down what is said."
 NOTE = "Notes."
+FIND = "Find."
+LEAD_INS = ("", "", "", "hey ", "so ", "well ", "tell me ", "answer me ", "i ask ", "do say ")
 EASY = {"audio_counting", "visual_counting", "things", "sounds"}  # learned long before the others: asked less
 Turns = list[tuple[str, str]]  # (user, assistant)
 
@@ -67,11 +73,30 @@ def _spelled(rng: np.random.Generator, vocabulary: Vocabulary) -> Turns:
     return [(f"{spell(sentence, rng)} {TRANSCRIBE}", sentence)]
 
 
-def _spelled_question(rng: np.random.Generator, vocabulary: Vocabulary) -> Turns:
+def _spelled_turns(rng: np.random.Generator, vocabulary: Vocabulary) -> Turns:
+    """A scene told in captions, then spelled questions about it, and spelled names of what is to be found in it."""
     scene = sample_scene(rng, vocabulary)
-    found = _asked(scene, SPOKEN, rng, vocabulary)
-    question = found[rng.integers(len(found))]
-    return [(f"{tell_scene(scene)} {spell(question.text, rng)} Answer.", question.answer)]
+    asked = _shuffled(rng, [q for _ in range(2) for q in _asked(scene, SPOKEN, rng, vocabulary)])
+    asked = [question for question in asked if question.kind not in EASY or rng.random() < 0.4]
+    turns = [
+        (f"{spell(LEAD_INS[rng.integers(len(LEAD_INS))] + question.text, rng)} Answer.", question.answer)
+        for question in asked[: rng.integers(1, 6)]
+    ]
+    names = _shuffled(rng, list(_names(scene)))[: rng.integers(0, 5)]
+    turns += [(f"{spell(name, rng)} {FIND}", found) for name, found in names]
+    turns = _shuffled(rng, turns)
+    return [(f"{tell_scene(scene)} {turns[0][0]}", turns[0][1]), *turns[1:]] if turns else _spelled(rng, vocabulary)
+
+
+def _names(scene: Scene) -> Iterator[tuple[str, str]]:
+    """Words of the scene, and all that bears each."""
+    things = in_reading_order(scene.things)
+    words = dict.fromkeys(word for thing in things for word in (thing.colour, thing.shape, thing.column))
+    for word in words:
+        bearers = [thing for thing in things if word in (thing.colour, thing.shape, thing.column)]
+        yield word, ", ".join(f"{thing.colour} {thing.shape} {thing.column}" for thing in bearers)
+    for sound in scene.sounds:
+        yield sound.instrument, tell_sound(sound)
 
 
 def _captions(scene: Scene) -> Turns:
@@ -83,25 +108,30 @@ def _shuffled(rng: np.random.Generator, items: list) -> list:
 
 
 def _notes(rng: np.random.Generator, vocabulary: Vocabulary, timeline: float) -> Turns:
-    """One scene said several times over, half of the time after it was told: nearly every word can be looked up."""
+    """Notes of a scene, half of the time after it was told."""
     scene = sample_scene(rng, vocabulary)
     prompt = f"{' '.join(_tell(scene, rng, rng.random() < timeline))} {NOTE}" if rng.random() < 0.5 else NOTE
     things = [(thing.colour, thing.shape, thing.column) for thing in scene.things]
-    lines = [", ".join(" ".join(thing) for thing in _shuffled(rng, things))]
+    return [(prompt, "; ".join([_thing_line(_shuffled(rng, things)), *note_lines(scene, rng)]))]
+
+
+def note_lines(scene: Scene, rng: np.random.Generator, *, sounds: bool = True) -> list[str]:
+    """What is seen, one to three times, things and attributes in changing order; what is heard, up to twice."""
+    things = [(thing.colour, thing.shape, thing.column) for thing in scene.things]
+    lines = []
     for _ in range(rng.integers(1, 4)):
         if rng.random() < 0.3:
             lines.append(tell_picture(scene).rstrip("."))
         else:
-            lines.append(", ".join(" ".join(_shuffled(rng, list(thing))) for thing in _shuffled(rng, things)))
-    sounds = [_note_sound(scene, sound) for sound in scene.by_start]
-    lines += [", ".join(sounds if rng.random() < 0.5 else _shuffled(rng, sounds)) for _ in range(rng.integers(0, 3))]
-    return [(prompt, "; ".join(lines))]
+            lines.append(_thing_line([tuple(_shuffled(rng, list(thing))) for thing in _shuffled(rng, things)]))
+    heard = [_note_sound(scene, sound) for sound in scene.by_start]
+    for _ in range(rng.integers(0, 3) if sounds else 0):
+        lines.append(", ".join(heard if rng.random() < 0.5 else _shuffled(rng, heard)))
+    return lines
 
 
-def tell_notes(scene: Scene) -> str:
-    """What is seen, from left to right, and what is heard, in the order of its start, with whose it is and where."""
-    seen = ", ".join(f"{thing.colour} {thing.shape} {thing.column}" for thing in in_reading_order(scene.things))
-    return f"{seen}; {', '.join(_note_sound(scene, sound) for sound in scene.by_start)}"
+def _thing_line(things: list[tuple[str, ...]]) -> str:
+    return ", ".join(" ".join(words) for words in things)
 
 
 def _note_sound(scene: Scene, sound: Sound) -> str:
@@ -122,7 +152,16 @@ def _asked(scene: Scene, kinds: dict[str, Kind], rng: np.random.Generator, vocab
     """Questions in the base's wordings that name nothing beyond its vocabulary."""
     new = {*WORLD.shapes, *WORLD.colours} - {*vocabulary.shapes, *vocabulary.colours}
     found = questions(scene, kinds, rng, base=True)
-    return [question for question in found if not new & set(question.text.rstrip("?").split())]
+    return [question for question in found if not new & set(re.findall("[a-z]+", question.text))]
+
+
+def _loosely(text: str, rng: np.random.Generator) -> str:
+    """The question as it is, or, one time in four, without capital and mark."""
+    return text.lower().rstrip("?.") if rng.random() < 0.25 else text
+
+
+def _lengths(scene: Scene) -> Turns:
+    return [(f"How long does the {sound.instrument} sound?", str(sound.duration)) for sound in scene.sounds]
 
 
 def told(rng: np.random.Generator, vocabulary: Vocabulary, timeline: float = 0.6) -> Turns:
@@ -132,7 +171,8 @@ def told(rng: np.random.Generator, vocabulary: Vocabulary, timeline: float = 0.6
     seen, heard = _tell(scene, rng, in_time)
     asked = [q for _ in range(2) for kinds in (AVQA, SPOKEN, IMAGES) for q in _asked(scene, kinds, rng, vocabulary)]
     asked = [question for question in asked if question.kind not in EASY or rng.random() < 0.15]
-    turns = [(question.text, question.answer) for question in _shuffled(rng, asked)[:14]]
+    turns = [(_loosely(question.text, rng), question.answer) for question in _shuffled(rng, asked)[:14]]
+    turns += _shuffled(rng, _lengths(scene))[:2]
     if in_time:
         turns += _captions(scene)
     turns = _shuffled(rng, turns)
@@ -149,10 +189,10 @@ def document(rng: np.random.Generator, vocabulary: Vocabulary, progress: float =
         return _notes(rng, vocabulary, timeline=0.0) if draw < 0.5 else told(rng, vocabulary, timeline=0.0)
     if draw < 0.2:
         return _notes(rng, vocabulary, timeline=0.6)
-    if draw < 0.3:
+    if draw < 0.28:
         return _spelled(rng, vocabulary)
-    if draw < 0.38:
-        return _spelled_question(rng, vocabulary)
+    if draw < 0.48:
+        return _spelled_turns(rng, vocabulary)
     return told(rng, vocabulary)
 
 

@@ -138,7 +138,8 @@ def shared(ask: Any, ranks: Ranks) -> Any:
 
 SAME = (
     "stage", "init_from", "learning_rate", "projector_learning_rate", "lr_scheduler_type", "warmup_ratio",
-    "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "seed",
+    "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16",
+    "group_by_length", "seed",
 )  # fmt: skip
 
 
@@ -209,7 +210,10 @@ class Loop:
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def _training_batches(self) -> Iterator[Any]:
-        rows = MicroBatches(self.plan, self.training.seed, self.ranks.rank, self.state.step)
+        training, length = self.training, self.corpus.train.length
+        rows = MicroBatches(
+            self.plan, training.seed, self.ranks.rank, self.state.step, length if training.group_by_length else None
+        )
         return loaded(batches(self.corpus.train, rows, self.corpus.pad_id, self.training.dataloader_num_workers))
 
     def _gather(self, micro_batches: Iterator[Any]) -> list[Any]:

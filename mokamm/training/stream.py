@@ -6,16 +6,22 @@
 
 A step may straddle two epochs; no row is dropped, none is repeated but at the very end of the last epoch, which is
 filled up to a whole step. One rank with batch 2 and two ranks with batch 1 see the same rows in the same step.
+
+With `group_by_length` the line is rearranged within blocks of 64 steps: rows of a block are sorted by their estimated
+length and cut into groups of batch * ranks rows, whose order is drawn again. So the micro batches of all ranks at one
+moment hold rows of like length, what is long is seen at any time of the run, and only one block's rows are read ahead.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from data.order import epoch_order
+from data.order import epoch_order, hashes
+
+BLOCK = 64  # steps among whose rows those of like length are put together
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,17 @@ def plan(rows: int, batch: int, accumulation: int, world: int, epochs: float, ma
 
 
 class MicroBatches:
-    """A batch sampler: the row numbers of every micro batch of one rank, from a step on."""
+    """A batch sampler: the row numbers of every micro batch of one rank, from a step on.
 
-    def __init__(self, plan: Plan, seed: int, rank: int, first_step: int = 0) -> None:
-        self.plan, self.seed, self.rank, self.first_step = plan, seed, rank, first_step
+    length: the estimated length of a row, to put rows of like length together; None leaves the order as it is drawn.
+    """
+
+    def __init__(
+        self, plan: Plan, seed: int, rank: int, first_step: int = 0, length: Callable[[int], int] | None = None
+    ) -> None:
+        self.plan, self.seed, self.rank, self.first_step, self.length = plan, seed, rank, first_step, length
         self._order = lru_cache(maxsize=2)(lambda epoch: list(epoch_order(plan.rows, epoch, seed)))
+        self._block = lru_cache(maxsize=1)(self._grouped)
 
     def __len__(self) -> int:
         return (self.plan.total_steps - self.first_step) * self.plan.accumulation
@@ -61,11 +73,25 @@ class MicroBatches:
     def __iter__(self) -> Iterator[list[int]]:
         p = self.plan
         for step in range(self.first_step, p.total_steps):
+            block, within = divmod(step, BLOCK)
+            rows = self._block(block)[within * p.rows_per_step : (within + 1) * p.rows_per_step]
             for micro in range(p.accumulation):
-                first = step * p.rows_per_step + (micro * p.world + self.rank) * p.batch
-                yield [self.row(position) for position in range(first, first + p.batch)]
+                first = (micro * p.world + self.rank) * p.batch
+                yield rows[first : first + p.batch]
 
-    def row(self, position: int) -> int:
+    def _grouped(self, block: int) -> list[int]:
+        """The rows of a block of steps, in the order in which they are taken."""
+        p = self.plan
+        steps = range(block * BLOCK, min((block + 1) * BLOCK, p.total_steps))
+        rows = [self._row(position) for position in range(steps.start * p.rows_per_step, steps.stop * p.rows_per_step)]
+        if self.length is None:
+            return rows
+        rows.sort(key=self.length)  # stable: rows of one length stay in the order that was drawn
+        size = p.batch * p.world
+        order = hashes(len(rows) // size, self.seed, block, len(rows)).argsort(kind="stable").tolist()
+        return [row for group in order for row in rows[group * size : (group + 1) * size]]
+
+    def _row(self, position: int) -> int:
         """The row at a position of the endless line."""
         epoch, offset = divmod(position, self.plan.rows)
         return int(self._order(epoch)[offset])

@@ -128,6 +128,14 @@ def test_overrides(write):
     assert config.adapter.target_modules == ["q_proj", "v_proj"]
 
 
+def test_names_that_transformers_has_renamed_are_mapped(write):
+    path = write(GOOD)
+    assert not load_config(path).training.group_by_length
+    assert load_config(path, ["training.group_by_length=true"]).training.group_by_length
+    assert load_config(path, ["training.train_sampling_strategy=group_by_length"]).training.group_by_length
+    assert load_config(path, ["training.warmup_steps=0.1"]).training.warmup_steps == 0.1
+
+
 def test_mistaken_overrides_are_told_with_the_rest(write):
     with pytest.raises(ConfigError) as error:
         load_config(write(GOOD), ["max_steps", "data.train.7.limit=1", "training.max_stepz=1", "adapter.r.x=1"])
@@ -146,6 +154,8 @@ def test_mistaken_overrides_are_told_with_the_rest(write):
         (("learning_rate: 1e-4", "learning_rate: -1"), "greater than 0"),
         (("learning_rate: 1e-4", "warmup_ratio: 0.1\n  warmup_steps: 5"), "both set"),
         (("learning_rate: 1e-4", "max_steps: 0"), "max_steps is 0"),
+        (("learning_rate: 1e-4", "train_sampling_strategy: longest"), "expected 'random' or 'group_by_length'"),
+        (("learning_rate: 1e-4", "train_sampling_strategy: random\n  group_by_length: true"), "both set"),
         (("learning_rate: 1e-4", "learning_rate: 1e-4\n  learning_rate: 2e-4"), "sets keys twice"),
         (("path: some/llm", "path: x, dtype: bfloat16"), None),
         (("train: [{source: music_avqa, path: train.json, options: {video_dir: videos}}]", "train: []"), "data.train"),

@@ -12,7 +12,7 @@ import pytest
 from data.miniworld.ask import AVQA, IMAGES
 from data.miniworld.scene import BASE, COLUMNS, PLAYS, WORLD, sample_scene
 from mokamm.mini import captions
-from mokamm.mini.text import NOTE, corpus, document, tell_notes, told
+from mokamm.mini.text import FIND, NOTE, corpus, document, note_lines, told
 
 NEW = {"diamond", "horn", "orange", "cyan"}
 
@@ -40,8 +40,8 @@ def test_documents_are_a_function_of_the_generator(progress: float) -> None:
 
 def test_training_begins_with_notes_and_captions() -> None:
     rng = np.random.default_rng(0)
-    early = [document(rng, BASE, 0.0) for _ in range(200)]
-    assert 0.4 < sum(turns[0][0].endswith(NOTE) for turns in early) / len(early) < 0.6
+    early = [document(rng, BASE, 0.0) for _ in range(1000)]
+    assert 0.45 < sum(turns[0][0].endswith(NOTE) for turns in early) / len(early) < 0.55
     assert not any("|" in turns[0][0] for turns in early)  # no time lines yet
 
 
@@ -77,25 +77,45 @@ def test_answers_about_a_told_scene_stand_in_its_words() -> None:
 
 
 def test_notes_join_what_is_seen_and_what_is_heard() -> None:
-    rng = np.random.default_rng(4)
+    rng, heard = np.random.default_rng(4), 0
     for _ in range(200):
         scene = sample_scene(rng, BASE)
-        seen, heard = tell_notes(scene).split("; ")
-        assert sorted(seen.split(", ")) == sorted(f"{t.colour} {t.shape} {t.column}" for t in scene.things)
         columns = {thing.shape: thing.column for thing in scene.things}
-        for sound, words in zip(scene.by_start, heard.split(", "), strict=True):
-            instrument, _, shape, place, *_ = words.split()
-            assert instrument == sound.instrument == PLAYS[shape]
-            assert place == columns.get(shape, "outside")
+        for line in note_lines(scene, rng):
+            if "lasts" not in line:
+                continue
+            told_of = {words.split()[0]: words.split() for words in line.split(", ")}
+            assert set(told_of) == {sound.instrument for sound in scene.sounds}
+            for instrument, (_, _, shape, place, *_) in told_of.items():
+                assert PLAYS[shape] == instrument
+                assert place == columns.get(shape, "outside")
+            heard += 1
+        assert not any("lasts" in line for line in note_lines(scene, rng, sounds=False))
+    assert heard > 100
+
+
+def test_spelled_names_find_all_that_bears_them() -> None:
+    """A document with spelled words carries the scene in its first words: the answers are checked against it."""
+    rng, found = np.random.default_rng(6), 0
+    for _ in range(600):
+        turns = document(rng, BASE)
+        scene = turns[0][0].split(".")[0]
+        for user, answer in turns:
+            if user.endswith(FIND) and "from" not in answer and " " in answer:  # not a sound
+                for colour, shape, place in (bearer.split() for bearer in answer.split(", ")):
+                    assert re.search(rf"a {colour} {shape} (on|in) the {place}\b", scene)
+                found += 1
+    assert found > 50
 
 
 def test_stage_1_has_captions_and_transcripts_of_single_and_joint_media_and_no_question() -> None:
-    rows = list(captions._rows(3, 2, 4))
+    rows = list(captions._rows(4, 2, 3))
     kinds = Counter(tuple(part["type"] for part in row["messages"][0]["content"][:-1]) for row in rows)
-    assert kinds == {("video",): 3, ("audio",): 3 + 4, ("video", "audio"): 9, ("image",): 2}
+    assert kinds == {("video",): 4, ("audio",): 4 + 3, ("video", "audio"): 8, ("image",): 4, ("text", "audio"): 3}
     assert {row["messages"][0]["content"][-1]["text"] for row in rows} == {
         "Describe the picture.", "Describe the sound.", "Notes.", "Write down what is said.",
     }  # fmt: skip
+    assert not any("?" in row["messages"][1]["content"] for row in rows)
 
 
 def test_the_shipped_base_is_small() -> None:

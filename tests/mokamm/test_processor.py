@@ -207,6 +207,20 @@ def test_media_are_laid_out_in_place_with_exact_counts(make, make_sample):
     assert decode(ids[row.key_mask]).replace(" ", "") == "Whatisthis?"
 
 
+def test_lengths_are_estimated_from_text_and_full_media_without_opening_them(make, make_sample):
+    processor = make("chatml")
+    question = "How many objects are sounding in the video, and which of them is seen?"
+    here = make_sample(("video", "clip.mp4"), question, ("audio", "short.wav"), answer="two")
+    gone = make_sample(("video", "gone.mp4"), question, ("audio", "gone.wav"), answer="two")
+    picture = make_sample(("image", "gone.png"), question, answer="two")
+    text = turns(question, "two")
+    media = 2 * 3 + 3 * 5  # two frames of three tokens, three windows of five
+    assert processor.estimate_length(here) == processor.estimate_length(gone)
+    assert processor.estimate_length(gone) - processor.estimate_length(text) == media
+    assert processor.estimate_length(picture) - processor.estimate_length(text) == 3
+    assert 0.5 < processor.estimate_length(text) / (len(processor(text).input_ids)) < 1.5
+
+
 def test_media_without_boundaries_and_media_in_the_history(make):
     processor = make("chatml")
     said = Media("audio", "short.wav", "speech")

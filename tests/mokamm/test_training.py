@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,37 @@ def test_an_epoch_has_every_row_once_also_where_steps_straddle_epochs():
 def test_a_later_start_sees_the_same_rows():
     shape = plan(7, 2, 2, 1, 4.0, -1)
     assert list(MicroBatches(shape, 5, 0, first_step=3)) == list(MicroBatches(shape, 5, 0))[6:]
+
+
+def padding(batches: list[list[int]], length) -> float:
+    places = sum(len(rows) * max(map(length, rows)) for rows in batches)
+    return 1 - sum(length(row) for rows in batches for row in rows) / places
+
+
+def test_grouping_by_length_takes_the_same_rows_saves_most_padding_and_keeps_lengths_mixed_over_time():
+    def length(row: int) -> int:
+        return (row * 7919) % 311 + 10
+
+    shape = plan(rows=1000, batch=8, accumulation=2, world=1, epochs=2.0, max_steps=-1)
+    drawn, grouped = list(MicroBatches(shape, 4, 0)), list(MicroBatches(shape, 4, 0, length=length))
+    block = 64 * 2  # micro batches
+    assert len(drawn) == len(grouped) == 2 * shape.total_steps
+    for first in range(0, len(drawn), block):
+        one, other = (sorted(chain.from_iterable(order[first : first + block])) for order in (drawn, grouped))
+        assert one == other
+    assert padding(grouped, length) < 0.2 * padding(drawn, length)
+    means = [sum(map(length, rows)) / 8 for rows in grouped[:block]]
+    assert abs(sum(means[: block // 2]) - sum(means[block // 2 :])) < 0.1 * sum(means)  # no sorting from short to long
+    assert list(MicroBatches(shape, 4, 0, first_step=70, length=length)) == grouped[140:]  # in the middle of a block
+
+
+def test_ranks_share_the_grouped_rows_of_one_rank_and_have_like_lengths_at_one_moment():
+    def length(row: int) -> int:
+        return (row * 7919) % 311
+
+    one = list(MicroBatches(plan(300, 4, 1, 1, 1.0, -1), 3, 0, length=length))
+    ranks = [list(MicroBatches(plan(300, 2, 1, 2, 1.0, -1), 3, rank, length=length)) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == one
 
 
 def test_validation_rows_are_shared_out_once():
