@@ -49,13 +49,13 @@ def _vision(out: Path, work: Path) -> dict[str, float]:
 def _audio(out: Path, work: Path) -> dict[str, float]:
     from mokamm.mini.perceive import train_audio
 
-    return train_audio(out, minutes=6)
+    return train_audio(out, minutes=4)
 
 
 def _speech(out: Path, work: Path) -> dict[str, float]:
     from mokamm.mini.perceive import train_speech
 
-    return train_speech(out, minutes=15)
+    return train_speech(out, minutes=10)
 
 
 def _stage1(out: Path, work: Path) -> dict[str, float]:
