@@ -68,7 +68,7 @@ def test_a_checkpoint_holds_trained_weights_only(toy, whole):
     assert not manifest_problems(saved)
     names = sorted(p.name for p in saved.iterdir())
     assert names == [
-        MANIFEST, "adapter", "optimizer-rank0.pt", PROJECTORS, "rng-rank0.pt", "trainer_state.json"
+        MANIFEST, "adapter", "optimizer-rank0.pt", PROJECTORS, "rng-rank0.pt", "trainer_state.json", "window-rank0.json"
     ]  # fmt: skip
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = sum(p.stat().st_size for p in saved.rglob("*") if p.is_file() and p.suffix != ".json")
