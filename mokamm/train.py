@@ -70,7 +70,8 @@ def run(config: RunConfig) -> None:
     train(config, folder, ranks)
     launch.stop(ranks)
     if ranks.main:
-        finish.finish(config, folder)
+        with writing(folder, f"{folder / 'final'} is whole: make room, then start the same command again"):
+            finish.finish(config, folder)
 
 
 def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:

@@ -41,10 +41,10 @@ class Watch:
         record = {"kind": kind, **values}
         with writing(self.path, ADVICE):
             self.file.write(json.dumps(record) + "\n")
-        if self.board:
-            for name, value in _flat(values):
-                if name not in ("step", "kind"):
-                    self.board.add_scalar(f"{kind}/{name}", value, values["step"])
+            if self.board:  # it writes in a thread, and raises here what failed there
+                for name, value in _flat(values):
+                    if name not in ("step", "kind"):
+                        self.board.add_scalar(f"{kind}/{name}", value, values["step"])
         self.shown.record(kind, values, self.total, self.left(values["step"]))
 
     def advance(self, step: int) -> None:
@@ -63,8 +63,9 @@ class Watch:
         self.shown.close()
         with suppress(OSError):  # only what `record` has told already is left to be written
             self.file.close()
-        if self.board:
-            self.board.close()
+        with suppress(OSError):
+            if self.board:
+                self.board.close()
 
 
 class _Lines:

@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3-bf16": {**HARD, "ranks": 2, "bf16": True, "deepspeed": str(ROOT / "configs/deepspeed/zero3.json")},
 }
 TIMES = ("tokens_per_second", "data_wait_share", "memory_gb", "seconds")  # of a record: what no two runs share
-LONGEST = 300  # seconds that a start may take
+LONGEST = 3600  # seconds that a training may take from one kill to the next
 
 
 class Fault(Exception):
@@ -92,7 +92,7 @@ class Start:
                 self.codes[pid] = os.waitstatus_to_exitcode(status)
         return list(self.codes.values()) if len(self.codes) == len(self.ranks) else []
 
-    def kill(self, victims: list[int] | None, patience: float = 20.0) -> bool:
+    def kill(self, victims: list[int] | None, patience: float = 120.0) -> bool:
         """SIGKILL to some ranks, or to the whole group; whether the others then ended by themselves."""
         alone = True
         if victims is not None:
@@ -260,6 +260,7 @@ class Killer:
         compare(self.place / name, self.reference, COMMON["max_steps"])
         self.begun_anew += len(list((self.place / name).glob("previous-*")))
         shutil.rmtree(self.place / name)
+        print(f"{sum(self.killed.values())} kills, {self.runs} trainings compared", file=sys.stderr, flush=True)
 
     def _begin(self, name: str) -> tuple[Start, Any]:
         from tests.faults.trace import Trace
