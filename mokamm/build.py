@@ -29,7 +29,16 @@ from mokamm.model import MultimodalLM
 from mokamm.perception import Perception, Sense
 from mokamm.processor import Processor
 from mokamm.projectors import Projector, build_projector
-from mokamm.weights import ADAPTER, PROJECTORS, fingerprint, is_adapter, load_adapter, load_weights
+from mokamm.weights import (
+    ADAPTER,
+    MANIFEST,
+    PROJECTORS,
+    fingerprint,
+    is_adapter,
+    load_adapter,
+    load_weights,
+    manifest_problems,
+)
 
 log = logging.getLogger("mokamm")
 
@@ -139,6 +148,8 @@ def load_init(model: MultimodalLM, folder: str | Path) -> None:
     path = folder / PROJECTORS
     if not path.is_file():
         raise UserError(f"training.init_from: {path} is missing; expected a folder that stage 1 wrote ({PROJECTORS})")
+    if (folder / MANIFEST).is_file() and (altered := manifest_problems(folder)):
+        raise UserError("\n  - ".join([f"training.init_from: {folder} is not whole:", *altered]))
     state = load_file(path)
     own = {name: tuple(tensor.shape) for name, tensor in model.projectors.state_dict().items()}
     found = {key.split(".", 1)[0] for key in state}

@@ -55,12 +55,14 @@ def run(config: RunConfig) -> None:
     """The whole of it; on every rank."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
     from mokamm.training import finish, launch, world
+    from mokamm.training.disk import writing
 
     _quiet()
     ranks = launch.start(config.training)
     folder = Path(config.training.output_dir)
     if ranks.main:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder, "choose another training.output_dir"):
+            folder.mkdir(parents=True, exist_ok=True)
         if config.data.world:
             world.make_world(config.data.world)
     ranks.barrier()
@@ -68,7 +70,8 @@ def run(config: RunConfig) -> None:
     train(config, folder, ranks)
     launch.stop(ranks)
     if ranks.main:
-        finish.finish(config, folder)
+        with writing(folder, f"{folder / 'final'} is whole: make room, then start the same command again"):
+            finish.finish(config, folder)
 
 
 def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
@@ -76,6 +79,7 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     from mokamm.build import build_model, trainable_parts
     from mokamm.training import checkpoint, finish, launch
     from mokamm.training.corpus import build_corpus
+    from mokamm.training.disk import writing
     from mokamm.training.loop import begin, fit
 
     model = build_model(config, ranks.device, for_training=True)
@@ -83,7 +87,8 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     corpus = build_corpus(config, model.processor)
     beginning = begin(config, corpus, ranks)
     if ranks.main:
-        finish.dump_config(config, folder, model)
+        with writing(folder, "make room or mend the disk, then start the same command again"):
+            finish.dump_config(config, folder, model)
         print(_summary(config, parts, corpus, ranks), flush=True)
     launch.seed_everything(config.training.seed + ranks.rank)  # the same weights on every rank, dropout of its own
     best = fit(config, model, parts, corpus, ranks, beginning)

@@ -57,25 +57,32 @@ def write_manifest(folder: str | Path) -> None:
     os.replace(temporary, folder / MANIFEST)
 
 
-def manifest_problems(folder: str | Path) -> list[str]:
-    """What differs between a folder and its manifest; empty when it is whole. Every listed file is read."""
+def manifest_problems(folder: str | Path, needed: tuple[str, ...] = ()) -> list[str]:
+    """What differs between a folder and its manifest; empty when it is whole. Every listed file is read.
+
+    needed: names that the manifest must list, so that another program's folder is not taken for ours.
+    """
     folder = Path(folder)
     try:
-        listed: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
         return [f"{folder / MANIFEST} is missing"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{folder / MANIFEST} cannot be read: {error}"]
-    problems = []
-    for name, entry in listed.items():
-        path = folder / name
+    problems = [f"{folder / MANIFEST} does not list {name}" for name in needed if name not in listed]
+    return problems + [found for name, entry in listed.items() if (found := _file_problem(folder / name, *entry))]
+
+
+def _file_problem(path: Path, size: int, digest: str) -> str | None:
+    try:
         if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != entry["size"]:
-            problems.append(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}")
-        elif sha256(path) != entry["sha256"]:
-            problems.append(f"{path} was altered: its sha256 is not the manifest's")
-    return problems
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes, the manifest says {size}"
+        return None if sha256(path) == digest else f"{path} was altered: its sha256 is not the manifest's"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
 
 
 def fingerprint(folder: Path) -> str:

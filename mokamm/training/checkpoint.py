@@ -3,12 +3,15 @@
     RUN/checkpoint-N/
       adapter/ or llm/, projectors.safetensors     mokamm/weights.py
       optimizer-rank<r>.pt  rng-rank<r>.pt         one each rank, read with torch.load(weights_only=True)
+      window-rank<r>.json                          sums since the last log line, so that the next one is the same
       trainer_state.json                           step, best, and what a resumed run must have in common with this one
       MANIFEST.json                                written last
 
 A checkpoint is written as `.checkpoint-N.tmp` beside its place, flushed to disk and renamed, so that a folder with its
-name is complete. Rotation keeps the newest `save_total_limit` and always the best. What an earlier run left in the same
-folder is moved to RUN/previous-<n>/ and never mixed up with the new run. On several nodes the run folder must be shared.
+name is complete; one that goes is renamed before it is deleted. Where a rank cannot write, no rank goes on: a message,
+and the earlier checkpoints stay. Rotation keeps the newest `save_total_limit` and always the best. What an earlier run
+left in the same folder is moved to RUN/previous-<n>/ and never mixed up with the new run. On several nodes the run
+folder must be shared.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -26,11 +30,13 @@ import numpy as np
 import torch
 
 from data.schema import UserError
+from mokamm.training.disk import writing
 from mokamm.training.engine import Engine
 from mokamm.training.launch import Ranks
 from mokamm.weights import (
     ADAPTER,
     LLM,
+    MANIFEST,
     PROJECTORS,
     manifest_problems,
     save_weights,
@@ -39,6 +45,8 @@ from mokamm.weights import (
 )
 
 STATE = "trainer_state.json"
+NEEDED = (STATE, PROJECTORS, "optimizer-rank0.pt", "rng-rank0.pt")  # what every manifest of a checkpoint lists
+TEMPORARY, REPLACED, GONE = ".tmp", ".old", ".gone"  # being written, replaced, deleted; none outlives a `sweep`
 # what a run leaves beside its checkpoints
 RECORDS = (
     "config.yaml",
@@ -64,7 +72,7 @@ class TrainerState:
 def step_of(folder: Path) -> int:
     """The N of checkpoint-N; -1 for another name."""
     step = folder.name.removeprefix("checkpoint-")
-    return int(step) if step.isdigit() else -1
+    return int(step) if step.isdecimal() else -1
 
 
 def newest_first(run: Path) -> list[Path]:
@@ -76,25 +84,74 @@ def newest_first(run: Path) -> list[Path]:
 # ---- save ------------------------------------------------------------------------------------------------------------
 
 
-def save(run: Path, state: TrainerState, model: Any, engine: Engine, ranks: Ranks, keep: int | None) -> Path:
-    """Write checkpoint-<state.step>; every rank must call it. Returns its folder."""
-    target, temporary = run / f"checkpoint-{state.step}", run / f".checkpoint-{state.step}.tmp"
+def save(
+    run: Path,
+    state: TrainerState,
+    model: Any,
+    engine: Engine,
+    ranks: Ranks,
+    keep: int | None,
+    window: dict[str, float] | None = None,
+) -> Path:
+    """Write checkpoint-<state.step>; every rank must call it. Returns its folder.
+
+    window: this rank's sums since the last log line. Raises UserError on every rank where the disk refuses one of them.
+    """
+    target = run / f"checkpoint-{state.step}"
+    temporary = target.with_name(f".{target.name}{TEMPORARY}")
     weights = gathered(model, engine, ranks)
-    if ranks.main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    ranks.barrier()
-    torch.save(engine.state(), temporary / f"optimizer-rank{ranks.rank}.pt")
-    torch.save(random_state(ranks), temporary / f"rng-rank{ranks.rank}.pt")
-    ranks.barrier()
-    if ranks.main:
+
+    def of_this_rank() -> None:
+        _write_tensors(engine.state(), temporary / f"optimizer-rank{ranks.rank}.pt")
+        _write_tensors(random_state(ranks), temporary / f"rng-rank{ranks.rank}.pt")
+        (temporary / f"window-rank{ranks.rank}.json").write_text(json.dumps(window or {}))
+
+    def of_the_run() -> None:
         save_weights(model, temporary, weights)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1))
         write_manifest(temporary)
         put_in_place(temporary, target)
+
+    for write, by_all in ((lambda: _make_anew(temporary), False), (of_this_rank, True), (of_the_run, False)):
+        _together(write if by_all or ranks.main else None, temporary, target, ranks)
+    if ranks.main:
         rotate(run, keep, state)
     ranks.barrier()
     return target
+
+
+def _together(write: Callable[[], None] | None, temporary: Path, target: Path, ranks: Ranks) -> None:
+    """A barrier behind `write`; where it failed on any rank, the half-written folder goes and every rank raises."""
+    failed: UserError | None = None
+    try:
+        with writing(target, _what_is_left(target)):
+            if write:
+                write()
+    except UserError as error:
+        failed = error
+    (failures,) = ranks.sum([float(failed is not None)])
+    if failures and ranks.main:
+        shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
+    if failures:
+        raise failed or UserError(f"{target} is not written: another rank could not write its part, and says why")
+
+
+def _what_is_left(target: Path) -> str:
+    earlier = next((folder for folder in newest_first(target.parent) if (folder / MANIFEST).is_file()), None)
+    there = f"{earlier} is untouched" if earlier else "there is no earlier checkpoint"
+    again = "goes on from it" if earlier else "begins anew"
+    return f"{there}: make room or mend the disk, then start the same command again, which {again}"
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_tensors(content: dict[str, Any], path: Path) -> None:
+    """torch.save through a Python file: given a path, torch keeps to itself what the disk said."""
+    with open(path, "wb") as file:
+        torch.save(content, file)
 
 
 def gathered(model: Any, engine: Engine, ranks: Ranks) -> dict[str, torch.Tensor]:
@@ -117,7 +174,7 @@ def put_in_place(temporary: Path, target: Path) -> None:
         _flush(path)
     _flush(temporary)
     if target.exists():
-        old = target.with_name(f".{target.name}.old")
+        old = target.with_name(f".{target.name}{REPLACED}")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(target, old)
         os.rename(temporary, target)
@@ -142,20 +199,46 @@ def rotate(run: Path, keep: int | None, state: TrainerState) -> None:
     own = [folder for folder in newest_first(run) if step_of(folder) <= state.step]
     for folder in own[keep:]:
         if state.best is None or step_of(folder) != int(state.best["step"]):
-            shutil.rmtree(folder)
+            gone = folder.with_name(f".{folder.name}{GONE}")  # a killed process leaves no half of a checkpoint
+            try:
+                os.rename(folder, gone)
+                shutil.rmtree(gone)
+            except OSError as error:
+                print(f"note: the old {folder} cannot be deleted: {error}", flush=True)
+
+
+def sweep(run: Path) -> None:
+    """Clear away what a killed process left half written or half deleted. Only for the process that holds the run."""
+    for name in ("checkpoint-*", "final"):
+        for folder in run.glob(f".{name}{REPLACED}"):
+            target = run / folder.name[1:].removesuffix(REPLACED)
+            if not target.exists():
+                os.rename(folder, target)  # killed before the new one had its name
+        for suffix in (TEMPORARY, REPLACED, GONE):
+            for folder in run.glob(f".{name}{suffix}"):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_final(run: Path, checkpoint: Path) -> Path:
-    """RUN/final: the weights of a checkpoint (hard links where the disk can), without trainer state."""
-    temporary = run / ".final.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for name in (ADAPTER, LLM):
-        if (checkpoint / name).is_dir():
-            shutil.copytree(checkpoint / name, temporary / name, copy_function=_link)
-    _link(checkpoint / PROJECTORS, temporary / PROJECTORS)
-    write_manifest(temporary)
-    put_in_place(temporary, run / "final")
+    """RUN/final: the weights of a checkpoint (hard links where the disk can), without trainer state.
+
+    Raises UserError where the checkpoint was altered since it was written, or the disk refuses.
+    """
+    problems = manifest_problems(checkpoint, NEEDED)
+    if problems:
+        raise UserError(
+            f"the run's result cannot be taken from {checkpoint}: {problems[0]}\nstart the same command again: it "
+            "trains no further and takes the result from the newest whole checkpoint"
+        )
+    with writing(run / "final", f"{checkpoint} is untouched: make room, then start the same command again"):
+        temporary = run / f".final{TEMPORARY}"
+        _make_anew(temporary)
+        for name in (ADAPTER, LLM):
+            if (checkpoint / name).is_dir():
+                shutil.copytree(checkpoint / name, temporary / name, copy_function=_link)
+        _link(checkpoint / PROJECTORS, temporary / PROJECTORS)
+        write_manifest(temporary)
+        put_in_place(temporary, run / "final")
     return run / "final"
 
 
@@ -175,7 +258,7 @@ def find(run: Path, wanted: str | None) -> Path | None:
         return None
     if wanted != "auto":
         folder = Path(wanted)
-        problems = manifest_problems(folder) if folder.is_dir() else [f"no such folder: {folder}"]
+        problems = manifest_problems(folder, NEEDED) if folder.is_dir() else [f"no such folder: {folder}"]
         if problems:
             raise UserError(
                 "\n  - ".join(["training.resume_from_checkpoint cannot be used:", *problems])
@@ -183,11 +266,21 @@ def find(run: Path, wanted: str | None) -> Path | None:
             )
         return folder
     for folder in newest_first(run):
-        problems = manifest_problems(folder)
+        problems = manifest_problems(folder, NEEDED)
         if not problems:
             return folder
         print(f"note: {folder} is passed over, it is not whole: {problems[0]}", flush=True)
     return None
+
+
+def best_is_lost(run: Path, state: TrainerState) -> bool:
+    """Whether the checkpoint that was the best so far is not there any more, or not whole; says so."""
+    if state.best is None:
+        return False
+    problems = manifest_problems(run / f"checkpoint-{int(state.best['step'])}", NEEDED)
+    if problems:
+        print(f"note: the best checkpoint so far cannot be used ({problems[0]}); a later one will be", flush=True)
+    return bool(problems)
 
 
 def set_aside(run: Path, step: int) -> None:
@@ -223,10 +316,15 @@ def read_state(folder: Path, same: dict[str, Any]) -> TrainerState:
     return state
 
 
-def restore(folder: Path, engine: Engine, ranks: Ranks) -> None:
-    """Optimizer and random generators of this rank. The weights were loaded before the engine was built."""
+def restore(folder: Path, engine: Engine, ranks: Ranks) -> dict[str, float]:
+    """Optimizer and random generators of this rank; returns its sums since the last log line, as given to `save`.
+
+    The weights were loaded before the engine was built.
+    """
     engine.load_state(torch.load(folder / f"optimizer-rank{ranks.rank}.pt", map_location="cpu", weights_only=True))
     set_random_state(torch.load(folder / f"rng-rank{ranks.rank}.pt", map_location="cpu", weights_only=True), ranks)
+    window = folder / f"window-rank{ranks.rank}.json"
+    return json.loads(window.read_text()) if window.is_file() else {}
 
 
 def random_state(ranks: Ranks) -> dict[str, Any]:

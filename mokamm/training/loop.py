@@ -11,27 +11,29 @@ The loss is therefore the exact mean over the step's answer tokens, however they
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from data.dataset import loaded
 from data.schema import IGNORED
-from mokamm.config import RunConfig, TrainingConfig
+from mokamm.config import RunConfig, SourceConfig, TrainingConfig, find_path
 from mokamm.training import checkpoint
 from mokamm.training.checkpoint import TrainerState
 from mokamm.training.corpus import Corpus, batches
+from mokamm.training.disk import hold
 from mokamm.training.engine import Engine, build_engine
 from mokamm.training.launch import Ranks
 from mokamm.training.optimization import parameter_groups, schedule
 from mokamm.training.stream import MicroBatches, Plan, ValidationBatches, plan
 from mokamm.training.validation import validate
 from mokamm.training.watch import Watch, memory_gb
-from mokamm.weights import load_weights
+from mokamm.weights import fingerprint, load_weights, sha256
 
 Parts = dict[str, list[tuple[str, torch.nn.Parameter]]]
 
@@ -47,6 +49,15 @@ class Window:
     waited: float = 0.0
     began: float = 0.0
 
+    def saved(self, now: float) -> dict[str, float]:
+        """For a checkpoint between two log lines: `began` as the seconds until `now` (time.monotonic)."""
+        return {**asdict(self), "began": now - self.began}
+
+    @classmethod
+    def restored(cls, values: dict[str, float]) -> Window:
+        """From what `saved` gave; empty: a new window."""
+        return cls(**{**values, "began": time.monotonic() - values.get("began", 0.0)})
+
 
 @dataclass
 class Beginning:
@@ -55,6 +66,7 @@ class Beginning:
     shape: Plan
     state: TrainerState
     folder: Path | None
+    lock: IO[str] | None  # held by rank 0 as long as this lives
 
 
 def begin(config: RunConfig, corpus: Corpus, ranks: Ranks) -> Beginning:
@@ -67,16 +79,21 @@ def begin(config: RunConfig, corpus: Corpus, ranks: Ranks) -> Beginning:
         len(corpus.train), training.per_device_train_batch_size, training.gradient_accumulation_steps, ranks.world,
         training.num_train_epochs, training.max_steps,
     )  # fmt: skip
+    lock = hold(run) if ranks.main else None
+    if ranks.main:
+        checkpoint.sweep(run)
     folder = shared(lambda: checkpoint.find(run, training.resume_from_checkpoint), ranks)
-    same = common(config, shape)
+    same = {**common(config, shape), "device": ranks.device.type}
     state = checkpoint.read_state(folder, same) if folder else TrainerState(same=same)
     own = folder is not None and folder.resolve().parent == run.resolve()
     if not own:
         state.best = None  # its checkpoint is not in this folder, where the result is taken from
+    if training.load_best_model_at_end and shared(lambda: checkpoint.best_is_lost(run, state), ranks):
+        state.best = None
     if ranks.main:
         checkpoint.set_aside(run, state.step if own else 0)
     ranks.barrier()
-    return Beginning(shape, state, folder)
+    return Beginning(shape, state, folder, lock)
 
 
 def fit(
@@ -93,10 +110,10 @@ def fit(
     parts: trainable (name, parameter) pairs by part. stop_after: leave after that step, as if interrupted (for tests).
     """
     training, shape, state = config.training, beginning.shape, beginning.state
-    engine = start(training, model, parameter_groups(training, parts), beginning.folder, ranks)
+    engine, window = start(training, model, parameter_groups(training, parts), beginning.folder, ranks)
     if training.gradient_checkpointing:
         checkpoint_activations(model.llm)
-    loop = Loop(config, model, engine, corpus, ranks, shape, state)
+    loop = Loop(config, model, engine, corpus, ranks, shape, state, window)
     try:
         loop.run(stop_after or shape.total_steps)
     finally:
@@ -115,17 +132,18 @@ def checkpoint_activations(llm: Any) -> None:
 
 def start(
     training: TrainingConfig, model: Any, groups: list[dict[str, Any]], folder: Path | None, ranks: Ranks
-) -> Engine:
-    """The engine, with the weights, optimizer and generators of a checkpoint where one is to be resumed."""
+) -> tuple[Engine, dict[str, float]]:
+    """The engine, with the weights, optimizer and generators of a checkpoint where one is to be resumed; its window."""
+    window: dict[str, float] = {}
     if folder is not None:
         load_weights(model, folder, verify=False)  # `find` has read every byte
     engine = build_engine(model, groups, training, ranks)
     if folder is not None:
-        checkpoint.restore(folder, engine, ranks)
+        window = checkpoint.restore(folder, engine, ranks)
         if ranks.main:
             print(f"resuming from {folder}", flush=True)
     engine.train(True)
-    return engine
+    return engine, window
 
 
 def shared(ask: Any, ranks: Ranks) -> Any:
@@ -139,13 +157,19 @@ def shared(ask: Any, ranks: Ranks) -> Any:
 SAME = (
     "stage", "init_from", "learning_rate", "projector_learning_rate", "lr_scheduler_type", "warmup_ratio",
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16",
-    "group_by_length", "seed",
+    "group_by_length", "metric_for_best_model", "seed",
 )  # fmt: skip
 
 
 def common(config: RunConfig, shape: Plan) -> dict[str, Any]:
-    """What a resumed run must share with the one it goes on from, for its steps to be the same."""
-    training = config.training
+    """What a resumed run must share with the one it goes on from, for its steps to be the same.
+
+    The base goes by its weights, wherever they lie; annotation files and the DeepSpeed JSON by name and content. What is
+    not named here leaves the steps as they are: how often to log, validate and save, workers, caches, reports.
+    """
+    training, llm = config.training, config.model.llm
+    base = find_path(llm.path)
+    deepspeed = find_path(training.deepspeed) if training.deepspeed else None
     return {
         "rows": shape.rows,
         "ranks": shape.world,
@@ -153,13 +177,32 @@ def common(config: RunConfig, shape: Plan) -> dict[str, Any]:
         "training.gradient_accumulation_steps": shape.accumulation,
         "total steps": shape.total_steps,
         **{f"training.{key}": getattr(training, key) for key in SAME},
-        "training.deepspeed": Path(training.deepspeed).name if training.deepspeed else None,
+        "training.deepspeed": deepspeed.name if deepspeed else None,
+        "the DeepSpeed JSON": json.loads(deepspeed.read_text()) if deepspeed else None,
+        "model.llm": llm.model_dump(mode="json", exclude={"path", "trust_remote_code"}),
+        "the base's weights": fingerprint(base) if base.is_dir() else llm.path,
         "adapter": config.adapter.model_dump(mode="json", exclude_none=True),
         # pairs, because the order of the modalities counts
         "model.modalities": [[name, entry.model_dump(mode="json")] for name, entry in config.model.modalities.items()],
         "data.max_length": config.data.max_length,
-        "data.train": [entry.model_dump(mode="json", exclude={"media_dir"}) for entry in config.data.train],
+        "data.limits": config.data.limits.model_dump(mode="json"),
+        "data.allow_outside": config.data.allow_outside,
+        **{f"data.{split}": _described(entries) for split, entries in _sources(config)},
+        **{f"the files of data.{split}": _digests(config, entries) for split, entries in _sources(config)},
     }
+
+
+def _sources(config: RunConfig) -> list[tuple[str, list[SourceConfig]]]:
+    return [("train", config.data.train), ("validation", config.data.validation)]
+
+
+def _described(entries: list[SourceConfig]) -> list[dict[str, Any]]:
+    return [entry.model_dump(mode="json", exclude={"media_dir"}) for entry in entries]
+
+
+def _digests(config: RunConfig, entries: list[SourceConfig]) -> list[str | None]:
+    paths = [config.locate(entry)[0] for entry in entries]
+    return [sha256(path) if path.is_file() else None for path in paths]
 
 
 class Loop:
@@ -174,6 +217,7 @@ class Loop:
         ranks: Ranks,
         shape: Plan,
         state: TrainerState,
+        window: dict[str, float],
     ) -> None:
         self.training: TrainingConfig = config.training
         self.model, self.engine, self.corpus = model, engine, corpus
@@ -183,11 +227,11 @@ class Loop:
         self.watch = (
             Watch(self.folder, shape.total_steps, state.step, list(self.training.report_to)) if ranks.main else None
         )
-        self.window = Window()
+        self.window, self.began_with = Window(), window
 
     def run(self, until: int) -> None:
         micro_batches = iter(self._training_batches())
-        self.window = Window(began=time.monotonic())
+        self.window = Window.restored(self.began_with)
         while self.state.step < until:
             norm = self._step(self._gather(micro_batches))
             step = self.state.step
@@ -198,14 +242,20 @@ class Loop:
             paused = time.monotonic()
             improved = self._due(self.training.eval_steps) and self._validate()
             if improved or self._due(self.training.save_steps):
-                checkpoint.save(
-                    self.folder, self.state, self.model, self.engine, self.ranks, self.training.save_total_limit
-                )
+                self._save(paused)
             self.window.began += time.monotonic() - paused
 
     def close(self) -> None:
         if self.watch:
             self.watch.close()
+
+    def _save(self, paused: float) -> None:
+        """paused: since when the training stands still; that time is not the window's."""
+        if self.watch:
+            self.watch.sync()
+        window = self.window.saved(paused)
+        keep = self.training.save_total_limit
+        checkpoint.save(self.folder, self.state, self.model, self.engine, self.ranks, keep, window)
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,9 @@ metrics.jsonl, one object a line:
     {"kind": "train", "step", "epoch", "loss", "learning_rate": {part: rate}, "grad_norm", "tokens_per_second",
      "padding_share", "data_wait_share", "memory_gb", "seconds"}
     {"kind": "validation", "step", "epoch", "loss", "accuracy", "samples", "missing"}
+
+Each step stands there once, in order: a resumed run drops what lies beyond its checkpoint before it writes. While a run
+is interrupted, the last line may be cut; `read_metrics` leaves it out.
 """
 
 from __future__ import annotations
@@ -12,10 +15,14 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mokamm.training.disk import writing
+
 METRICS = "metrics.jsonl"
+ADVICE = "make room or mend the disk, then start the same command again: it goes on from its newest checkpoint"
 
 
 class Watch:
@@ -24,18 +31,20 @@ class Watch:
     def __init__(self, run: Path, total_steps: int, first_step: int, report_to: list[str]) -> None:
         self.total, self.first, self.began = total_steps, first_step, time.monotonic()
         self.path = run / METRICS
-        forget_after(self.path, first_step)
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
+        with writing(self.path, ADVICE):
+            forget_after(self.path, first_step)
+            self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
         self.board = _tensorboard(run / "tensorboard", first_step) if "tensorboard" in report_to else None
         self.shown = _Bar(total_steps, first_step) if sys.stdout.isatty() else _Lines()
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         record = {"kind": kind, **values}
-        self.file.write(json.dumps(record) + "\n")
-        if self.board:
-            for name, value in _flat(values):
-                if name not in ("step", "kind"):
-                    self.board.add_scalar(f"{kind}/{name}", value, values["step"])
+        with writing(self.path, ADVICE):
+            self.file.write(json.dumps(record) + "\n")
+            if self.board:  # it writes in a thread, and raises here what failed there
+                for name, value in _flat(values):
+                    if name not in ("step", "kind"):
+                        self.board.add_scalar(f"{kind}/{name}", value, values["step"])
         self.shown.record(kind, values, self.total, self.left(values["step"]))
 
     def advance(self, step: int) -> None:
@@ -45,11 +54,18 @@ class Watch:
         """Seconds until the last step at the pace so far."""
         return (time.monotonic() - self.began) / max(1, step - self.first) * (self.total - step)
 
+    def sync(self) -> None:
+        """Flush the records to disk, before a checkpoint that relies on them."""
+        with writing(self.path, ADVICE):
+            os.fsync(self.file.fileno())
+
     def close(self) -> None:
         self.shown.close()
-        self.file.close()
-        if self.board:
-            self.board.close()
+        with suppress(OSError):  # only what `record` has told already is left to be written
+            self.file.close()
+        with suppress(OSError):
+            if self.board:
+                self.board.close()
 
 
 class _Lines:
@@ -138,7 +154,10 @@ def forget_after(path: Path, step: int) -> None:
     if path.is_file():
         kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept))
+        with open(temporary, "w") as file:
+            file.write("".join(kept))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
 
 

@@ -68,7 +68,7 @@ def test_a_checkpoint_holds_trained_weights_only(toy, whole):
     assert not manifest_problems(saved)
     names = sorted(p.name for p in saved.iterdir())
     assert names == [
-        MANIFEST, "adapter", "optimizer-rank0.pt", PROJECTORS, "rng-rank0.pt", "trainer_state.json"
+        MANIFEST, "adapter", "optimizer-rank0.pt", PROJECTORS, "rng-rank0.pt", "trainer_state.json", "window-rank0.json"
     ]  # fmt: skip
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = sum(p.stat().st_size for p in saved.rglob("*") if p.is_file() and p.suffix != ".json")
@@ -123,7 +123,7 @@ def test_a_new_run_in_an_old_folder_moves_the_old_one_aside_whole(toy, whole, tm
     run, place = tmp_path / "run", tmp_path / "run" / "previous-1"
     shutil.copytree(whole[0], run)
     (run / "bad_samples.jsonl").write_text('{"source": "train", "row": 3, "id": "3", "reason": "gone"}\n')
-    old = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    old = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
     _, best = toy.run(run, toy.alone(), max_steps=2, save_steps=1, eval_steps=1, save_total_limit=1,
                       resume_from_checkpoint=None)  # fmt: skip
     assert f"is now in {place}: checkpoint-8, checkpoint-4" in capsys.readouterr().out

@@ -6,11 +6,13 @@ deepspeed --num_gpus 2 tests/mokamm/toy_training.py FOLDER zero2 zero3     full,
 from __future__ import annotations
 
 import json
+import random
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,9 +31,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class ToyLM(nn.Module):
-    """A random Llama with PEFT's LoRA, and one projector whose output is added at the first position."""
+    """A random Llama with PEFT's LoRA, and one projector whose output is added at the first position.
 
-    def __init__(self, method: str, dropout: float) -> None:
+    draws: the projector's output is weighted by numbers drawn from all three generators, as methods that draw would.
+    """
+
+    def __init__(self, method: str, dropout: float, draws: bool = False) -> None:
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,12 +47,16 @@ class ToyLM(nn.Module):
         self.llm = wrap(llm, method, ["text", "vision"], {"r": 4, "lora_alpha": 16, "lora_dropout": dropout})
         self.projectors = nn.ModuleDict({"vision": nn.Sequential(nn.Linear(VOCABULARY, 32), nn.Linear(32, 32))})
         self.processor = None
+        self.draws = draws
 
     def forward(self, batch: Any) -> dict[str, torch.Tensor]:
         ids = batch["input_ids"]
         embeddings = self.llm.get_input_embeddings()(ids)
         seen = nn.functional.one_hot(ids[:, 0], VOCABULARY).to(embeddings.dtype)
-        embeddings = torch.cat([embeddings[:, :1] + self.projectors["vision"](seen)[:, None], embeddings[:, 1:]], 1)
+        media = self.projectors["vision"](seen)
+        if self.draws and self.training:
+            media = media * (random.random() + float(np.random.rand()) + torch.rand(()))
+        embeddings = torch.cat([embeddings[:, :1] + media[:, None], embeddings[:, 1:]], 1)
         logits = self.llm(inputs_embeds=embeddings, attention_mask=batch["attention_mask"], use_cache=False).logits
         targets = batch["labels"][:, 1:].flatten()
         rows = logits[:, :-1].flatten(0, 1)
@@ -55,9 +64,9 @@ class ToyLM(nn.Module):
         return {"logits": logits, "loss_sum": loss_sum, "tokens": (targets != IGNORED).sum()}
 
 
-def build(method: str = "lora", dropout: float = 0.0, seed: int = 0) -> ToyLM:
+def build(method: str = "lora", dropout: float = 0.0, seed: int = 0, draws: bool = False) -> ToyLM:
     launch.seed_everything(seed)
-    return ToyLM(method, dropout).train()
+    return ToyLM(method, dropout, draws).train()
 
 
 def parts_of(model: ToyLM) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -113,12 +122,13 @@ def run(
     dropout: float = 0.0,
     method: str = "lora",
     stop_after: int | None = None,
+    draws: bool = False,
     **training: Any,
 ) -> tuple[ToyLM, Path]:
     """Build and train; the model afterwards, and the checkpoint that is the result."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = config(folder, **training)
-    model = build(method, dropout, settings.training.seed)
+    model = build(method, dropout, settings.training.seed, draws)
     launch.seed_everything(settings.training.seed + ranks.rank)
     found = corpus(folder)
     best = fit(settings, model, parts_of(model), found, ranks, begin(settings, found, ranks), stop_after)

@@ -1,0 +1,1 @@
+"""What training costs, each a ratio measured in one run."""

@@ -1,0 +1,89 @@
+"""What a disk does to a run: a full, read-only or failing one is told in one message, and a folder has one writer.
+
+with writing(place, advice):   OSErrors inside, also those that torch and safetensors wrap, become one UserError
+lock = hold(run)               the only training in this folder, until the lock is closed or its process ends
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from data.schema import UserError
+
+LOCK = ".lock"
+REFUSALS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE
+}  # fmt: skip
+
+
+@contextmanager
+def writing(place: Path, advice: str) -> Iterator[None]:
+    """Turn what a disk refuses into a UserError: which place, why, how much room there is, what to do (`advice`)."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = error_number(error)
+        if number is None:
+            raise
+        raise UserError(f"{place} cannot be written: {os.strerror(number)} ({_room(place)}); {advice}") from error
+
+
+def error_number(error: BaseException | None) -> int | None:
+    """Which of REFUSALS is behind an exception, or behind what it arose from; None where no disk is at fault.
+
+    torch.save raises a RuntimeError in whose context the OSError stands, safetensors says "(os error 28)".
+    """
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
+            number = int(found[1])
+        if number in REFUSALS:
+            return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _room(place: Path) -> str:
+    folder = next((parent for parent in (place, *place.absolute().parents) if parent.is_dir()), Path("/"))
+    with suppress(OSError):
+        return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB free there"
+    return "its free space cannot be asked for"
+
+
+def hold(run: Path) -> IO[str] | None:
+    """Lock a run folder for this process; the kernel opens the lock when the process ends, however it ends.
+
+    A killed launcher may leave its ranks training: a second start would write between their lines. The lock is a POSIX
+    record lock, which data workers do not inherit. None where the file system knows no locks. Raises UserError.
+    """
+    advice = "choose a folder that can be written as training.output_dir"
+    with writing(run / LOCK, advice):
+        file = open(run / LOCK, "a+")  # noqa: SIM115 - held until the run ends
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(
+            f"{run}: another process is training in this folder (process {holder}); end it, or wait for it, or choose "
+            "another training.output_dir"
+        ) from None
+    except OSError:
+        file.close()
+        return None
+    with writing(run / LOCK, advice):
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {os.uname().nodename}")
+        file.flush()
+    return file
