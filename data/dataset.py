@@ -13,6 +13,7 @@ Cost: an index of two integers a row; samples are read, and media decoded, only 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -98,7 +99,7 @@ class MultimodalDataset(torch.utils.data.Dataset[Example]):
         part, row = self.parts[self._part[index]], int(self._row[index])
         sample_id = ""
         try:
-            sample = part.rows[row]
+            sample = replace(part.rows[row], source=part.name, row=row)  # as the ledger names it
             sample_id = sample.id
             return (part.process or self.process)(sample)
         except BadSample as error:

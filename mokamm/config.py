@@ -206,6 +206,8 @@ class TrainingConfig(Section):
     adam_beta2: Fraction = 0.999
     adam_epsilon: NonNegative = 1.0e-8
     max_grad_norm: NonNegative = 1.0  # 0: no clipping
+    on_nan: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is not finite; its update is never made
+    loss_spike: Annotated[float, Field(gt=1.0)] | None = None  # as on_nan, at so many times the mean loss of 50 steps
     bf16: bool = False
     gradient_checkpointing: bool = False
     group_by_length: bool = False  # rows of like length together; or train_sampling_strategy, its newer name

@@ -3,7 +3,8 @@
     config --> (miniature world) --> model --> corpus --> steps --> final/ --> evaluation --> report/
 
 Also starts as `python`, `torchrun` or `accelerate launch`. Exit codes: 0 done; 2 a mistake in the configuration or the
-data, told in one message; others are bugs.
+data, or a step that cannot be used, told in one message; 130 or 143 stopped by Ctrl-C or SIGTERM, with everything saved
+(1 from launchers that were signalled themselves); others are bugs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from mokamm.config import ConfigError, RunConfig, load_config
 from mokamm.mistakes import is_users
+from mokamm.training.stopping import BadStep, Stopped, command_to_go_on
 
 if TYPE_CHECKING:
     from mokamm.training.launch import Ranks
@@ -43,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.config, args.overrides)
         config.check_files()
         run(config)
+    except Stopped as stopped:
+        auto = config.training.resume_from_checkpoint == "auto"
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"{stopped}; to go on:\n  {command_to_go_on(args.config, args.overrides, auto)}", flush=True)
+        sys.exit(stopped.code)
     except Exception as error:
         if not is_users(error):
             raise
@@ -67,7 +74,11 @@ def run(config: RunConfig) -> None:
             world.make_world(config.data.world)
     ranks.barrier()
     config.check_files(world_is_made=True)  # a wrong name of a file in it is found before training
-    train(config, folder, ranks)
+    try:
+        train(config, folder, ranks)
+    except Stopped:
+        launch.stop(ranks)  # all ranks raise it
+        raise
     launch.stop(ranks)
     if ranks.main:
         with writing(folder, f"{folder / 'final'} is whole: make room, then start the same command again"):
@@ -123,8 +134,8 @@ def _summary(config: RunConfig, parts: dict, corpus: tuple, ranks: Ranks) -> str
 
 def _tell(error: Exception) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    if rank and isinstance(error, ConfigError):
-        time.sleep(3)  # every rank finds the same mistakes; rank 0 tells them before the launcher stops all
+    if rank and isinstance(error, ConfigError | BadStep):
+        time.sleep(3)  # every rank finds the same; rank 0 tells it before the launcher stops all
         return
     print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
 

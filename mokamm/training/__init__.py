@@ -5,4 +5,5 @@ corpus        configured sources -> datasets          stream        which rows a
 optimization  rates per part, schedule                loop          the steps
 validation    loss and exact answers while training   checkpoint    whole folders, resume
 watch         metrics.jsonl, TensorBoard, progress    finish        final/, evaluation, report, model card
+stopping      signals: save and leave                bad_steps     losses that are not finite, spikes
 """

@@ -66,6 +66,9 @@ class TrainerState:
 
     step: int = 0
     best: dict[str, float] | None = None
+    unvalidated: bool = False  # a signal cut this step's validation off: it comes first when the run goes on
+    recent: list[float] = field(default_factory=list)  # losses of the last steps, for training.loss_spike
+    bad_in_a_row: int = 0  # steps without an update, up to this one
     same: dict[str, Any] = field(default_factory=dict)  # must be equal when resuming
 
 

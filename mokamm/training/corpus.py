@@ -19,6 +19,7 @@ from data.media import MediaLimits, MediaLoader
 from data.schema import IGNORED, BadSample, Example, UserError
 from data.sources import open_source
 from mokamm.config import RunConfig, SourceConfig
+from mokamm.training.stopping import ignore_signals
 
 
 class HeldOut(MultimodalDataset):
@@ -93,6 +94,7 @@ def batches(dataset: MultimodalDataset, sampler: Iterable[list[int]], pad_id: in
 def _give_way(worker: int) -> None:
     """Let the training have a core first where both want one: what is prefetched can wait, a step cannot."""
     os.nice(10)
+    ignore_signals()
 
 
 class _Given(Sampler[list[int]]):

@@ -3,7 +3,8 @@
     outputs = engine(batch, last)    forward; `last`: this micro batch completes the step
     engine.backward(loss, last)      losses of all micro batches and ranks are SUMMED: the caller divides by the step's
                                      number of answer tokens, and an engine undoes its own averaging
-    norm = engine.step(factor)       every rate = base rate * factor; clip, update, clear; the norm before clipping
+    norm = engine.step(factor)       every rate = base rate * factor; clip, update, clear; the norm before clipping, of
+                                     all ranks; where it is not finite no update is made, on any of them
     engine.gather(parameters)        whole parameters inside, where ZeRO-3 shards them
     engine.state() / load_state()    optimizer state of this rank, loadable by torch.load(weights_only=True)
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -79,7 +81,8 @@ class PlainEngine:
         limit = self.max_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         _set_rates(self.optimizer.param_groups, factor)
-        self.optimizer.step()
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
@@ -123,10 +126,19 @@ class DeepSpeedEngine:
             self.engine.step()  # counts the micro batch; nothing is updated before the window's end
 
     def step(self, factor: float) -> float:
+        """DeepSpeed leaves an update without a finite norm out by itself, and then says that the norm is infinite."""
         _set_rates(self.optimizer.param_groups, factor)
+        norm = None if hasattr(self.optimizer, "_global_grad_norm") else self._plain_norm()
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def _plain_norm(self) -> Tensor:
+        """Stage 0 in float32 is torch's own optimizer, which asks for no norm; gradients are dropped if it is not finite."""
+        parameters = [p for group in self.groups() for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not math.isfinite(norm):
+            self.engine.zero_grad()
+        return norm
 
     def groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
@@ -220,7 +232,11 @@ def deepspeed_config(training: TrainingConfig, ranks: Ranks, trained: int) -> di
     }
     for key, value in ours.items():
         _put(config, key, value)
-    problems = _fill(config, {**ours, **free}, ours)
+    checks = {
+        "bf16.check_grad_overflow": True,
+        "zero_optimization.compute_grad_norm": True,
+    }  # training.on_nan needs them
+    problems = _fill(config, {**ours, **free}, {**ours, **checks})
     if problems:
         raise UserError("\n  - ".join([f"{path} does not fit this run:", *problems]))
     config["steps_per_print"] = 10**9

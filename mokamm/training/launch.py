@@ -12,7 +12,7 @@ import os
 import random
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.schema import UserError
 
@@ -55,6 +55,16 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on every rank; pickled, so for what happens seldom."""
+        import torch.distributed as dist
+
+        if not self.grouped or self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
 
 def start(training: TrainingConfig) -> Ranks:

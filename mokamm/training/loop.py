@@ -1,9 +1,10 @@
 """The steps of a run, from the first (or a checkpoint) to the last.
 
     for every step:  gather the micro batches of this rank
-                     count the answer tokens over all of them and over all ranks (one collective)
+                     count the answer tokens over all of them and over all ranks (one collective); leave if a rank
+                     has been signalled (stopping.py)
                      forward, backward of loss_sum / that number, for each micro batch
-                     clip, update at the schedule's rate
+                     clip, update at the schedule's rate; no update where the loss cannot be used (bad_steps.py)
     now and then:    log | validate | save
 
 The loss is therefore the exact mean over the step's answer tokens, however they are spread over accumulation and ranks.
@@ -12,6 +13,7 @@ The loss is therefore the exact mean over the step's answer tokens, however they
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,12 +26,14 @@ from data.dataset import loaded
 from data.schema import IGNORED
 from mokamm.config import RunConfig, SourceConfig, TrainingConfig, find_path
 from mokamm.training import checkpoint
+from mokamm.training.bad_steps import BadSteps, marked
 from mokamm.training.checkpoint import TrainerState
 from mokamm.training.corpus import Corpus, batches
 from mokamm.training.disk import hold
 from mokamm.training.engine import Engine, build_engine
 from mokamm.training.launch import Ranks
 from mokamm.training.optimization import parameter_groups, schedule
+from mokamm.training.stopping import SignalWatch, Stopped, agreed
 from mokamm.training.stream import MicroBatches, Plan, ValidationBatches, plan
 from mokamm.training.validation import validate
 from mokamm.training.watch import Watch, memory_gb
@@ -48,6 +52,7 @@ class Window:
     places: float = 0.0  # tokens and padding
     waited: float = 0.0
     began: float = 0.0
+    norm: float = 0.0  # of the last update's gradient
 
     def saved(self, now: float) -> dict[str, float]:
         """For a checkpoint between two log lines: `began` as the seconds until `now` (time.monotonic)."""
@@ -108,16 +113,18 @@ def fit(
     """Train; returns the checkpoint whose weights are the run's result (the best one, or the last).
 
     parts: trainable (name, parameter) pairs by part. stop_after: leave after that step, as if interrupted (for tests).
+    Raises Stopped, with everything saved, where a rank was signalled; BadStep where training.on_nan says so.
     """
     training, shape, state = config.training, beginning.shape, beginning.state
     engine, window = start(training, model, parameter_groups(training, parts), beginning.folder, ranks)
     if training.gradient_checkpointing:
         checkpoint_activations(model.llm)
-    loop = Loop(config, model, engine, corpus, ranks, shape, state, window)
-    try:
-        loop.run(stop_after or shape.total_steps)
-    finally:
-        loop.close()
+    with SignalWatch(tell=ranks.main) as signals:
+        loop = Loop(config, model, engine, corpus, ranks, shape, state, window, signals)
+        try:
+            loop.run(stop_after or shape.total_steps)
+        finally:
+            loop.close()
     best = state.best if training.load_best_model_at_end else None
     return Path(training.output_dir) / f"checkpoint-{int(best['step']) if best else state.step}"
 
@@ -218,6 +225,7 @@ class Loop:
         shape: Plan,
         state: TrainerState,
         window: dict[str, float],
+        signals: SignalWatch,
     ) -> None:
         self.training: TrainingConfig = config.training
         self.model, self.engine, self.corpus = model, engine, corpus
@@ -228,22 +236,30 @@ class Loop:
             Watch(self.folder, shape.total_steps, state.step, list(self.training.report_to)) if ranks.main else None
         )
         self.window, self.began_with = Window(), window
+        self.signals, self.bad_steps = signals, BadSteps(self.training, state, ranks)
+        self.saved = -1  # the last step that was saved
 
     def run(self, until: int) -> None:
-        micro_batches = iter(self._training_batches())
         self.window = Window.restored(self.began_with)
+        if self.state.unvalidated:
+            paused = time.monotonic()
+            self._validate()
+            self._save(paused)
+            self.window.began += time.monotonic() - paused
+        micro_batches = iter(self._training_batches())
         while self.state.step < until:
-            norm = self._step(self._gather(micro_batches))
+            self._step(self._gather(micro_batches))
             step = self.state.step
             if self.watch:
                 self.watch.advance(step)
             if step % self.training.logging_steps == 0 or step == self.plan.total_steps:
-                self._log(norm)
+                self._log()
             paused = time.monotonic()
             improved = self._due(self.training.eval_steps) and self._validate()
             if improved or self._due(self.training.save_steps):
                 self._save(paused)
             self.window.began += time.monotonic() - paused
+        self._heed(self.ranks.sum(self.signals.votes()))  # one that came in the last step
 
     def close(self) -> None:
         if self.watch:
@@ -256,6 +272,21 @@ class Loop:
         window = self.window.saved(paused)
         keep = self.training.save_total_limit
         checkpoint.save(self.folder, self.state, self.model, self.engine, self.ranks, keep, window)
+        self.saved = self.state.step
+
+    def _heed(self, votes: list[float]) -> None:
+        """Save and raise Stopped where a rank was signalled. votes: summed over all ranks."""
+        number = agreed(votes)
+        if number is None:
+            return
+        if self.saved != self.state.step or self.state.unvalidated:
+            self._save(time.monotonic())
+        raise Stopped(number, self.state.step, self.folder / f"checkpoint-{self.state.step}")
+
+    def _heed_validating(self) -> None:
+        votes = self.ranks.sum(self.signals.votes())
+        self.state.unvalidated = any(votes)
+        self._heed(votes)
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -272,24 +303,39 @@ class Loop:
         self.window.waited += time.monotonic() - began
         return gathered
 
-    def _step(self, micro_batches: list[Any]) -> float:
-        """One optimizer step; returns the gradient norm."""
+    def _step(self, micro_batches: list[Any]) -> None:
+        """One optimizer step."""
         window, factor = self.window, self.factor(self.state.step)
         answers = float(sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in micro_batches))
-        (total,) = self.ranks.sum([answers])
-        losses = []
+        total, *votes = self.ranks.sum([answers, *self.signals.votes()])
+        self._heed(votes)
+        losses: list[torch.Tensor] = []
         for i, batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             loss_sum = self.engine(batch, last)["loss_sum"]
-            self.engine.backward(loss_sum / max(total, 1.0), last)
             losses.append(loss_sum.detach())
+            usable = not last or self.bad_steps.usable(losses, total)
+            self.engine.backward(marked(loss_sum / max(total, 1.0), usable), last)
             window.tokens += int(batch["attention_mask"].sum())
             window.places += batch["attention_mask"].numel()
         norm = self.engine.step(factor)
+        self.state.step += 1
+        if not math.isfinite(norm):
+            self._without_update(micro_batches, losses)
+            return
+        self.bad_steps.passed()
         window.loss += float(torch.stack(losses).double().sum())
         window.answer_tokens += total
-        self.state.step += 1
-        return norm
+        window.norm = norm
+
+    def _without_update(self, micro_batches: list[Any], losses: list[torch.Tensor]) -> None:
+        """Tell of a step that the engine left out; BadStep where the run may not go on."""
+        step = self.state.step
+        head = {"step": step, "epoch": round(self.plan.epoch(step), 4)}
+        record = {**head, **self.bad_steps.record(micro_batches, losses)}
+        if self.watch:
+            self.watch.record("bad_step", record)
+        self.bad_steps.check(record)
 
     # ---- now and then ------------------------------------------------------------------------------------------------
 
@@ -297,8 +343,10 @@ class Loop:
         step = self.state.step
         return step == self.plan.total_steps or (step % every == 0 if every else self.plan.ends_epoch(step))
 
-    def _log(self, norm: float) -> None:
+    def _log(self) -> None:
         w, step = self.window, self.state.step
+        if not w.answer_tokens:
+            return  # no update since the last line
         seconds = max(time.monotonic() - w.began, 1e-9)
         loss, tokens, places, waited = self.ranks.sum([w.loss, w.tokens, w.places, w.waited / self.ranks.world])
         factor = self.factor(step - 1)
@@ -310,7 +358,7 @@ class Loop:
                     "epoch": round(self.plan.epoch(step), 4),
                     "loss": loss / max(w.answer_tokens, 1.0),
                     "learning_rate": {part: rate * factor for part, rate in self._base_rates().items()},
-                    "grad_norm": norm,
+                    "grad_norm": w.norm,
                     "tokens_per_second": round(tokens / seconds, 1),
                     "padding_share": round(1 - tokens / places, 4),
                     "data_wait_share": round(waited / seconds, 4),
@@ -325,13 +373,14 @@ class Loop:
 
     def _validate(self) -> bool:
         """Validate and log; whether the checkpoint of this step is the best so far and is to be kept."""
+        self.state.unvalidated = False
         if self.corpus.validation is None:
             return False
         rows = ValidationBatches(
             len(self.corpus.validation), self.training.eval_batch_size, self.ranks.rank, self.ranks.world
         )
         loader = batches(self.corpus.validation, rows, self.corpus.pad_id, self.training.dataloader_num_workers)
-        found = validate(self.engine, loaded(loader), rows, self.ranks)
+        found = validate(self.engine, loaded(loader), rows, self.ranks, self._heed_validating)
         if self.watch:
             self.watch.record(
                 "validation", {"step": self.state.step, "epoch": round(self.plan.epoch(self.state.step), 4), **found}

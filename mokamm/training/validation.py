@@ -7,7 +7,7 @@ cannot be used (corpus.HeldOut) comes without answer tokens: it has no loss, cou
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,11 +19,21 @@ from mokamm.training.stream import ValidationBatches
 
 
 @torch.no_grad()
-def validate(engine: Engine, loader: Iterable[Any], rows: ValidationBatches, ranks: Ranks) -> dict[str, float]:
-    """{"loss", "accuracy", "samples", "missing"} over all ranks; leaves the engine in training mode."""
+def validate(
+    engine: Engine,
+    loader: Iterable[Any],
+    rows: ValidationBatches,
+    ranks: Ranks,
+    heed: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """{"loss", "accuracy", "samples", "missing"} over all ranks; leaves the engine in training mode.
+
+    heed: called before each batch, on all ranks; it may raise.
+    """
     engine.train(False)
     loss = tokens = right = samples = missing = 0.0
     for i, batch in enumerate(loader):
+        heed()
         labels = batch["labels"]
         labels[rows.real(i) :] = IGNORED  # stand-ins
         outputs = engine(batch)

@@ -4,6 +4,7 @@ metrics.jsonl, one object a line:
     {"kind": "train", "step", "epoch", "loss", "learning_rate": {part: rate}, "grad_norm", "tokens_per_second",
      "padding_share", "data_wait_share", "memory_gb", "seconds"}
     {"kind": "validation", "step", "epoch", "loss", "accuracy", "samples", "missing"}
+    {"kind": "bad_step", "step", "epoch", "reason", "micro_batches": [{"loss", "rows": [{"source", "row", "id"}]}]}
 
 Each step stands there once, in order: a resumed run drops what lies beyond its checkpoint before it writes. While a run
 is interrupted, the last line may be cut; `read_metrics` leaves it out.
@@ -23,6 +24,7 @@ from mokamm.training.disk import writing
 
 METRICS = "metrics.jsonl"
 ADVICE = "make room or mend the disk, then start the same command again: it goes on from its newest checkpoint"
+SHOWN = 32  # rows that a message names; their record names all
 
 
 class Watch:
@@ -43,7 +45,7 @@ class Watch:
             self.file.write(json.dumps(record) + "\n")
             if self.board:  # it writes in a thread, and raises here what failed there
                 for name, value in _flat(values):
-                    if name not in ("step", "kind"):
+                    if name != "step" and isinstance(value, int | float):
                         self.board.add_scalar(f"{kind}/{name}", value, values["step"])
         self.shown.record(kind, values, self.total, self.left(values["step"]))
 
@@ -118,9 +120,26 @@ def describe(kind: str, values: dict[str, Any], total: int, left: float) -> str:
         right = f"answers right {values['accuracy']:.1%} of {values['samples']:.0f}"
         right += f" ({values['missing']:.0f} unusable)" if values.get("missing") else ""
         return f"{head}  validation loss {values['loss']:.4f}  {right}"
+    if kind == "bad_step":
+        rows = "; ".join(named(values["micro_batches"]))
+        return f"{head}  warning: {values['reason']}; no update was made. Rows: {rows}"
     rates = "  ".join(f"{part} lr {rate:.1e}" for part, rate in values["learning_rate"].items())
     speed = f"{short(values['tokens_per_second'])} tokens/s  left {duration(left)}"
     return f"{head}  loss {values['loss']:.4f}  norm {values['grad_norm']:.2f}  {rates}  {speed}"
+
+
+def named(micro_batches: list[dict[str, Any]]) -> list[str]:
+    """A line for each micro batch, until SHOWN rows are named."""
+    lines, shown, all_rows = [], 0, sum(len(entry["rows"]) for entry in micro_batches)
+    for entry in micro_batches:
+        if shown >= SHOWN:
+            lines.append(f"and {all_rows - shown} more rows")
+            break
+        loss = entry["loss"] if isinstance(entry["loss"], str) else f"{entry['loss']:.4g}"
+        rows = ", ".join(f"{row['source']} row {row['row']} (id {row['id']})" for row in entry["rows"])
+        lines.append(f"loss {loss}: {rows}")
+        shown += len(entry["rows"])
+    return lines
 
 
 def duration(seconds: float) -> str:
