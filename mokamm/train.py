@@ -3,7 +3,7 @@
     config --> (miniature world) --> model --> corpus --> steps --> final/ --> evaluation --> report/
 
 Also starts as `python`, `torchrun` or `accelerate launch`. Exit codes: 0 done; 2 a mistake in the configuration or the
-data, told in one message; others are bugs.
+data, told in one message; 75 another rank went away, the same command goes on; others are bugs.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         _tell(error)
         sys.stdout.flush()
-        os._exit(2) if _in_group() else sys.exit(2)  # peers may wait in a collective: do not wait for them
+        code = getattr(error, "exit_code", 2)
+        os._exit(code) if _in_group() else sys.exit(code)  # peers may wait in a collective: do not wait for them
 
 
 def run(config: RunConfig) -> None:
     """The whole of it; on every rank."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
-    from mokamm.training import finish, launch, world
+    from mokamm.training import finish, launch, peers, world
 
     _quiet()
     ranks = launch.start(config.training)
@@ -64,8 +65,10 @@ def run(config: RunConfig) -> None:
         if config.data.world:
             world.make_world(config.data.world)
     ranks.barrier()
+    launch.check_shared(folder, ranks)
     config.check_files(world_is_made=True)  # a wrong name of a file in it is found before training
-    train(config, folder, ranks)
+    with peers.told(ranks, config.training):
+        train(config, folder, ranks)
     launch.stop(ranks)
     if ranks.main:
         finish.finish(config, folder)
@@ -119,8 +122,9 @@ def _summary(config: RunConfig, parts: dict, corpus: tuple, ranks: Ranks) -> str
 def _tell(error: Exception) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank and isinstance(error, ConfigError):
-        time.sleep(3)  # every rank finds the same mistakes; rank 0 tells them before the launcher stops all
-        return
+        time.sleep(
+            3
+        )  # rank 0 has mostly found the same, and its launcher stops all; another host may have mistakes of its own
     print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
 
 
