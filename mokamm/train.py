@@ -3,8 +3,8 @@
     config --> (miniature world) --> model --> corpus --> steps --> final/ --> evaluation --> report/
 
 Also starts as `python`, `torchrun` or `accelerate launch`. Exit codes: 0 done; 2 a mistake in the configuration or the
-data, or a step that cannot be used, told in one message; 130 or 143 stopped by Ctrl-C or SIGTERM, with everything saved
-(1 from launchers that were signalled themselves); others are bugs.
+data, or a step that cannot be used, told in one message; 75 another rank went away, the same command goes on; 130 or 143
+stopped by Ctrl-C or SIGTERM, with everything saved (1 from launchers that were signalled themselves); others are bugs.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         _tell(error)
         sys.stdout.flush()
-        os._exit(2) if _in_group() else sys.exit(2)  # peers may wait in a collective: do not wait for them
+        code = getattr(error, "exit_code", 2)
+        os._exit(code) if _in_group() else sys.exit(code)  # peers may wait in a collective: do not wait for them
 
 
 def run(config: RunConfig) -> None:
     """The whole of it; on every rank."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
-    from mokamm.training import finish, launch, world
+    from mokamm.training import finish, launch, peers, world
     from mokamm.training.disk import writing
 
     _quiet()
@@ -73,9 +74,11 @@ def run(config: RunConfig) -> None:
         if config.data.world:
             world.make_world(config.data.world)
     ranks.barrier()
+    launch.check_shared(folder, ranks)
     config.check_files(world_is_made=True)  # a wrong name of a file in it is found before training
     try:
-        train(config, folder, ranks)
+        with peers.told(ranks, config.training):
+            train(config, folder, ranks)
     except Stopped:
         launch.stop(ranks)  # all ranks raise it
         raise
@@ -135,8 +138,10 @@ def _summary(config: RunConfig, parts: dict, corpus: tuple, ranks: Ranks) -> str
 def _tell(error: Exception) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank and isinstance(error, ConfigError | BadStep):
-        time.sleep(3)  # every rank finds the same; rank 0 tells it before the launcher stops all
-        return
+        # rank 0 has mostly found the same, and its launcher stops all; another host may have mistakes of its own
+        time.sleep(3)
+        if isinstance(error, BadStep):
+            return
     print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from data.schema import UserError
 from mokamm.config import TrainingConfig, find_path
-from mokamm.training.launch import Ranks
+from mokamm.training.launch import Ranks, limit_waiting
 from mokamm.training.optimization import optimizer_arguments
 
 
@@ -113,6 +113,7 @@ class DeepSpeedEngine:
         self.rank, self.world = ranks.rank, ranks.world
         optimizer = _optimizer_class(config)(groups, **optimizer_arguments(training))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        limit_waiting(training.ddp_timeout)
 
     def __call__(self, batch: Any, last: bool = True) -> dict[str, Tensor]:
         return self.engine(batch)

@@ -11,7 +11,11 @@ from __future__ import annotations
 import os
 import random
 import socket
+import time
+import uuid
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.schema import UserError
@@ -34,10 +38,19 @@ class Ranks:
     world: int
     device: torch.device
     grouped: bool  # a process group exists
+    hosts: tuple[tuple[str, str], ...] = ()  # (name, address) by rank, where there are several
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def backend(self) -> str:
+        return "gloo" if self.device.type == "cpu" else "nccl"
+
+    @property
+    def hosts_differ(self) -> bool:
+        return len(set(self.hosts)) > 1
 
     def barrier(self) -> None:
         if self.grouped:
@@ -72,6 +85,11 @@ def start(training: TrainingConfig) -> Ranks:
     import torch
 
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not launched and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
+        raise UserError(
+            "accelerate launch --cpu starts one process, however many it is asked for (it leaves that to mpirun); "
+            "use `accelerate launch --multi_gpu --num_processes N`, which also runs on CPUs, torchrun or deepspeed"
+        )
     cpu = not torch.cuda.is_available() if training.use_cpu is None else training.use_cpu
     if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -88,9 +106,9 @@ def start(training: TrainingConfig) -> Ranks:
     if not cpu:
         torch.cuda.set_device(device)
     _threads()
-    grouped = _join(training, cpu, launched)
+    grouped = _joined(training, cpu, launched)
     seed_everything(training.seed)
-    return Ranks(rank, local_rank, world, device, grouped)
+    return Ranks(rank, local_rank, world, device, grouped, _hosts(world) if grouped else ())
 
 
 def stop(ranks: Ranks) -> None:
@@ -99,6 +117,48 @@ def stop(ranks: Ranks) -> None:
         import torch.distributed as dist
 
         dist.destroy_process_group()
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """UserError, on every rank, where the run folder of some rank is not that of rank 0; every rank must call it."""
+    if ranks.world == 1 or not ranks.grouped:
+        return
+    import torch.distributed as dist
+
+    name = [f".seen-by-all-{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(name, src=0, device=ranks.device)
+    mark = folder / name[0]
+    if ranks.main:
+        mark.touch()
+    ranks.barrier()
+    blind = 0.0 if _appears(mark) else 1.0
+    found = ranks.sum([blind if rank == ranks.rank else 0.0 for rank in range(ranks.world)])
+    if ranks.main:
+        mark.unlink()
+    hosts = sorted({ranks.hosts[rank][0] for rank, count in enumerate(found) if count})
+    if hosts:
+        raise UserError(
+            f"training.output_dir: {folder} on {', '.join(hosts)} is not the folder that rank 0 writes to "
+            f"on {ranks.hosts[0][0]}; all hosts must share it (and data.world, data.cache): name a path on common storage"
+        )
+
+
+def _appears(path: Path, seconds: float = 10.0) -> bool:
+    """Whether a file is there, or comes soon: network file systems tell others late."""
+    until = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def limit_waiting(seconds: int) -> None:
+    """Give every process group the timeout: DeepSpeed makes groups of its own, which wait for torch's 30 minutes."""
+    from torch.distributed import distributed_c10d
+
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def seed_everything(seed: int) -> None:
@@ -135,8 +195,42 @@ def _threads() -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
 
 
+def _hosts(world: int) -> tuple[tuple[str, str], ...]:
+    import torch.distributed as dist
+
+    hosts: list[Any] = [None] * world
+    dist.all_gather_object(hosts, _own_host())
+    return tuple(hosts)
+
+
+def _own_host() -> tuple[str, str]:
+    """This host's name, and its address as the other ranks see it: that from which rank 0 is reached. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
+            return socket.gethostname(), probe.getsockname()[0]
+        except OSError:
+            return socket.gethostname(), "127.0.0.1"
+
+
+def _joined(training: TrainingConfig, cpu: bool, launched: bool) -> bool:
+    """`_join`, with one message where the other ranks do not come."""
+    import torch.distributed as dist
+
+    try:
+        return _join(training, cpu, launched)
+    except dist.DistError as error:
+        here = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        raise UserError(
+            f"rank {here['RANK']} of {here['WORLD_SIZE']} did not meet all the others within {training.ddp_timeout} s "
+            f"(training.ddp_timeout): {str(error).splitlines()[0][:200]}. Start the command on every host, each with "
+            f"its own node rank; {here['MASTER_ADDR']}:{here['MASTER_PORT']} (of rank 0) must be reachable, and where "
+            "a host has several networks, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name the one to use"
+        ) from error
+
+
 def _join(training: TrainingConfig, cpu: bool, launched: bool) -> bool:
-    backend = "gloo" if cpu else "nccl"
+    backend, timeout = "gloo" if cpu else "nccl", timedelta(seconds=training.ddp_timeout)
     if training.deepspeed:
         import logging
 
@@ -145,11 +239,11 @@ def _join(training: TrainingConfig, cpu: bool, launched: bool) -> bool:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if cpu:  # set, not probed: asking DeepSpeed which operators this machine could compile starts compilers
             vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
         return True
     if launched:
         import torch.distributed as dist
 
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
         return True
     return False
