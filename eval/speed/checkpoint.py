@@ -1,14 +1,17 @@
 """What a checkpoint costs, beside transformers.Trainer's default:  python eval/speed/checkpoint.py [--rounds 9] [--json]
 
 The model of configs/quickstart.yaml (or of another configuration), trained weights of one adapter method, AdamW states
-after one step; on this machine's disk, one process. In turns, on the same model:
+after one step; on this machine's disk, one process. In turns:
 
-    mokamm     checkpoint.save: adapter, projectors, optimizer, generators; sha256 manifest, fsync, rename, rotation
-    trainer    Trainer._save_checkpoint of the same module (LLM with adapter, and projectors), its defaults: the frozen
-               weights are written too; no digests, no fsync
-    peft       Trainer._save_checkpoint of the PeftModel alone: adapter and its optimizer only, without the projectors
+    whole      the LLM with its adapter, and the projectors. The Trainer takes it for a plain module and writes the frozen
+               weights too
+    adapter    the LLM with its adapter alone, a PeftModel, of which the Trainer writes the adapter only
 
-Seconds are medians; bytes are those of one checkpoint. Nothing is downloaded; no GPU is used.
+    mokamm     checkpoint.save: weights, optimizer, generators, state; sha256 manifest, fsync, rename, rotation
+    trainer    Trainer._save_checkpoint with its defaults: the same things; no digests, no fsync, no rename
+
+Seconds are medians, ratios are mokamm's over the Trainer's; bytes are those of one checkpoint. Nothing is downloaded, no
+GPU is used.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,17 +36,16 @@ Save = Callable[[int], None]  # writes the checkpoint of a step
 
 
 class Trained(nn.Module):
-    """What mokamm hands to an engine, as a plain module: the LLM with its adapter, and the projectors."""
+    """What mokamm hands to an engine, as a plain module: the LLM with its adapter, and the projectors (or none)."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, projectors: nn.ModuleDict) -> None:
         super().__init__()
-        self.llm, self.projectors = model.llm, model.projectors
-        self.processor = model.processor
+        self.llm, self.projectors, self.processor = model.llm, projectors, model.processor
 
     def forward(self, **batch: Any) -> Any:
         return self.llm(**batch)
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """Tied weights once: the Trainer writes this as it is, and safetensors refuses the same tensor twice."""
         once = {tensor.data_ptr(): name for name, tensor in super().state_dict(*args, **options).items()}
         state = super().state_dict(*args, **options)
@@ -83,6 +84,7 @@ def trainers(model: nn.Module, folder: Path) -> Save:
     trainer = Trainer(model=model, args=arguments)
     trainer.create_optimizer_and_scheduler(num_training_steps=1000)
     fill_gradients(model)
+    assert trainer.optimizer is not None
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
 
@@ -94,35 +96,46 @@ def trainers(model: nn.Module, folder: Path) -> Save:
 
 
 def measure(config_path: str, method: str, rounds: int) -> dict[str, dict[str, float]]:
-    """{"mokamm" | "trainer" | "peft": {"seconds", "bytes", "seconds_ratio", "bytes_ratio"}}; ratios to mokamm's."""
+    """{"whole" | "adapter": {"seconds", "bytes", "trainer_seconds", "trainer_bytes", "seconds_ratio", "bytes_ratio"}}"""
     from mokamm.build import build_model
 
     config = load_config(config_path, [f"adapter.method={method}", "data.cache=null"])
-    model = Trained(build_model(config, "cpu", for_training=True))
+    model = build_model(config, "cpu", for_training=True)
+    whole, alone = Trained(model, model.projectors), Trained(model, nn.ModuleDict())
     with tempfile.TemporaryDirectory() as place:
-        folders = {name: Path(place) / name for name in ("mokamm", "trainer", "peft")}
+        names = [(what, who) for what in ("whole", "adapter") for who in ("mokamm", "trainer")]
+        folders = {name: Path(place) / "-".join(name) for name in names}
         saves = {
-            "mokamm": ours(model, config, folders["mokamm"]),
-            "trainer": trainers(model, folders["trainer"]),
-            "peft": trainers(model.llm, folders["peft"]),
+            ("whole", "mokamm"): ours(whole, config, folders["whole", "mokamm"]),
+            ("whole", "trainer"): trainers(whole, folders["whole", "trainer"]),
+            ("adapter", "mokamm"): ours(alone, config, folders["adapter", "mokamm"]),
+            ("adapter", "trainer"): trainers(alone.llm, folders["adapter", "trainer"]),
         }
-        times: dict[str, list[float]] = {name: [] for name in saves}
-        for step in range(rounds + 1):
-            for name, save in saves.items():
-                began = time.perf_counter()
-                save(step + 1)
-                if step:  # the first of each also imports and warms up
-                    times[name].append(time.perf_counter() - began)
+        seconds = _in_turns(saves, rounds)
         size = {name: _bytes(folder / f"checkpoint-{rounds + 1}") for name, folder in folders.items()}
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+    return {what: _beside(what, seconds, size) for what in ("whole", "adapter")}
+
+
+def _in_turns(saves: dict[tuple[str, str], Save], rounds: int) -> dict[tuple[str, str], float]:
+    """Median seconds of each; a first round imports and warms up."""
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in saves}
+    for step in range(1, rounds + 2):
+        for name, save in saves.items():
+            began = time.perf_counter()
+            save(step)
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def _beside(what: str, seconds: dict[tuple[str, str], float], size: dict[tuple[str, str], int]) -> dict[str, float]:
+    ours, theirs = (what, "mokamm"), (what, "trainer")
     return {
-        name: {
-            "seconds": round(seconds[name], 4),
-            "bytes": size[name],
-            "seconds_ratio": round(seconds["mokamm"] / seconds[name], 3),
-            "bytes_ratio": round(size["mokamm"] / size[name], 3),
-        }
-        for name in saves
+        "seconds": round(seconds[ours], 4),
+        "trainer_seconds": round(seconds[theirs], 4),
+        "seconds_ratio": round(seconds[ours] / seconds[theirs], 3),
+        "bytes": size[ours],
+        "trainer_bytes": size[theirs],
+        "bytes_ratio": round(size[ours] / size[theirs], 3),
     }
 
 
@@ -143,10 +156,13 @@ def main() -> None:
         print(json.dumps({"rounds": args.rounds, "torch": torch.__version__, "methods": found}))
         return
     for method, rows in found.items():
-        for name, row in rows.items():
-            beside = f"mokamm / {name}: seconds {row['seconds_ratio']:.2f}, bytes {row['bytes_ratio']:.2f}"
-            print(f"{method:>6} {name:>8} {row['seconds']:8.4f} s {row['bytes']:>12,} bytes   {beside}")
+        for what, row in rows.items():
+            print(
+                f"{method:>6} {what:>8}   mokamm {row['seconds']:.4f} s {row['bytes']:>11,} bytes   "
+                f"trainer {row['trainer_seconds']:.4f} s {row['trainer_bytes']:>11,} bytes   "
+                f"ratio: {row['seconds_ratio']:.2f} of the seconds, {row['bytes_ratio']:.2f} of the bytes"
+            )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
