@@ -29,6 +29,7 @@ def write_report(run: str | Path) -> Path:
     records = read_metrics(run / "metrics.jsonl")
     train = [r for r in records if r["kind"] == "train"]
     validation = [r for r in records if r["kind"] == "validation"]
+    bad_steps = sum(r["kind"] == "bad_step" for r in records)
     if not train:
         raise UserError(
             f"{run}/metrics.jsonl holds no training step: give the folder of a run that has logged at least one"
@@ -39,7 +40,7 @@ def write_report(run: str | Path) -> Path:
     plot_loss(train, validation, folder / "loss_plot.png")
     if results or validation:
         plot_accuracy(results, validation, folder / "accuracy.png")
-    (folder / "report.md").write_text("\n".join(_page(run, train, validation, results)) + "\n")
+    (folder / "report.md").write_text("\n".join(_page(run, train, validation, results, bad_steps)) + "\n")
     return folder / "report.md"
 
 
@@ -105,7 +106,7 @@ def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{100 * value:.1f} %" if 0 <= value <= 1 else f"{value:.3g}"
 
 
-def _page(run: Path, train: list[dict], validation: list[dict], results: list[Result]) -> list[str]:
+def _page(run: Path, train: list[dict], validation: list[dict], results: list[Result], bad_steps: int) -> list[str]:
     last = train[-1]
     seconds = sum(r["seconds"] for r in train)
     speed = sum(r["tokens_per_second"] * r["seconds"] for r in train) / max(seconds, 1e-9)
@@ -119,6 +120,7 @@ def _page(run: Path, train: list[dict], validation: list[dict], results: list[Re
         f"waiting for data |",
         f"| padding | {100 * sum(r['padding_share'] for r in train) / len(train):.1f} % of all places |",
         f"| peak memory | {max(r['memory_gb'] for r in train):.2f} GB |",
+        *([f"| steps without an update | {bad_steps}; their rows: `bad_step` in metrics.jsonl |"] if bad_steps else []),
         "",
     ]
     if validation:

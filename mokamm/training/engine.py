@@ -114,6 +114,10 @@ class DeepSpeedEngine:
         optimizer = _optimizer_class(config)(groups, **optimizer_arguments(training))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         limit_waiting(training.ddp_timeout)
+        self.plain = not hasattr(self.optimizer, "_global_grad_norm")  # stage 0 in float32: no optimizer of DeepSpeed's
+        self.norm = 0.0
+        if self.plain:
+            self.optimizer.register_step_pre_hook(self._spare)
 
     def __call__(self, batch: Any, last: bool = True) -> dict[str, Tensor]:
         return self.engine(batch)
@@ -127,19 +131,18 @@ class DeepSpeedEngine:
             self.engine.step()  # counts the micro batch; nothing is updated before the window's end
 
     def step(self, factor: float) -> float:
-        """DeepSpeed leaves an update without a finite norm out by itself, and then says that the norm is infinite."""
+        """DeepSpeed's own optimizers leave an update without a finite norm out, and then call the norm infinite."""
         _set_rates(self.optimizer.param_groups, factor)
-        norm = None if hasattr(self.optimizer, "_global_grad_norm") else self._plain_norm()
+        if self.plain:
+            grads = [p.grad for group in self.groups() for p in group["params"] if p.grad is not None]
+            self.norm = float(torch.nn.utils.get_total_norm(grads))
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+        return self.norm if self.plain else float(self.engine.get_global_grad_norm())
 
-    def _plain_norm(self) -> Tensor:
-        """Stage 0 in float32 is torch's own optimizer, which asks for no norm; gradients are dropped if it is not finite."""
-        parameters = [p for group in self.groups() for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not math.isfinite(norm):
-            self.engine.zero_grad()
-        return norm
+    def _spare(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before torch's own step: parameters without a gradient are left alone."""
+        if not math.isfinite(self.norm):
+            optimizer.zero_grad(set_to_none=True)
 
     def groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups

@@ -6,7 +6,8 @@
 The agreement rides on the collective that counts a step's answer tokens: it costs nothing, and a signal that reached
 one rank stops all of them. A thread listens, because the main thread may hang in a collective whose peer has gone.
 Launchers pass on what the terminal has sent to every process already (deepspeed sends SIGTERM after a Ctrl-C), and
-timeout(1) sends twice: what comes within ECHO seconds of the first is no second signal.
+timeout(1) sends twice: what comes within ECHO seconds of the first is no second signal. The `deepspeed` command itself
+passes nothing on: it dies, and its ranks would train on unseen. So a rank whose command has gone stops as well.
 """
 
 from __future__ import annotations
@@ -47,9 +48,13 @@ class SignalWatch:
 
     def __init__(self, tell: bool = True) -> None:
         self.tell, self.first, self.since = tell, 0, 0.0
+        self.command = deepspeed_command()
 
     def votes(self) -> list[float]:
         """One for the signal that this process got first, to be summed over the ranks."""
+        if not self.first and self.command and not self.command.exists():
+            self.first, self.since = signal.SIGTERM, time.monotonic()
+            self._say("the deepspeed command has gone: the run saves after this step and ends")
         return [float(self.first == number) for number in SIGNALS]
 
     def __enter__(self) -> SignalWatch:
@@ -82,7 +87,9 @@ class SignalWatch:
             name = signal.Signals(number).name
             if not self.first:
                 self.first, self.since = number, time.monotonic()
-                self._say(f"{name}: the run saves after this step and ends; once more leaves at once, nothing saved")
+                self._say(
+                    f"{name}: the run saves after this step and ends; again after {ECHO:g} s leaves at once, unsaved"
+                )
             elif time.monotonic() - self.since > ECHO:
                 self._say(f"{name} again: leaving at once")
                 os._exit(128 + number)
@@ -90,6 +97,17 @@ class SignalWatch:
     def _say(self, line: str) -> None:
         if self.tell:
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{line}\n".encode())
+
+
+def deepspeed_command() -> Path | None:
+    """The /proc entry of the `deepspeed` command that started this rank's launcher; None without one on this machine."""
+    try:
+        status = Path(f"/proc/{os.getppid()}/stat").read_text()
+        command = Path("/proc") / status.rpartition(")")[2].split()[1]  # the launcher's own parent
+        words = (command / "cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return None
+    return command if "deepspeed" in [Path(word).name for word in words[:2]] else None
 
 
 def agreed(votes: list[float]) -> signal.Signals | None:

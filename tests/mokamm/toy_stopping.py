@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -25,7 +26,13 @@ from mokamm.training.stopping import Stopped
 
 TOY = Path(__file__).with_name("toy_training.py")
 ROW = 13  # of the toy's 22; its first token is its own
-SKIPPING = {"max_steps": 6, "on_nan": "skip", "save_steps": 1, "save_total_limit": None, "load_best_model_at_end": False}
+SKIPPING = {
+    "max_steps": 6,
+    "on_nan": "skip",
+    "save_steps": 1,
+    "save_total_limit": None,
+    "load_best_model_at_end": False,
+}
 FREE_STEPS, ACCUMULATION = 3, 2  # steps before the run waits for a signal; the toy's accumulation
 
 
@@ -50,16 +57,39 @@ def overflow(model: Any, size: float, sharp: float = 1.0) -> None:
         model.llm.get_output_embeddings().weight.mul_(sharp)
 
 
-def run(folder: Path, ranks: launch.Ranks, size: float = 0.0, sharp: float = 1.0, corpus: Any = None, **training: Any):
+def run(
+    folder: Path,
+    ranks: launch.Ranks,
+    size: float = 0.0,
+    sharp: float = 1.0,
+    corpus: Any = None,
+    dropout: float = 0.0,
+    **training: Any,
+) -> None:
     """As toy.run, with overflowing weights, and rows of one's own."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = toy.config(folder, **{**toy.FROM_STEP_ONE, **training})
-    model = toy.build("lora", 0.2 if corpus else 0.0)
-    overflow(model, size, sharp) if size else None
+    model = toy.build("lora", dropout)
+    if size:
+        overflow(model, size, sharp)
     launch.seed_everything(ranks.rank)
     found = corpus or toy.corpus(folder)
     fit(settings, model, toy.parts_of(model), found, ranks, begin(settings, found, ranks))
-    return model
+
+
+def signalled_in_validation(folder: Path) -> Any:
+    """The toy's corpus, whose second validation row sends this process a SIGTERM; once."""
+    found, seen = toy.corpus(folder), []
+
+    def encode(sample: Any) -> Any:
+        seen.append(sample.id)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # until the listening thread has noted it
+        return toy.encode(sample)
+
+    found.validation.process = encode
+    return found
 
 
 def waiting(folder: Path, rows: int) -> Any:
@@ -83,8 +113,8 @@ def main(folder: Path, stages: list[str]) -> int:
     common = {"ranks": ranks, "per_device_train_batch_size": 1}
     for stage in stages:
         run(folder / stage, size=3e38, deepspeed=json_of[stage], **common, **SKIPPING)
-    again = partial(run, deepspeed=json_of["zero2"], max_steps=8, save_steps=50, eval_steps=50, **common)
-    again(folder / "whole", corpus=toy.corpus(folder / "whole"))
+    again = partial(run, deepspeed=json_of["zero2"], dropout=0.2, max_steps=8, save_steps=50, eval_steps=50, **common)
+    again(folder / "whole")
     code = 0
     try:
         again(folder / "halved", corpus=waiting(folder / "halved", FREE_STEPS * ACCUMULATION))
@@ -92,7 +122,7 @@ def main(folder: Path, stages: list[str]) -> int:
         code = stopped.code
         if ranks.main:
             (folder / "stopped.json").write_text(json.dumps({"step": stopped.step, "folder": str(stopped.folder)}))
-    again(folder / "halved", corpus=toy.corpus(folder / "halved"))
+    again(folder / "halved")
     launch.stop(ranks)
     return code
 
