@@ -45,6 +45,7 @@ RECORDS = (
     "metrics.jsonl",
     "bad_samples.jsonl",
     "tensorboard",
+    "wandb",
     "final",
     "predictions",
     "report",

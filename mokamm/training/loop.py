@@ -26,6 +26,7 @@ from mokamm.training import checkpoint
 from mokamm.training.checkpoint import TrainerState
 from mokamm.training.corpus import Corpus, batches
 from mokamm.training.engine import Engine, build_engine
+from mokamm.training.forecast import Forecast, explained
 from mokamm.training.launch import Ranks
 from mokamm.training.optimization import parameter_groups, schedule
 from mokamm.training.stream import MicroBatches, Plan, ValidationBatches, plan
@@ -87,16 +88,18 @@ def fit(
     ranks: Ranks,
     beginning: Beginning,
     stop_after: int | None = None,
+    forecast: Forecast | None = None,
 ) -> Path:
     """Train; returns the checkpoint whose weights are the run's result (the best one, or the last).
 
     parts: trainable (name, parameter) pairs by part. stop_after: leave after that step, as if interrupted (for tests).
+    forecast: compared with the measured peak after the first step.
     """
     training, shape, state = config.training, beginning.shape, beginning.state
     engine = start(training, model, parameter_groups(training, parts), beginning.folder, ranks)
     if training.gradient_checkpointing:
         checkpoint_activations(model.llm)
-    loop = Loop(config, model, engine, corpus, ranks, shape, state)
+    loop = Loop(config, model, engine, corpus, ranks, shape, state, forecast)
     try:
         loop.run(stop_after or shape.total_steps)
     finally:
@@ -174,25 +177,28 @@ class Loop:
         ranks: Ranks,
         shape: Plan,
         state: TrainerState,
+        forecast: Forecast | None = None,
     ) -> None:
+        self.forecast = forecast
         self.training: TrainingConfig = config.training
         self.model, self.engine, self.corpus = model, engine, corpus
         self.ranks, self.plan, self.state = ranks, shape, state
         self.folder = Path(self.training.output_dir)
         self.factor = schedule(self.training, shape.total_steps)
-        self.watch = (
-            Watch(self.folder, shape.total_steps, state.step, list(self.training.report_to)) if ranks.main else None
-        )
+        self.watch = Watch(self.folder, shape.total_steps, state.step, self.training.report_to) if ranks.main else None
         self.window = Window()
 
     def run(self, until: int) -> None:
         micro_batches = iter(self._training_batches())
         self.window = Window(began=time.monotonic())
         while self.state.step < until:
-            norm = self._step(self._gather(micro_batches))
+            gathered = self._gather(micro_batches)
+            norm = self._step(gathered)
             step = self.state.step
             if self.watch:
                 self.watch.advance(step)
+                if self.forecast and step == self.watch.first + 1:
+                    print(self.forecast.compared(gathered), flush=True)
             if step % self.training.logging_steps == 0 or step == self.plan.total_steps:
                 self._log(norm)
             paused = time.monotonic()
@@ -281,7 +287,8 @@ class Loop:
             len(self.corpus.validation), self.training.eval_batch_size, self.ranks.rank, self.ranks.world
         )
         loader = batches(self.corpus.validation, rows, self.corpus.pad_id, self.training.dataloader_num_workers)
-        found = validate(self.engine, loaded(loader), rows, self.ranks)
+        with explained(self.forecast, validating=True):
+            found = validate(self.engine, loaded(loader), rows, self.ranks)
         if self.watch:
             self.watch.record(
                 "validation", {"step": self.state.step, "epoch": round(self.plan.epoch(self.state.step), 4), **found}
