@@ -34,6 +34,7 @@ import av
 import numpy as np
 import torch
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -286,11 +287,12 @@ def _pick(
     """The frame shown at each target time, as RGB (H,W,3), and the time at which the last decoded frame ends."""
     picked: list[np.ndarray] = []
     held, held_rgb, end = None, None, start
+    reformatter = VideoReformatter()  # one for the whole video: a frame's own would be set up anew for each
 
     def take() -> None:
         nonlocal held_rgb
         if held_rgb is None:
-            held_rgb = _rgb(held, picked[0].shape if picked else None, path, limits)
+            held_rgb = _rgb(held, reformatter, picked[0].shape if picked else None, path, limits)
         picked.append(held_rgb)
 
     for index, frame in enumerate(container.decode(stream)):
@@ -307,16 +309,20 @@ def _pick(
     return picked, end
 
 
-def _rgb(frame: Any, shape: tuple[int, ...] | None, path: Path, limits: MediaLimits) -> np.ndarray:
+def _rgb(
+    frame: Any, reformatter: VideoReformatter, shape: tuple[int, ...] | None, path: Path, limits: MediaLimits
+) -> np.ndarray:
     """One frame upright as uint8 (H,W,3), scaled to `shape` where the video changes its size on the way."""
     if frame.is_corrupt:
         raise MediaError(f"{path}: the picture at {frame.time} s is damaged; fetch the file again")
     _check_pixels(path, frame.width, frame.height, limits)
     turns = frame.rotation // 90 % 4 if frame.rotation % 90 == 0 else 0
-    if shape is None:
-        return np.rot90(frame.to_ndarray(format="rgb24"), turns)
-    height, width = (shape[0], shape[1]) if turns % 2 == 0 else (shape[1], shape[0])
-    return np.rot90(frame.reformat(width=width, height=height, format="rgb24").to_ndarray(), turns)
+    height, width = frame.height, frame.width
+    if shape is not None:
+        height, width = (shape[0], shape[1]) if turns % 2 == 0 else (shape[1], shape[0])
+    # one thread: swscale's pool of them costs more than the conversion, and workers are the parallelism
+    rgb = reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1)
+    return np.rot90(rgb.to_ndarray(), turns)
 
 
 def _decoded_sound(container: Any, stream: Any, path: Path, limits: MediaLimits) -> tuple[np.ndarray, int, Fraction]:

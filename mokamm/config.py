@@ -219,7 +219,7 @@ class TrainingConfig(Section):
     load_best_model_at_end: bool = True
     metric_for_best_model: Literal["loss", "accuracy"] = "accuracy"
     resume_from_checkpoint: str | None = "auto"
-    report_to: list[Literal["tensorboard"]] = ["tensorboard"]
+    report_to: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     deepspeed: str | None = None  # path of a DeepSpeed JSON; None: plain PyTorch
     ddp_timeout: Positive = 1800  # seconds that a rank waits for the others; a save by rank 0 must fit into it
     use_cpu: bool | None = None  # None: where there is no GPU

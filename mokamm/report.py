@@ -1,4 +1,4 @@
-"""The report of a run: `report/loss_plot.png`, `report/accuracy.png`, `report/report.md`, from metrics.jsonl and
+"""The report of a run: report/report.md with loss_plot.png, accuracy.png and speed.png, from metrics.jsonl and
 predictions/.
 
     python -m mokamm.report RUN        writes it again, also while the run is going on
@@ -38,6 +38,7 @@ def write_report(run: str | Path) -> Path:
     folder = run / "report"
     folder.mkdir(exist_ok=True)
     plot_loss(train, validation, folder / "loss_plot.png")
+    plot_speed(train, folder / "speed.png")
     if results or validation:
         plot_accuracy(results, validation, folder / "accuracy.png")
     (folder / "report.md").write_text("\n".join(_page(run, train, validation, results, bad_steps)) + "\n")
@@ -132,8 +133,8 @@ def _page(run: Path, train: list[dict], validation: list[dict], results: list[Re
         lines += ["Scores are over all rows; an answer that cannot be read (unread) is wrong."]
         lines += [line for r in results if not r["control"] for line in breakdown_tables(r)] + [""]
     if results or validation:
-        lines += ["![accuracy](accuracy.png)"]
-    return lines
+        lines += ["![accuracy](accuracy.png)", ""]
+    return [*lines, "## Speed and memory", "", "![speed](speed.png)"]
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------
@@ -143,10 +144,8 @@ def plot_loss(train: list[dict], validation: list[dict], path: Path) -> None:
     """Training loss (thin), its running mean, validation loss; the rates below."""
     plt = _pyplot()
     figure, (loss, rate) = plt.subplots(2, 1, figsize=(8, 6), height_ratios=[3, 1], sharex=True, layout="constrained")
-    steps, losses = [r["step"] for r in train], [r["loss"] for r in train]
-    smooth = running_mean(losses)
-    loss.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1)
-    loss.plot(steps, smooth, color=BLUE, linewidth=2, label="training (running mean)")
+    steps = [r["step"] for r in train]
+    _curve(loss, steps, [r["loss"] for r in train], BLUE, "training (running mean)")
     if validation:
         loss.plot(
             [r["step"] for r in validation], [r["loss"] for r in validation], "o-", color=ORANGE, label="validation"
@@ -164,6 +163,34 @@ def plot_loss(train: list[dict], validation: list[dict], path: Path) -> None:
         _plain(axes)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def plot_speed(train: list[dict], path: Path) -> None:
+    """Tokens per second, shares of padding and of waiting for data, peak memory, gradient norm, over the steps."""
+    plt = _pyplot()
+    figure, panels = plt.subplots(4, 1, figsize=(8, 8), sharex=True, layout="constrained")
+    speed, shares, memory, norm = panels
+    steps = [r["step"] for r in train]
+    _curve(speed, steps, [r["tokens_per_second"] for r in train], BLUE)
+    _curve(shares, steps, [100 * r["padding_share"] for r in train], GREY, "padding, of all places")
+    _curve(shares, steps, [100 * r["data_wait_share"] for r in train], ORANGE, "waiting for data, of the time")
+    shares.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 0.95))
+    memory.plot(steps, [r["memory_gb"] for r in train], color=GREEN, linewidth=2)
+    _curve(norm, steps, [r["grad_norm"] for r in train], BLUE)
+    for axes, label in zip(panels, ("tokens/s", "share, %", "peak memory, GB", "gradient norm"), strict=True):
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        _plain(axes)
+    norm.set_xlabel("step")
+    figure.align_ylabels()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _curve(axes: Axes, steps: list[int], values: list[float], colour: str, label: str | None = None) -> None:
+    """The values (thin) and their running mean."""
+    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+    axes.plot(steps, running_mean(values), color=colour, linewidth=2, label=label)
 
 
 def plot_accuracy(results: list[Result], validation: list[dict], path: Path) -> None:

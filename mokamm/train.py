@@ -62,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: RunConfig) -> None:
     """The whole of it; on every rank."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
-    from mokamm.training import finish, launch, peers, world
+    from mokamm.training import finish, launch, peers, watch, world
     from mokamm.training.disk import writing
 
     _quiet()
+    watch.check_report_to(config.training.report_to)
     ranks = launch.start(config.training)
     folder = Path(config.training.output_dir)
     if ranks.main:
@@ -94,18 +95,22 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     from mokamm.training import checkpoint, finish, launch
     from mokamm.training.corpus import build_corpus
     from mokamm.training.disk import writing
+    from mokamm.training.forecast import Forecast, explained
     from mokamm.training.loop import begin, fit
 
-    model = build_model(config, ranks.device, for_training=True)
+    with explained(None):
+        model = build_model(config, ranks.device, for_training=True)
     parts = trainable_parts(model)
     corpus = build_corpus(config, model.processor)
     beginning = begin(config, corpus, ranks)
+    forecast = Forecast.of(model, config, ranks)
     if ranks.main:
         with writing(folder, "make room or mend the disk, then start the same command again"):
             finish.dump_config(config, folder, model)
-        print(_summary(config, parts, corpus, ranks), flush=True)
+        print(_summary(config, parts, corpus, ranks), forecast.table(), sep="\n", flush=True)
     launch.seed_everything(config.training.seed + ranks.rank)  # the same weights on every rank, dropout of its own
-    best = fit(config, model, parts, corpus, ranks, beginning)
+    with explained(forecast):
+        best = fit(config, model, parts, corpus, ranks, beginning, forecast=forecast)
     if ranks.main:
         checkpoint.write_final(folder, best)
     ranks.barrier()

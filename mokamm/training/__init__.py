@@ -4,6 +4,7 @@ launch        processes, devices, threads            engine        DeepSpeed or 
 corpus        configured sources -> datasets          stream        which rows a step sees, on which rank
 optimization  rates per part, schedule                loop          the steps
 validation    loss and exact answers while training   checkpoint    whole folders, resume
-watch         metrics.jsonl, TensorBoard, progress    finish        final/, evaluation, report, model card
-stopping      signals: save and leave                bad_steps     losses that are not finite, spikes
+memory        formulas of a step's memory             forecast      prediction, comparison, advice
+watch         metrics.jsonl, TensorBoard, W&B         finish        final/, evaluation, report, model card
+stopping      signals: save and leave                 bad_steps     losses that are not finite, spikes
 """

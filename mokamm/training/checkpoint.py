@@ -53,6 +53,7 @@ RECORDS = (
     "metrics.jsonl",
     "bad_samples.jsonl",
     "tensorboard",
+    "wandb",
     "final",
     "predictions",
     "report",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from data.collate import collate
+from data.collate import collate, packed
 from data.dataset import MultimodalDataset, Part
 from data.ledger import Ledger
 from data.media import MediaLimits, MediaLoader
-from data.schema import IGNORED, BadSample, Example, UserError
+from data.schema import IGNORED, BadSample, Batch, Example, UserError
 from data.sources import open_source
 from mokamm.config import RunConfig, SourceConfig
 from mokamm.training.stopping import ignore_signals
@@ -83,12 +83,16 @@ def batches(dataset: MultimodalDataset, sampler: Iterable[list[int]], pad_id: in
     return DataLoader(
         dataset,
         batch_sampler=sampler if isinstance(sampler, Sampler) else _Given(sampler),
-        collate_fn=partial(collate, pad_id=pad_id),
+        collate_fn=partial(_for_main_process if workers else collate, pad_id=pad_id),
         num_workers=workers,
         worker_init_fn=_give_way,
         prefetch_factor=4 if workers else None,
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _for_main_process(examples: Sequence[Example], pad_id: int) -> Batch:
+    return packed(collate(examples, pad_id))
 
 
 def _give_way(worker: int) -> None:

@@ -31,6 +31,7 @@ from mokamm.training.checkpoint import TrainerState
 from mokamm.training.corpus import Corpus, batches
 from mokamm.training.disk import hold
 from mokamm.training.engine import Engine, build_engine
+from mokamm.training.forecast import Forecast, explained
 from mokamm.training.launch import Ranks
 from mokamm.training.optimization import parameter_groups, schedule
 from mokamm.training.stopping import SignalWatch, Stopped, agreed
@@ -109,10 +110,12 @@ def fit(
     ranks: Ranks,
     beginning: Beginning,
     stop_after: int | None = None,
+    forecast: Forecast | None = None,
 ) -> Path:
     """Train; returns the checkpoint whose weights are the run's result (the best one, or the last).
 
     parts: trainable (name, parameter) pairs by part. stop_after: leave after that step, as if interrupted (for tests).
+    forecast: compared with the measured peak after the first step.
     Raises Stopped, with everything saved, where a rank was signalled; BadStep where training.on_nan says so.
     """
     training, shape, state = config.training, beginning.shape, beginning.state
@@ -120,7 +123,7 @@ def fit(
     if training.gradient_checkpointing:
         checkpoint_activations(model.llm)
     with SignalWatch(tell=ranks.main) as signals:
-        loop = Loop(config, model, engine, corpus, ranks, shape, state, window, signals)
+        loop = Loop(config, model, engine, corpus, ranks, shape, state, window, signals, forecast)
         try:
             loop.run(stop_after or shape.total_steps)
         finally:
@@ -226,15 +229,15 @@ class Loop:
         state: TrainerState,
         window: dict[str, float],
         signals: SignalWatch,
+        forecast: Forecast | None = None,
     ) -> None:
+        self.forecast = forecast
         self.training: TrainingConfig = config.training
         self.model, self.engine, self.corpus = model, engine, corpus
         self.ranks, self.plan, self.state = ranks, shape, state
         self.folder = Path(self.training.output_dir)
         self.factor = schedule(self.training, shape.total_steps)
-        self.watch = (
-            Watch(self.folder, shape.total_steps, state.step, list(self.training.report_to)) if ranks.main else None
-        )
+        self.watch = Watch(self.folder, shape.total_steps, state.step, self.training.report_to) if ranks.main else None
         self.window, self.began_with = Window(), window
         self.signals, self.bad_steps = signals, BadSteps(self.training, state, ranks)
         self.saved = -1  # the last step that was saved
@@ -248,10 +251,13 @@ class Loop:
             self.window.began += time.monotonic() - paused
         micro_batches = iter(self._training_batches())
         while self.state.step < until:
-            self._step(self._gather(micro_batches))
+            gathered = self._gather(micro_batches)
+            self._step(gathered)
             step = self.state.step
             if self.watch:
                 self.watch.advance(step)
+                if self.forecast and step == self.watch.first + 1:
+                    print(self.forecast.compared(gathered), flush=True)
             if step % self.training.logging_steps == 0 or step == self.plan.total_steps:
                 self._log()
             paused = time.monotonic()
@@ -380,7 +386,8 @@ class Loop:
             len(self.corpus.validation), self.training.eval_batch_size, self.ranks.rank, self.ranks.world
         )
         loader = batches(self.corpus.validation, rows, self.corpus.pad_id, self.training.dataloader_num_workers)
-        found = validate(self.engine, loaded(loader), rows, self.ranks, self._heed_validating)
+        with explained(self.forecast, validating=True):
+            found = validate(self.engine, loaded(loader), rows, self.ranks, self._heed_validating)
         if self.watch:
             self.watch.record(
                 "validation", {"step": self.state.step, "epoch": round(self.plan.epoch(self.state.step), 4), **found}

@@ -1,4 +1,4 @@
-"""What one can watch of a run: metrics.jsonl, TensorBoard, and a line or bar of progress. All of it on rank 0 only.
+"""What one can watch of a run: metrics.jsonl, TensorBoard, W&B, and a line or bar of progress. On rank 0 only.
 
 metrics.jsonl, one object a line:
     {"kind": "train", "step", "epoch", "loss", "learning_rate": {part: rate}, "grad_norm", "tokens_per_second",
@@ -16,10 +16,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from data.schema import UserError
 from mokamm.training.disk import writing
 
 METRICS = "metrics.jsonl"
@@ -27,26 +30,28 @@ ADVICE = "make room or mend the disk, then start the same command again: it goes
 SHOWN = 32  # rows that a message names; their record names all
 
 
+class Writer(Protocol):
+    """One place where records go. values: {"step", "epoch", ...}; close() ends it, also after an error."""
+
+    def record(self, kind: str, values: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
 class Watch:
     """Writes and shows records; `first_step` > 0 drops what an interrupted run had logged beyond its checkpoint."""
 
-    def __init__(self, run: Path, total_steps: int, first_step: int, report_to: list[str]) -> None:
+    def __init__(self, run: Path, total_steps: int, first_step: int, report_to: Sequence[str]) -> None:
         self.total, self.first, self.began = total_steps, first_step, time.monotonic()
         self.path = run / METRICS
         with writing(self.path, ADVICE):
-            forget_after(self.path, first_step)
-            self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the whole run
-        self.board = _tensorboard(run / "tensorboard", first_step) if "tensorboard" in report_to else None
+            self.lines = JsonLines(run, first_step)
+        self.writers: list[Writer] = [self.lines, *(WRITERS[name](run, first_step) for name in report_to)]
         self.shown = _Bar(total_steps, first_step) if sys.stdout.isatty() else _Lines()
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
-        record = {"kind": kind, **values}
-        with writing(self.path, ADVICE):
-            self.file.write(json.dumps(record) + "\n")
-            if self.board:  # it writes in a thread, and raises here what failed there
-                for name, value in _flat(values):
-                    if name != "step" and isinstance(value, int | float):
-                        self.board.add_scalar(f"{kind}/{name}", value, values["step"])
+        with writing(self.path, ADVICE):  # TensorBoard writes in a thread, and raises here what failed there
+            for writer in self.writers:
+                writer.record(kind, values)
         self.shown.record(kind, values, self.total, self.left(values["step"]))
 
     def advance(self, step: int) -> None:
@@ -59,15 +64,110 @@ class Watch:
     def sync(self) -> None:
         """Flush the records to disk, before a checkpoint that relies on them."""
         with writing(self.path, ADVICE):
-            os.fsync(self.file.fileno())
+            self.lines.sync()
 
     def close(self) -> None:
         self.shown.close()
-        with suppress(OSError):  # only what `record` has told already is left to be written
-            self.file.close()
-        with suppress(OSError):
-            if self.board:
-                self.board.close()
+        for writer in self.writers:
+            with suppress(OSError):  # only what `record` has told already is left to be written
+                writer.close()
+
+
+# ---- writers ---------------------------------------------------------------------------------------------------------
+
+
+class JsonLines:
+    """RUN/metrics.jsonl: what the report and other programs read."""
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        forget_after(run / METRICS, first_step)
+        self.file = open(run / METRICS, "a", buffering=1)  # noqa: SIM115 - open for the whole run
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"kind": kind, **values}) + "\n")
+
+    def sync(self) -> None:
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    """RUN/tensorboard."""
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        for name, value in _flat(kind, values).items():
+            self.board.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class WeightsAndBiases:
+    """W&B, a run named after the folder, with its config; files in RUN/wandb.
+
+    W&B's own variables rule: WANDB_MODE=offline needs no network (`wandb sync` sends it later), WANDB_PROJECT,
+    WANDB_ENTITY, WANDB_RUN_ID with WANDB_RESUME to go on with an earlier one.
+    """
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        import wandb
+        import yaml
+
+        config = run / "config.yaml"
+        try:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "mokamm"),
+                name=os.environ.get("WANDB_NAME", run.resolve().name),
+                dir=str(run),
+                config=yaml.safe_load(config.read_text()) if config.is_file() else None,
+                settings=wandb.Settings(console="off"),  # the progress bar keeps the terminal
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"W&B cannot start: {error}. Run `wandb login`, or set WANDB_MODE=offline, or leave wandb out of "
+                "training.report_to"
+            ) from error
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        self.run.log(_flat(kind, values), step=values["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+WRITERS: dict[str, Callable[[Path, int], Writer]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def check_report_to(names: Sequence[str]) -> None:
+    """Raise UserError, before anything is built, for a writer whose package is not installed."""
+    try:
+        if "wandb" in names:
+            version("wandb")  # asks for the package: a folder of that name, which W&B leaves, could be imported too
+    except PackageNotFoundError:
+        raise UserError(
+            "training.report_to names wandb, which is not installed: uv sync --extra wandb (or pip install wandb), or "
+            "training.report_to=[tensorboard]; metrics.jsonl is always written"
+        ) from None
+
+
+def _flat(kind: str, values: dict[str, Any]) -> dict[str, float]:
+    """{"train/loss": ..., "train/learning_rate/adapter": ...}, without the step."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        nested = value.items() if isinstance(value, dict) else [("", value)]
+        numbers = [(key, entry) for key, entry in nested if name != "step" and isinstance(entry, int | float)]
+        flat.update({f"{kind}/{name}{'/' if key else ''}{key}": entry for key, entry in numbers})
+    return flat
+
+
+# ---- for people ------------------------------------------------------------------------------------------------------
 
 
 class _Lines:
@@ -189,18 +289,3 @@ def memory_gb() -> float:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
-
-
-def _flat(values: dict[str, Any]) -> list[tuple[str, float]]:
-    flat: list[tuple[str, float]] = []
-    for name, value in values.items():
-        flat += (
-            [(f"{name}/{key}", entry) for key, entry in value.items()] if isinstance(value, dict) else [(name, value)]
-        )
-    return flat

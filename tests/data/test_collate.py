@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.collate import collate
+from data.collate import collate, packed
 from data.schema import Example, MediaInput, Message, Sample, Text
 
 PAD = 99
@@ -117,3 +117,29 @@ def test_a_batch_can_be_sent_between_processes():
     batch = collate([example([MediaInput("audio", [1, 1], 1)])], PAD)
     again = pickle.loads(pickle.dumps(batch))
     assert torch.equal(again["media"]["audio"].token_index, batch["media"]["audio"].token_index)
+
+
+def test_a_packed_batch_is_the_same_in_one_storage_for_each_dtype():
+    def media() -> list[MediaInput]:
+        seen = MediaInput("vision", [2], 2, segments=torch.arange(24, dtype=torch.uint8).view(1, 3, 2, 4))
+        heard = MediaInput("audio", [1], 6, features=torch.randn(1, 2, 5), mask=torch.tensor([[True, False]]))
+        heard.lengths = torch.tensor([7])
+        return [seen, heard]
+
+    sample = Sample("0", (Message("user", (Text("?"),)), Message("assistant", (Text("!"),))))
+    ids, keys = torch.arange(9), torch.arange(9) == 8
+    torch.manual_seed(0)
+    one = collate([Example(ids, ids, torch.zeros_like(ids), keys, media(), sample)] * 3, PAD)
+    torch.manual_seed(0)
+    batch = packed(collate([Example(ids, ids, torch.zeros_like(ids), keys, media(), sample)] * 3, PAD))
+    pairs = [(one[name], batch[name]) for name in one if name not in ("media", "samples")]
+    for name, expected in one["media"].items():
+        found = batch["media"][name]
+        pairs += [(getattr(expected, f), getattr(found, f)) for f in ("token_index", "start_index", "end_index")]
+        for a, b in zip(expected.items, found.items, strict=True):
+            pairs += [(getattr(a, f), getattr(b, f)) for f in ("segments", "lengths", "features", "mask")]
+    tensors = [(a, b) for a, b in pairs if a is not None]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in tensors)
+    assert all(b is None for a, b in pairs if a is None)
+    storages = {b.untyped_storage().data_ptr() for _, b in tensors if b.numel()}
+    assert len(storages) == len({b.dtype for _, b in tensors}) == 4

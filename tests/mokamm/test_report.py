@@ -65,7 +65,7 @@ def run(tmp_path):
 
 def test_report_has_pictures_and_every_score(run):
     page = write_report(run).read_text()
-    for name in ("loss_plot", "accuracy"):
+    for name in ("loss_plot", "accuracy", "speed"):
         pixels = np.asarray(Image.open(run / "report" / f"{name}.png").convert("RGB"))
         assert pixels.shape[0] > 200
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20  # something is drawn

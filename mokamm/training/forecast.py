@@ -1,0 +1,313 @@
+"""The memory of a run, told before its first step, compared with what is measured after it, and used for advice.
+
+    forecast = Forecast.of(model, config, ranks)     reads counts and shapes only: a model on the meta device will do
+    print(forecast.table())                          a line for each ZeRO stage, the chosen one marked
+    with explained(forecast): ...                    running out of memory becomes a UserError with the three settings
+                                                     that would help most, each predicted anew with its new value
+
+Cost: nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from data.schema import IGNORED, UserError
+from mokamm.config import RunConfig
+from mokamm.training.engine import deepspeed_config
+from mokamm.training.launch import Ranks
+from mokamm.training.memory import Media, Memory, Network, Setting, Weights, predict
+from mokamm.training.watch import memory_gb
+
+COLUMNS = ("frozen", "trained", "gradients", "optimizer", "activations", "logits", "encoders", "buffers", "total")
+FIRST_READERS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # who reads the same input
+AFTER_ATTENTION = ("o_proj", "out_proj")  # their input is kept as the attention's output
+
+
+@dataclass(frozen=True)
+class Forecast:
+    weights: tuple[Weights, ...]
+    network: Network
+    setting: Setting
+    config: RunConfig
+    libraries: float = 0.0  # bytes that Python and its libraries take of what is measured (on CPU only)
+    capacity: float = 0.0  # bytes of the GPU, or of the computer; 0: not known
+
+    @classmethod
+    def of(cls, model: Any, config: RunConfig, ranks: Ranks) -> Forecast:
+        """model: a MultimodalLM. Raises UserError for a DeepSpeed JSON that does not fit the run."""
+        weights = weights_of(model)
+        setting = setting_of(config, ranks, sum(w.elements for w in weights if w.trained))
+        return cls(
+            tuple(weights), network_of(model, config), setting, config, _libraries(weights, ranks), _capacity(ranks)
+        )
+
+    def memory(self, **changes: Any) -> Memory:
+        """changes: of Setting's fields; `attention` and `weight_bytes` of Network's."""
+        network = {key: changes.pop(key) for key in ("attention", "weight_bytes") if key in changes}
+        weights = self.weights
+        if "weight_bytes" in network:
+            weights = tuple(replace(w, bytes_each=2) if w.part == "llm" else w for w in weights)
+        return predict(weights, replace(self.network, **network), replace(self.setting, **changes))
+
+    def total(self) -> float:
+        return self.memory().total + self.libraries
+
+    # ---- before the first step -------------------------------------------------------------------------------------
+
+    def table(self) -> str:
+        """Lines for people: every stage, what it consists of, the chosen one marked."""
+        s = self.setting
+        rows = f"{s.batch} rows of {s.length} tokens (data.max_length)"
+        lines = [f"predicted memory of each process, at most ({rows}, {s.ranks} in all):"]
+        lines += [" " * 16 + "".join(f"{name:>12}" for name in COLUMNS)]
+        for stage in (s.stage if s.stage in (None, 0) else 0 if s.stage else None, 1, 2, 3):
+            found = self.memory(stage=stage)
+            name = "plain PyTorch" if stage is None else f"ZeRO-{stage}"
+            cells = "".join(f"{size(getattr(found, column)):>12}" for column in COLUMNS)
+            host = f"  and {size(found.host)} of the computer's" if found.host else ""
+            lines.append(f"{'> ' if stage == s.stage else '  '}{name:14}{cells}{host}")
+        if self.libraries:
+            lines.append(f"  Python and its libraries take {size(self.libraries)} beside it")
+        if self.capacity and self.total() > self.capacity:
+            lines += [f"note: that is more than the {size(self.capacity)} there are; what would help most:"]
+            lines += self.advice()
+        return "\n".join(lines)
+
+    # ---- after it --------------------------------------------------------------------------------------------------
+
+    def compared(self, micro_batches: list[Any]) -> str:
+        """The measured peak beside the prediction for the very batches that this process has seen."""
+        largest = max(micro_batches, key=lambda batch: batch["input_ids"].numel())
+        batch, length = largest["input_ids"].shape
+        answers = float((largest["labels"] != IGNORED).float().mean())
+        keys = largest["key_index"].shape[1] if "key_index" in largest else 0
+        found = self.memory(batch=batch, length=length, answers=answers, keys=keys).total + self.libraries
+        return (
+            f"measured peak {size(memory_gb() * 2**30)} after the first step "
+            f"(predicted {size(found)} for its {batch} rows of {length} tokens)"
+        )
+
+    # ---- advice ----------------------------------------------------------------------------------------------------
+
+    def advice(self, validating: bool = False) -> list[str]:
+        """The three settings that save most by prediction, as they are typed; fewer where fewer help.
+
+        validating: for a validation, which has a batch size of its own and keeps nothing for a backward pass.
+        """
+        batch = self.config.training.eval_batch_size if validating else self.setting.batch
+
+        def peak(**changes: Any) -> float:
+            found = self.memory(**{"batch": batch, **changes})
+            return found.total - (found.activations if validating else 0.0)
+
+        now = peak()
+        best: dict[str, tuple[float, str]] = {}  # of several values of one setting, the one that saves most
+        for typed, changes in self._changes(batch, validating):
+            name = typed.partition("=")[0]
+            best[name] = max((now - peak(**changes), typed), best.get(name, (0.0, "")))
+        chosen = sorted((pair for pair in best.values() if pair[0] > 0.005 * now), reverse=True)[:3]
+        width = max((len(typed) for _, typed in chosen), default=0)
+        return [f"  {typed:{width}}  -{size(saved)}" for saved, typed in chosen]
+
+    def _changes(self, batch: int, validating: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(what to type, changed fields) of every setting that saves memory and leaves the method as it is."""
+        s, training = self.setting, self.config.training
+        if batch > 1:
+            typed = f"training.per_device_{'eval' if validating else 'train'}_batch_size={batch // 2}"
+            if not validating:  # the steps stay what they were
+                accumulation = -(-training.gradient_accumulation_steps * batch // (batch // 2))
+                typed += f" training.gradient_accumulation_steps={accumulation}"
+            yield typed, {"batch": batch // 2}
+        if not (s.checkpointing or validating):
+            yield "training.gradient_checkpointing=true", {"checkpointing": True}
+        if s.length > 1:
+            yield f"data.max_length={s.length // 2}", {"length": s.length // 2}
+        if self.network.attention == "eager":
+            yield "model.llm.attention=sdpa", {"attention": "sdpa"}
+        if not s.bf16:
+            yield "training.bf16=true model.llm.dtype=bfloat16", {"bf16": True, "weight_bytes": 2}
+        elif self.network.weight_bytes == 4 and s.stage is None:
+            yield "model.llm.dtype=bfloat16", {"weight_bytes": 2}
+        for stage in (2, 3):
+            if stage > (s.stage or 0):
+                yield f"training.deepspeed=configs/deepspeed/zero{stage}.json", {"stage": stage}
+            if not s.on_cpu and not s.offload_optimizer:
+                offload = {"stage": stage, "offload_optimizer": True, "offload_parameters": stage == 3}
+                yield f"training.deepspeed=configs/deepspeed/zero{stage}_offload.json", offload
+
+
+# ---- facts -----------------------------------------------------------------------------------------------------------
+
+
+def weights_of(model: Any) -> list[Weights]:
+    """Every part of the model, by dtype and whether it trains."""
+    found: dict[tuple[str, int, bool], list[int]] = {}
+    named = [("projector" if name.startswith("projectors.") else "llm", p) for name, p in model.named_parameters()]
+    encoders = getattr(model.perception, "encoders", {}).values()
+    named += [("encoder", t) for e in encoders for t in (*e.parameters(), *e.buffers())]
+    for part, tensor in named:
+        part = "adapter" if part == "llm" and tensor.requires_grad else part
+        count = getattr(tensor, "ds_numel", tensor.numel())
+        found.setdefault((part, tensor.element_size(), tensor.requires_grad), []).append(count)
+    return [
+        Weights(part, sum(counts), each, trained, sum(c for c in counts if c < 100_000))
+        for (part, each, trained), counts in found.items()
+    ]
+
+
+def network_of(model: Any, config: RunConfig) -> Network:
+    """The LLM's shape from its transformers config, the adapter's from its layers."""
+    llm, adapter = model.llm, config.adapter
+    shape = llm.config.get_text_config()
+    method = "none" if config.training.stage == 1 else adapter.method
+    heads = shape.num_attention_heads
+    linear = [(name, m) for name, m in llm.named_modules() if isinstance(m, nn.Linear)]
+    if method == "full":
+        trained = [(n.rpartition(".")[2], m.in_features) for n, m in linear if m is not llm.get_output_embeddings()]
+    else:
+        layers = [(n.rpartition(".")[2], m) for n, m in llm.named_modules() if isinstance(m, BaseTunerLayer)]
+        trained = [(name, int(cast(Any, m).in_features)) for name, m in layers]
+    once = [
+        (name, width)
+        for name, width in trained
+        if name not in AFTER_ATTENTION and FIRST_READERS.get(name) not in {other for other, _ in trained}
+    ]
+    count = shape.num_hidden_layers
+    return Network(
+        layers=count,
+        width=shape.hidden_size,
+        heads=heads,
+        head_width=getattr(shape, "head_dim", None) or shape.hidden_size // heads,
+        intermediate=getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size,
+        vocabulary=shape.vocab_size,
+        attention=config.model.llm.attention,
+        gated=any("gate" in name.rpartition(".")[2] for name, _ in linear) or "gate_proj" in {n for n, _ in trained},
+        method={"multi_lora": "moka"}.get(method, method),
+        rank=adapter.r,
+        modalities=len(config.model.modality_names),
+        linears=len(trained) // count,
+        inputs=sum(width for _, width in trained) // count,
+        distinct_inputs=sum(width for _, width in once) // count,
+        dropout=adapter.lora_dropout > 0,
+        linear_elements=sum(m.weight.numel() for _, m in linear),
+        weight_bytes=llm.get_input_embeddings().weight.element_size(),
+        media=tuple(_media(name, model) for name in config.model.modalities),
+    )
+
+
+def _media(name: str, model: Any) -> Media:
+    """A modality's segments and its projector."""
+    from data.media import SAMPLE_RATE
+    from mokamm.projectors import QFormerProjector
+
+    sense, projector = model.processor.senses[name], model.projectors[name]
+    length = None if sense.kind == "frames" else round(sense.seconds * SAMPLE_RATE)
+    patches = sense.patches(length)
+    sizes = (sense.segments, patches, projector.in_features, sense.tokens(patches))
+    if isinstance(projector, QFormerProjector):
+        shape = projector.encoder.config
+        return Media(*sizes, shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers)
+    return Media(*sizes, projector.output[0].out_features)
+
+
+def setting_of(config: RunConfig, ranks: Ranks, trained: int) -> Setting:
+    """The settings of a run; trained: the number of trained elements, which decides DeepSpeed's buckets."""
+    training = config.training
+    found = Setting(
+        batch=training.per_device_train_batch_size,
+        length=config.data.max_length,
+        ranks=ranks.world,
+        bf16=training.bf16,
+        checkpointing=training.gradient_checkpointing,
+        keys=32 if config.adapter.keys == "question" else config.data.max_length // 2,
+        bucket=max(100_000, min(trained, 500_000_000)),  # as the engine fills DeepSpeed's "auto"
+        overlap=ranks.device.type == "cuda",
+        on_cpu=ranks.device.type == "cpu",
+    )
+    if not training.deepspeed:
+        return found
+    zero = deepspeed_config(training, ranks, trained).get("zero_optimization", {})
+    return replace(
+        found,
+        stage=int(zero.get("stage", 0)),
+        offload_optimizer=_offloads(zero, "offload_optimizer"),
+        offload_parameters=_offloads(zero, "offload_param"),
+        bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
+        overlap=bool(zero.get("overlap_comm", False)),
+        live=int(zero.get("stage3_max_live_parameters", 10**9)),
+    )
+
+
+def _offloads(zero: dict[str, Any], key: str) -> bool:
+    return (zero.get(key) or {}).get("device", "none") != "none"
+
+
+def _libraries(weights: list[Weights], ranks: Ranks) -> float:
+    """What this process holds beside the weights; what is measured on a GPU does not count it."""
+    if ranks.device.type != "cpu":
+        return 0.0
+    return max(0.0, memory_gb() * 2**30 - sum(float(w.elements * w.bytes_each) for w in weights))
+
+
+def _capacity(ranks: Ranks) -> float:
+    if ranks.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(ranks.device).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def size(count: float) -> str:
+    """Bytes for people; GB = 2^30, as in metrics.jsonl."""
+    return f"{count / 2**30:.2f} GB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MB"
+
+
+# ---- out of memory ---------------------------------------------------------------------------------------------------
+
+MARKS = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "could not allocate", "Cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception, of PyTorch on any device or of Python, says that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(mark in str(error) for mark in MARKS)
+
+
+@contextmanager
+def explained(forecast: Forecast | None, validating: bool = False) -> Iterator[None]:
+    """Running out of memory within it is told in one message (UserError). None: the model is not built yet."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(_message(forecast, validating, error)) from error
+
+
+def _message(forecast: Forecast | None, validating: bool, error: BaseException) -> str:
+    said = " ".join(str(error).split())[:160] or type(error).__name__
+    if forecast is None:
+        return (
+            f"memory ran out while the model was being built ({said}). Smaller weights help: model.llm.dtype=bfloat16, "
+            "a smaller model.llm.path, or fewer processes on this machine (each reads the LLM whole)"
+        )
+    s = forecast.setting
+    rows = f"{s.batch} rows of {s.length} tokens"
+    head = (
+        f"memory ran out {'in a validation' if validating else 'in training'} ({said}). Predicted for {rows}: "
+        f"{size(forecast.total())} for each process; there are {size(forecast.capacity)}."
+    )
+    lines = [head, "What would help most, by prediction:", *forecast.advice(validating)]
+    lines += [
+        "Add them to the command line, or write them into the YAML. Checkpoints of this run stay usable with "
+        "training.gradient_checkpointing=true; with the others begin anew (another training.output_dir)"
+    ]
+    return "\n".join(lines)
