@@ -2,8 +2,9 @@
 
 deepspeed --num_gpus 2 tests/mokamm/toy_stopping.py FOLDER zero1 zero2 zero3
 
-For each stage a run with a row that overflows and is skipped; then, with zero2, a whole run, and one that waits for a
-signal, goes on from what it saved in the same process, and ends with the exit code of the stop.
+For each stage a run with a row that overflows and is skipped; then, with zero2, a whole run, one that waits for a signal
+while training, and one whose rank 1 gets a signal in the last validation. Both go on from what they saved, in the same
+process, which ends with the exit code of the first stop.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 
 from mokamm.training import launch
+from mokamm.training.checkpoint import STATE
 from mokamm.training.loop import begin, fit
 from mokamm.training.stopping import Stopped
 
@@ -78,12 +81,12 @@ def run(
 
 
 def signalled_in_validation(folder: Path) -> Any:
-    """The toy's corpus, whose second validation row sends this process a SIGTERM; once."""
+    """The toy's corpus, whose second validation row sends rank 1 a SIGTERM."""
     found, seen = toy.corpus(folder), []
 
     def encode(sample: Any) -> Any:
         seen.append(sample.id)
-        if len(seen) == 2:
+        if len(seen) == 2 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)  # until the listening thread has noted it
         return toy.encode(sample)
@@ -106,6 +109,17 @@ def waiting(folder: Path, rows: int) -> Any:
     return found
 
 
+def stopped(start: Callable[[], None]) -> int:
+    """The exit code of a run that a signal stops; notes where it saved."""
+    try:
+        start()
+    except Stopped as stop:
+        state = json.loads((stop.folder / STATE).read_text())
+        (stop.folder.parent / "stopped.json").write_text(json.dumps({"folder": str(stop.folder), **state}))
+        return stop.code
+    raise AssertionError("no signal came")
+
+
 def main(folder: Path, stages: list[str]) -> int:
     (folder / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     json_of = {stage: str(toy.ROOT / f"configs/deepspeed/{stage}.json") for stage in stages}
@@ -115,14 +129,10 @@ def main(folder: Path, stages: list[str]) -> int:
         run(folder / stage, size=3e38, deepspeed=json_of[stage], **common, **SKIPPING)
     again = partial(run, deepspeed=json_of["zero2"], dropout=0.2, max_steps=8, save_steps=50, eval_steps=50, **common)
     again(folder / "whole")
-    code = 0
-    try:
-        again(folder / "halved", corpus=waiting(folder / "halved", FREE_STEPS * ACCUMULATION))
-    except Stopped as stopped:
-        code = stopped.code
-        if ranks.main:
-            (folder / "stopped.json").write_text(json.dumps({"step": stopped.step, "folder": str(stopped.folder)}))
+    code = stopped(lambda: again(folder / "halved", corpus=waiting(folder / "halved", FREE_STEPS * ACCUMULATION)))
     again(folder / "halved")
+    stopped(lambda: again(folder / "cut", corpus=signalled_in_validation(folder / "cut")))
+    again(folder / "cut")
     launch.stop(ranks)
     return code
 
