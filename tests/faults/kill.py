@@ -34,7 +34,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMON = {"max_steps": 24, "save_steps": 2, "eval_steps": 3, "save_total_limit": 2, "lr_scheduler_type": "cosine"}
+COMMON = {  # so large a rate that the best checkpoint is not the newest
+    "max_steps": 24, "save_steps": 2, "eval_steps": 3, "save_total_limit": 2, "learning_rate": 0.2, "warmup_steps": 4,
+}  # fmt: skip
 HARD = {"dropout": 0.2, "gradient_accumulation_steps": 3, "logging_steps": 3}  # log lines straddle saves
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -234,6 +236,7 @@ class Killer:
         self.killed: Counter[str] = Counter()  # by phase
         self.alone: Counter[str] = Counter()  # by rank, for kills of one rank
         self.hung = self.runs = self.begun_anew = 0
+        self.expected: list[dict[str, Any]] = []
         self.reference = place / "uninterrupted"
 
     def prepare(self) -> None:
