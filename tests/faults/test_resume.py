@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FREE = {  # settings that may change in the middle of a run, and what they are changed to below
     "logging_steps": 3, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "dataloader_num_workers": 2,
     "load_best_model_at_end": False, "report_to": ["tensorboard"], "per_device_eval_batch_size": 3,
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": True, "on_nan": "skip", "loss_spike": 1e6, "ddp_timeout": 900,
 }  # fmt: skip
 IN_THE_PLAN = {
     "per_device_train_batch_size": "training.per_device_train_batch_size",
