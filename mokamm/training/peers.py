@@ -12,6 +12,7 @@ come back (the same timeout); its own report is then all there is.
 from __future__ import annotations
 
 import re
+import shlex
 import socket
 import sys
 from collections.abc import Iterator
@@ -61,9 +62,10 @@ def message(ranks: Ranks, training: TrainingConfig, said: str) -> str:
         ahead = f"{whole} is whole; {again}, and it goes on from there"
     else:
         ahead = f"{whole} is whole; {again} with training.resume_from_checkpoint=auto, and it goes on from there"
+    words = [word for word in sys.argv if not word.startswith("--local_rank")]  # a launcher adds it
     return (
         f"{missing(ranks, training.ddp_timeout, said)}\n  {ahead}:\n"
-        f"    ... {' '.join(sys.argv)}\n  ({ranks.backend} said: {said.strip().splitlines()[0][:200]})"
+        f"    ... {shlex.join(words)}\n  ({ranks.backend} said: {said.strip().splitlines()[0][:200]})"
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import traceback
@@ -59,6 +60,12 @@ def environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     own = {"PATH": path, "CC": "/bin/false", "CXX": "/bin/false", "OMP_NUM_THREADS": "1"}
     return {**plain_environment(), **own}
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def launch(command: list[str], cases: list[Case], folder: Path, timeout: float = 3600.0) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data.miniworld.write import write_split
-from tests.ranks.cases import ROOT, Case, launch, losses, settings, weights
+from tests.ranks.cases import ROOT, Case, free_port, launch, losses, settings, weights
 from tests.ranks.rows import write_rows
 
 VARIANTS = ["zero0", "zero1", "zero2", "zero3", "zero1_offload", "zero2_offload", "zero3_offload"]
@@ -70,7 +70,7 @@ def run_method(method: str, world: Path, folder: Path, ranks: int, accumulation:
         overrides = {**shared, "training.deepspeed": zero_json(variant, folder)}
         cases.append(Case(variant, overrides))
         cases.append(Case(f"{variant}-resumed", overrides, copy=f"{variant}/checkpoint-10"))
-    command = ["deepspeed", "--num_gpus", str(ranks), "--module", "tests.ranks.cases"]
+    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", free_port(), "--module", "tests.ranks.cases"]
     trouble = ""
     try:
         launch(command, cases, folder / "many")

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.ranks.cases import ROOT, Case, environment, launch, losses, settings
+from tests.ranks.cases import ROOT, Case, environment, free_port, launch, losses, settings
 from tests.ranks.rows import write_rows
 
 LAUNCHERS = {
@@ -33,8 +33,8 @@ def test_every_launcher_gives_the_same_losses(world, tmp_path):
     ]
     cases = [*zeros, Case("ddp", shared)]
     found = {}
-    for number, (launcher, command) in enumerate(LAUNCHERS.items()):
-        words = command.format(port=29700 + os.getpid() % 1000 + number).split()
+    for launcher, command in LAUNCHERS.items():
+        words = command.format(port=free_port()).split()
         launch([*words, "tests.ranks.cases"], cases, tmp_path / launcher)
         found[launcher] = {case.name: losses(tmp_path / launcher / case.name) for case in cases}
     assert found["torchrun"] == found["deepspeed"]

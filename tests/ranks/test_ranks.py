@@ -6,7 +6,6 @@ The other methods, stages and ZeRO variants: `python -m tests.ranks.matrix`; the
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from data.sources import open_source
-from tests.ranks.cases import ROOT, Case, environment, launch, losses, settings
+from tests.ranks.cases import ROOT, Case, environment, free_port, launch, losses, settings
 from tests.ranks.rows import PAIRS, write_rows
 
 STEPS = 20
@@ -26,10 +25,6 @@ STEPS = 20
 def rows(world: Path) -> Path:
     write_rows(world / "train", 2 * STEPS)
     return world / "train"
-
-
-def free_port() -> int:
-    return 20000 + (os.getpid() * 7 + time.monotonic_ns() // 1000) % 20000
 
 
 # ---- mixed modalities ------------------------------------------------------------------------------------------------
@@ -56,7 +51,7 @@ def test_ranks_of_different_modalities_agree_with_one_rank_under_zero_2_and_3(ro
     cases = [
         Case(name, {**shared, "training.deepspeed": f"configs/deepspeed/{name}.json"}) for name in ("zero2", "zero3")
     ]
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "tests.ranks.cases"]
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "tests.ranks.cases"]
     launch(command, cases, tmp_path)
     expected = losses(tmp_path / "one")
     assert len(set(expected)) == STEPS
@@ -67,14 +62,14 @@ def test_ranks_of_different_modalities_agree_with_one_rank_under_zero_2_and_3(ro
 # ---- a rank that is missing ------------------------------------------------------------------------------------------
 
 
-def start(rank: int, port: int, run: str, rows: Path, folder: Path) -> subprocess.Popen[str]:
+def start(rank: int, port: str, run: str, rows: Path, folder: Path) -> subprocess.Popen[str]:
     """One of two ranks of mokamm/train.py (plain PyTorch), without a launcher that would stop the one for the other."""
     ranks = {
         "RANK": str(rank),
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": port,
     }
     values = settings(rows, folder, per_device_train_batch_size=1, save_steps=1, max_steps=200)
     overrides = [f"{key}={json.dumps(value)}" for key, value in {**values, "training.output_dir": run}.items()]
