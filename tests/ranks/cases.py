@@ -86,9 +86,9 @@ def losses(run: Path) -> list[float]:
 
 
 def weights(run: Path, part: str = "final") -> dict[str, str]:
-    """sha256 of every file of a run's result, by name."""
+    """sha256 of every file of weights in a run's result, by name. (PEFT writes sets into adapter_config.json unordered.)"""
     listed = json.loads((run / part / "MANIFEST.json").read_text())["files"]
-    return {name: entry["sha256"] for name, entry in listed.items()}
+    return {name: entry["sha256"] for name, entry in listed.items() if name.endswith(".safetensors")}
 
 
 def run_case(case: Case, folder: Path, ranks: Any) -> None:
