@@ -157,3 +157,4 @@ def _in_group() -> bool:
 
 if __name__ == "__main__":
     main()
+    sys.modules["mokamm.training.launch"].leave()

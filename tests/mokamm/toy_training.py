@@ -163,3 +163,4 @@ def main(folder: Path, stages: list[str]) -> None:
 if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     main(Path(arguments[0]), arguments[1:])
+    launch.leave()
