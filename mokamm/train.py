@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         auto = config.training.resume_from_checkpoint == "auto"
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{stopped}; to go on:\n  {command_to_go_on(args.config, args.overrides, auto)}", flush=True)
+        sys.modules["mokamm.training.launch"].leave(stopped.code)
         sys.exit(stopped.code)
     except Exception as error:
         if not is_users(error):

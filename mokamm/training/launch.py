@@ -120,12 +120,12 @@ def stop(ranks: Ranks) -> None:
         dist.destroy_process_group()
 
 
-def leave() -> None:
-    """End the process with code 0 where there are several: threads of gloo now and then abort in the interpreter's end."""
+def leave(code: int = 0) -> None:
+    """End the process at once where there are several: threads of gloo now and then abort in the interpreter's end."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:

@@ -276,7 +276,7 @@ class Loop:
         if self.watch:
             self.watch.sync()
         window = self.window.saved(paused)
-        keep = self.training.save_total_limit
+        keep = None if self.state.bad_in_a_row else self.training.save_total_limit  # older weights may be the good ones
         checkpoint.save(self.folder, self.state, self.model, self.engine, self.ranks, keep, window)
         self.saved = self.state.step
 
@@ -399,10 +399,10 @@ class Loop:
 
 
 def better(found: dict[str, float], best: dict[str, float] | None, metric: str) -> bool:
-    """By the chosen metric; between equals the other one decides."""
+    """By the chosen metric; between equals the other one decides. A loss that is not a number is the worst."""
 
     def key(values: dict[str, float]) -> tuple[float, float]:
-        accuracy, loss = values["accuracy"], -values["loss"]
+        accuracy, loss = values["accuracy"], -math.inf if math.isnan(values["loss"]) else -values["loss"]
         return (accuracy, loss) if metric == "accuracy" else (loss, accuracy)
 
     return best is None or key(found) > key(best)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from data.schema import UserError
 from mokamm.training.bad_steps import FEWEST, MEMORY, PATIENCE, marked
 from mokamm.training.checkpoint import STATE, newest_first
+from mokamm.training.loop import better
 from mokamm.training.stopping import SIGNALS, BadStep, agreed, command_to_go_on
 from mokamm.training.watch import read_metrics
 from mokamm.weights import manifest_problems
@@ -311,11 +312,13 @@ def test_skipping_ends_where_no_step_can_be_used(toy, tmp_path):
     model = toy.toy.build()
     with torch.no_grad():
         model.projectors["vision"][1].bias.fill_(float("inf"))
-    settings = toy.toy.config(tmp_path, max_steps=20, on_nan="skip")
+    settings = toy.toy.config(tmp_path, max_steps=20, on_nan="skip", save_steps=3, save_total_limit=1)
     ranks, corpus = toy.toy.alone(), toy.toy.corpus(tmp_path)
     with pytest.raises(BadStep, match=rf"step {PATIENCE}: .*bad step number {PATIENCE} in a row"):
         toy.fit(settings, model, toy.toy.parts_of(model), corpus, ranks, toy.begin(settings, corpus, ranks))
     assert not losses(tmp_path)
+    kept = [folder.name for folder in newest_first(tmp_path)]  # older ones may be good: nothing was deleted meanwhile
+    assert kept == ["checkpoint-9", "checkpoint-6", "checkpoint-4", "checkpoint-3"]
 
 
 def test_a_spike_is_left_out_and_its_memory_survives_a_resume(toy, tmp_path):
@@ -349,6 +352,13 @@ def test_a_spike_is_left_out_and_its_memory_survives_a_resume(toy, tmp_path):
     guarded(tmp_path / "again", save_steps=1, save_total_limit=None)
     assert records(tmp_path / "again", "bad_step") == bad
     assert losses(tmp_path / "again") == losses(tmp_path / "skip")
+
+
+def test_a_validation_loss_that_is_no_number_is_beaten_by_any():
+    bad, good = {"loss": math.nan, "accuracy": 0.0}, {"loss": 9.0, "accuracy": 0.0}
+    for metric in ("loss", "accuracy"):
+        assert better(good, bad, metric)
+        assert not better(bad, good, metric)
 
 
 @pytest.mark.parametrize("value", [2.5, 0.0, -1e30, 3e38])

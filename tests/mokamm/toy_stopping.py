@@ -134,6 +134,7 @@ def main(folder: Path, stages: list[str]) -> int:
     stopped(lambda: again(folder / "cut", corpus=signalled_in_validation(folder / "cut")))
     again(folder / "cut")
     launch.stop(ranks)
+    launch.leave(code)
     return code
 
 
