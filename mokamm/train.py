@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from mokamm.config import ConfigError, RunConfig, load_config
 from mokamm.mistakes import is_users
+from mokamm.training.launch import leave
 from mokamm.training.stopping import BadStep, Stopped, command_to_go_on
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         auto = config.training.resume_from_checkpoint == "auto"
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{stopped}; to go on:\n  {command_to_go_on(args.config, args.overrides, auto)}", flush=True)
-        sys.modules["mokamm.training.launch"].leave(stopped.code)
+        leave(stopped.code)
         sys.exit(stopped.code)
     except Exception as error:
         if not is_users(error):
@@ -97,7 +98,8 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     from mokamm.training.corpus import build_corpus
     from mokamm.training.disk import writing
     from mokamm.training.forecast import Forecast, explained
-    from mokamm.training.loop import begin, fit
+    from mokamm.training.loop import fit
+    from mokamm.training.resume import begin
 
     with explained(None):
         model = build_model(config, ranks.device, for_training=True)
@@ -158,4 +160,4 @@ def _in_group() -> bool:
 
 if __name__ == "__main__":
     main()
-    sys.modules["mokamm.training.launch"].leave()
+    leave()

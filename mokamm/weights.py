@@ -130,11 +130,21 @@ def save_weights(model: Any, folder: str | Path, state: dict[str, Tensor] | None
     if is_adapter(model.llm):
         model.llm.save_pretrained(folder / ADAPTER, state_dict=llm, save_embedding_layers=False)
         (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's template; the run has a model card
+        _sort_modules(folder / ADAPTER / "adapter_config.json")
     elif llm:
         model.llm.save_pretrained(folder / LLM, state_dict=llm)
         tokenizer = getattr(model.processor, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / LLM)
+
+
+def _sort_modules(path: Path) -> None:
+    """PEFT writes sets of names in the order of the process's hash seed: equal runs would have unequal files."""
+    config = json.loads(path.read_text())
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 # ---- load ------------------------------------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -33,3 +36,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_split(folder, "train", 8, workers=1)
     write_split(folder, "test", 6, workers=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy() -> ModuleType:
+    """tests/mokamm/toy_training.py: the real loop on a small model."""
+    spec = importlib.util.spec_from_file_location("toy_training", ROOT / "tests" / "mokamm" / "toy_training.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["toy_training"] = module
+    spec.loader.exec_module(module)
+    return module

@@ -205,6 +205,11 @@ def _optimizer_class(config: dict[str, Any]) -> Callable[..., torch.optim.Optimi
         return torch.optim.AdamW
 
 
+def bucket_elements(trained: int) -> int:
+    """For "auto": DeepSpeed allocates a buffer of this many elements, however few are trained."""
+    return max(100_000, min(trained, 500_000_000))
+
+
 def deepspeed_config(training: TrainingConfig, ranks: Ranks, trained: int) -> dict[str, Any]:
     """The DeepSpeed JSON with `auto` filled in. What the run's configuration also says must agree with it."""
     path = find_path(training.deepspeed or "")
@@ -223,7 +228,7 @@ def deepspeed_config(training: TrainingConfig, ranks: Ranks, trained: int) -> di
         "gradient_clipping": training.max_grad_norm,
         "bf16.enabled": training.bf16,
     }
-    bucket = max(100_000, min(trained, 500_000_000))  # DeepSpeed allocates a buffer of this many elements
+    bucket = bucket_elements(trained)
     free = {
         "fp16.enabled": False,
         "zero_optimization.overlap_comm": ranks.device.type == "cuda",

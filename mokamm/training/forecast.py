@@ -22,7 +22,7 @@ from torch import nn
 
 from data.schema import IGNORED, UserError
 from mokamm.config import RunConfig
-from mokamm.training.engine import deepspeed_config
+from mokamm.training.engine import bucket_elements, deepspeed_config
 from mokamm.training.launch import Ranks
 from mokamm.training.memory import Media, Memory, Network, Setting, Weights, predict
 from mokamm.training.watch import memory_gb
@@ -229,7 +229,7 @@ def setting_of(config: RunConfig, ranks: Ranks, trained: int) -> Setting:
         bf16=training.bf16,
         checkpointing=training.gradient_checkpointing,
         keys=32 if config.adapter.keys == "question" else config.data.max_length // 2,
-        bucket=max(100_000, min(trained, 500_000_000)),  # as the engine fills DeepSpeed's "auto"
+        bucket=bucket_elements(trained),
         overlap=ranks.device.type == "cuda",
         on_cpu=ranks.device.type == "cpu",
     )

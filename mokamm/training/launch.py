@@ -14,10 +14,11 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from data.schema import UserError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from mokamm.config import TrainingConfig
 
+T = TypeVar("T")
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK",
     "CROSS_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "TORCHELASTIC_RUN_ID",
@@ -69,6 +71,15 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def shared(self, ask: Callable[[], T]) -> T:
+        """What `ask` answers on rank 0, on every rank; the others do not ask."""
+        import torch.distributed as dist
+
+        answer: list[Any] = [ask() if self.main else None]
+        if self.grouped and self.world > 1:
+            dist.broadcast_object_list(answer, src=0, device=self.device)
+        return answer[0]
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on every rank; pickled, so for what happens seldom."""
@@ -132,11 +143,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     """UserError, on every rank, where the run folder of some rank is not that of rank 0; every rank must call it."""
     if ranks.world == 1 or not ranks.grouped:
         return
-    import torch.distributed as dist
-
-    name = [f".seen-by-all-{uuid.uuid4().hex}"]
-    dist.broadcast_object_list(name, src=0, device=ranks.device)
-    mark = folder / name[0]
+    mark = folder / ranks.shared(lambda: f".seen-by-all-{uuid.uuid4().hex}")
     if ranks.main:
         mark.touch()
     ranks.barrier()

@@ -12,33 +12,32 @@ The loss is therefore the exact mean over the step's answer tokens, however they
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from data.dataset import loaded
 from data.schema import IGNORED
-from mokamm.config import RunConfig, SourceConfig, TrainingConfig, find_path
+from mokamm.config import RunConfig, TrainingConfig
 from mokamm.training import checkpoint
 from mokamm.training.bad_steps import BadSteps, marked
 from mokamm.training.checkpoint import TrainerState
 from mokamm.training.corpus import Corpus, batches
-from mokamm.training.disk import hold
 from mokamm.training.engine import Engine, build_engine
 from mokamm.training.forecast import Forecast, explained
 from mokamm.training.launch import Ranks
 from mokamm.training.optimization import parameter_groups, schedule
+from mokamm.training.resume import Beginning
 from mokamm.training.stopping import SignalWatch, Stopped, agreed
-from mokamm.training.stream import MicroBatches, Plan, ValidationBatches, plan
+from mokamm.training.stream import MicroBatches, Plan, ValidationBatches
 from mokamm.training.validation import validate
 from mokamm.training.watch import Watch, memory_gb
-from mokamm.weights import fingerprint, load_weights, sha256
+from mokamm.weights import load_weights
 
 Parts = dict[str, list[tuple[str, torch.nn.Parameter]]]
 
@@ -63,43 +62,6 @@ class Window:
     def restored(cls, values: dict[str, float]) -> Window:
         """From what `saved` gave; empty: a new window."""
         return cls(**{**values, "began": time.monotonic() - values.get("began", 0.0)})
-
-
-@dataclass
-class Beginning:
-    """Where a run begins: its steps, how far they are done, and the checkpoint that holds them (None: at step 0)."""
-
-    shape: Plan
-    state: TrainerState
-    folder: Path | None
-    lock: IO[str] | None  # held by rank 0 as long as this lives
-
-
-def begin(config: RunConfig, corpus: Corpus, ranks: Ranks) -> Beginning:
-    """Find what to go on from, and move aside what another run left in the folder; on every rank, before any writing.
-
-    Raises UserError where the checkpoint comes from another run than the one configured.
-    """
-    training, run = config.training, Path(config.training.output_dir)
-    shape = plan(
-        len(corpus.train), training.per_device_train_batch_size, training.gradient_accumulation_steps, ranks.world,
-        training.num_train_epochs, training.max_steps,
-    )  # fmt: skip
-    lock = hold(run) if ranks.main else None
-    if ranks.main:
-        checkpoint.sweep(run)
-    folder = shared(lambda: checkpoint.find(run, training.resume_from_checkpoint), ranks)
-    same = {**common(config, shape), "device": ranks.device.type}
-    state = checkpoint.read_state(folder, same) if folder else TrainerState(same=same)
-    own = folder is not None and folder.resolve().parent == run.resolve()
-    if not own:
-        state.best = None  # its checkpoint is not in this folder, where the result is taken from
-    if training.load_best_model_at_end and shared(lambda: checkpoint.best_is_lost(run, state), ranks):
-        state.best = None
-    if ranks.main:
-        checkpoint.set_aside(run, state.step if own else 0)
-    ranks.barrier()
-    return Beginning(shape, state, folder, lock)
 
 
 def fit(
@@ -156,65 +118,6 @@ def start(
     return engine, window
 
 
-def shared(ask: Any, ranks: Ranks) -> Any:
-    """Rank 0's answer, on every rank."""
-    answer = [ask() if ranks.main else None]
-    if ranks.grouped and ranks.world > 1:
-        torch.distributed.broadcast_object_list(answer, src=0)
-    return answer[0]
-
-
-SAME = (
-    "stage", "init_from", "learning_rate", "projector_learning_rate", "lr_scheduler_type", "warmup_ratio",
-    "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16",
-    "group_by_length", "metric_for_best_model", "seed",
-)  # fmt: skip
-
-
-def common(config: RunConfig, shape: Plan) -> dict[str, Any]:
-    """What a resumed run must share with the one it goes on from, for its steps to be the same.
-
-    The base goes by its weights, wherever they lie; annotation files and the DeepSpeed JSON by name and content. What is
-    not named here leaves the steps as they are: how often to log, validate and save, workers, caches, reports.
-    """
-    training, llm = config.training, config.model.llm
-    base = find_path(llm.path)
-    deepspeed = find_path(training.deepspeed) if training.deepspeed else None
-    return {
-        "rows": shape.rows,
-        "ranks": shape.world,
-        "training.per_device_train_batch_size": shape.batch,
-        "training.gradient_accumulation_steps": shape.accumulation,
-        "total steps": shape.total_steps,
-        **{f"training.{key}": getattr(training, key) for key in SAME},
-        "training.deepspeed": deepspeed.name if deepspeed else None,
-        "the DeepSpeed JSON": json.loads(deepspeed.read_text()) if deepspeed else None,
-        "model.llm": llm.model_dump(mode="json", exclude={"path", "trust_remote_code"}),
-        "the base's weights": fingerprint(base) if base.is_dir() else llm.path,
-        "adapter": config.adapter.model_dump(mode="json", exclude_none=True),
-        # pairs, because the order of the modalities counts
-        "model.modalities": [[name, entry.model_dump(mode="json")] for name, entry in config.model.modalities.items()],
-        "data.max_length": config.data.max_length,
-        "data.limits": config.data.limits.model_dump(mode="json"),
-        "data.allow_outside": config.data.allow_outside,
-        **{f"data.{split}": _described(entries) for split, entries in _sources(config)},
-        **{f"the files of data.{split}": _digests(config, entries) for split, entries in _sources(config)},
-    }
-
-
-def _sources(config: RunConfig) -> list[tuple[str, list[SourceConfig]]]:
-    return [("train", config.data.train), ("validation", config.data.validation)]
-
-
-def _described(entries: list[SourceConfig]) -> list[dict[str, Any]]:
-    return [entry.model_dump(mode="json", exclude={"media_dir"}) for entry in entries]
-
-
-def _digests(config: RunConfig, entries: list[SourceConfig]) -> list[str | None]:
-    paths = [config.locate(entry)[0] for entry in entries]
-    return [sha256(path) if path.is_file() else None for path in paths]
-
-
 class Loop:
     """The state of a running loop; `run` is its main path."""
 
@@ -238,12 +141,11 @@ class Loop:
         self.folder = Path(self.training.output_dir)
         self.factor = schedule(self.training, shape.total_steps)
         self.watch = Watch(self.folder, shape.total_steps, state.step, self.training.report_to) if ranks.main else None
-        self.window, self.began_with = Window(), window
+        self.window = Window.restored(window)
         self.signals, self.bad_steps = signals, BadSteps(self.training, state, ranks)
         self.saved = -1  # the last step that was saved
 
     def run(self, until: int) -> None:
-        self.window = Window.restored(self.began_with)
         if self.state.unvalidated:
             paused = time.monotonic()
             self._validate()

@@ -6,7 +6,6 @@ of its own a small tmpfs (ENOSPC) and a read-only one (EROFS), see tests/faults/
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import resource
@@ -31,15 +30,6 @@ FILES = (
     MANIFEST, "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "optimizer-rank0.pt",
     "projectors.safetensors", "rng-rank0.pt", "trainer_state.json", "window-rank0.json",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def toy():
-    spec = importlib.util.spec_from_file_location("toy_training", ROOT / "tests/mokamm/toy_training.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["toy_training"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

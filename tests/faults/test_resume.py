@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import pytest
 from data.schema import UserError
 from mokamm.config import RunConfig, TrainingConfig
 from mokamm.training import checkpoint
-from mokamm.training.loop import SAME, common
+from mokamm.training.resume import SAME, common
 from mokamm.training.stream import plan
 from mokamm.training.watch import forget_after, read_metrics
 
@@ -35,15 +33,6 @@ ABOUT_THE_FOLDER = {"output_dir", "resume_from_checkpoint"}
 
 
 @pytest.fixture(scope="module")
-def toy():
-    spec = importlib.util.spec_from_file_location("toy_training", ROOT / "tests/mokamm/toy_training.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["toy_training"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def whole(toy, tmp_path_factory):
     """An uninterrupted run, and one that was interrupted at step 6, two beyond its checkpoint."""
     folder = tmp_path_factory.mktemp("whole")
@@ -53,7 +42,7 @@ def whole(toy, tmp_path_factory):
 
 
 def test_every_setting_of_the_training_is_either_free_or_compared():
-    """Whoever adds one must decide: put it into loop.SAME, or among FREE with a proof that no loss changes."""
+    """Whoever adds one must decide: put it into resume.SAME, or among FREE with a proof that no loss changes."""
     groups = (set(SAME), set(FREE), set(IN_THE_PLAN), ABOUT_THE_FOLDER)
     assert set.union(*groups) == set(TrainingConfig.model_fields)
     assert sum(map(len, groups)) == len(TrainingConfig.model_fields)
@@ -142,12 +131,31 @@ def test_files_of_the_same_name_with_other_content_are_refused(toy, tmp_path):
 
     assert read().step == 1
     rows.write_text('{"a": 2}\n')
-    with pytest.raises(UserError, match=r"the files of data\.train: "):
+    with pytest.raises(UserError, match=r"data\.train: .*sha256"):
         read()
     rows.write_text('{"a": 1}\n')
     deepspeed.write_text('{"zero_optimization": {"stage": 3}}')
     with pytest.raises(UserError, match="the DeepSpeed JSON: "):
         read()
+
+
+def test_an_annotation_file_may_move_and_a_hub_name_may_not_change(toy, tmp_path):
+    def named(path) -> dict:
+        return {"data": {"train": [{"source": "messages", "path": str(path)}]}}
+
+    def read(path):
+        return checkpoint.read_state(
+            tmp_path, common(settings(toy, tmp_path, **named(path)), plan(8, 2, 2, 1, 1.0, -1))
+        )
+
+    here, there = tmp_path / "rows.jsonl", tmp_path / "moved.jsonl"
+    here.write_text('{"a": 1}\n')
+    interrupted(toy, tmp_path, **named(here))
+    here.rename(there)
+    assert read(there).step == 1
+    interrupted(toy, tmp_path, **named("hub/one"))
+    with pytest.raises(UserError, match=r"data\.train: "):
+        read("hub/two")
 
 
 def test_another_device_is_refused(toy, whole, tmp_path):

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,25 @@ def described(llm, config, attention="sdpa", dropout=False) -> Network:
     return replace(network, modalities=len(MODALITIES), attention=attention, dropout=dropout)
 
 
+@contextmanager
+def kept_for_backward(weights):
+    """Every storage that autograd keeps inside, once, without the weights': {its key: a tensor of it}."""
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def bytes_of(kept) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
 def measured(llm, batch: int, length: int, autocast: bool) -> dict[str, int]:
     """Bytes kept for the backward pass, and the peaks of the forward and of both passes, of one step's loss."""
     from mokamm.adapters import Routing, set_routing
@@ -113,13 +133,6 @@ def measured(llm, batch: int, length: int, autocast: bool) -> dict[str, int]:
     x.requires_grad_()
     where = (torch.arange(batch * length) % length >= length * (1 - ANSWERS)).nonzero().flatten()
     weights = {p.untyped_storage()._cdata for p in llm.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = (storage.nbytes(), tensor)
-        return tensor
 
     def loss():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -128,9 +141,9 @@ def measured(llm, batch: int, length: int, autocast: bool) -> dict[str, int]:
         return torch.nn.functional.cross_entropy(rows, torch.zeros_like(where), reduction="sum")
 
     with LiveBytes(weights) as live:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with kept_for_backward(weights) as kept:
             total = loss()
-        kept_bytes = sum(size for size, _ in kept.values())
+        kept_bytes = bytes_of(kept)
         kept.clear()
         forward = live.peak
         total.backward()
@@ -211,22 +224,12 @@ def test_projectors_keep_what_is_predicted(name, options):
 
     segments, patches, width = 12, 50, 80
     projector = build_projector(name, width, 64, True, **options)
-    weights = {p.untyped_storage()._cdata for p in projector.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = (storage.nbytes(), tensor)
-        return tensor
-
     features = torch.randn(segments, patches, width)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_for_backward({p.untyped_storage()._cdata for p in projector.parameters()}) as kept:
         tokens = projector(features, torch.ones(segments, patches, dtype=torch.bool))
     layers = (options["hidden"], 4 * options["hidden"], 2) if name == "qformer" else (options["hidden"],)
     network = Network(1, 64, 1, 64, 1, 1, media=(Media(segments, patches, width, tokens.shape[1], *layers),))
-    total = sum(size for size, _ in kept.values())
-    assert memory.media_bytes(network, Setting(1, 1)) == pytest.approx(total, rel=0.2)
+    assert memory.media_bytes(network, Setting(1, 1)) == pytest.approx(bytes_of(kept), rel=0.2)
 
 
 def test_a_forecast_of_a_whole_model(make_model):

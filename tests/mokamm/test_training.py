@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import math
 import os
@@ -31,15 +30,6 @@ from mokamm.training.watch import read_metrics
 
 SCRIPT = Path(__file__).with_name("toy_training.py")
 ROOT = SCRIPT.parents[2]
-
-
-@pytest.fixture(scope="module")
-def toy():
-    spec = importlib.util.spec_from_file_location("toy_training", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["toy_training"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def training(**values) -> TrainingConfig:

@@ -24,7 +24,8 @@ import torch
 
 from mokamm.training import launch
 from mokamm.training.checkpoint import STATE
-from mokamm.training.loop import begin, fit
+from mokamm.training.loop import fit
+from mokamm.training.resume import begin
 from mokamm.training.stopping import Stopped
 
 TOY = Path(__file__).with_name("toy_training.py")

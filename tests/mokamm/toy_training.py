@@ -22,7 +22,8 @@ from data.schema import IGNORED, Example, Message, Sample, Text
 from mokamm.config import RunConfig
 from mokamm.training import launch
 from mokamm.training.corpus import Corpus, HeldOut
-from mokamm.training.loop import begin, fit
+from mokamm.training.loop import fit
+from mokamm.training.resume import begin
 from mokamm.training.watch import read_metrics
 
 VOCABULARY = 48
