@@ -129,6 +129,7 @@ class AdapterConfig(Section):
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: Modules = "all-linear"
     exclude_modules: Modules | None = None
+    target_parameters: list[str] | None = None  # fused expert weights of an MoE, such as experts.down_proj; method lora
     attention_weight: float = 1.0
     attention_weight_pattern: dict[str, float] = {}
     scale_logits: bool = True
