@@ -96,16 +96,19 @@ def advise_rate(case: Case) -> Advice:
         line = f"{written} as configured: only projectors train, which the formula says nothing about (the paper: 1e-4)"
         return Advice("learning_rate", [line], {"configured": written, "recommended": None})
     model_type, hidden = shape_of(case.outline.llm.config)
-    assumed = case.steps is None
     rate = recommend(model_type, hidden, case.config.adapter, 1000 if case.steps is None else case.steps)
     lines = [f"{rate.value:.3g} = {rate.formula}; {_beside(written, rate.value)}"]
     if case.method != "full":
-        lines.append("why: LoRA's best rate is about ten times that of full fine-tuning, whatever the rank (15 times under "
-                     "100 steps)" + (", which is assumed not to be so here" if assumed else ""))  # fmt: skip
+        lines.append(
+            "why: LoRA's best rate is about ten times that of full fine-tuning, whatever the rank (15 times under 100 steps"
+            + (", which are not known here)" if case.steps is None else ")")
+        )
     lines += [f"not calibrated: {note}" for note in rate.notes]
     if "projector" in case.trained() and case.config.training.projector_learning_rate is None:
-        lines.append("the projectors train at the same rate, which the formula was not made for: "
-                     "training.projector_learning_rate sets theirs (the paper: 1e-4)")  # fmt: skip
+        lines.append(
+            "the projectors train at the same rate, which the formula was not made for: "
+            "training.projector_learning_rate sets theirs (the paper: 1e-4)"
+        )
     facts = {"recommended": rate.value, "configured": written, "formula": rate.formula, "notes": list(rate.notes)}
     return Advice("learning_rate", lines, facts)
 
@@ -146,8 +149,10 @@ def advise_targets(case: Case) -> Advice:
     missed |= dict.fromkeys((name for name in experts if name not in targets), False)
     attention_only = all(adapted.values()) and not all(missed.values())
     if attention_only:
-        lines.append(f"warning: attention alone; left out: {', '.join(missed)}. Attention alone learns less than all layers "
-                     "with as many parameters: MLP and experts matter most")  # fmt: skip
+        lines.append(
+            f"warning: attention alone; left out: {', '.join(missed)}. Attention alone learns less than all layers with as "
+            "many parameters: MLP and experts matter most"
+        )
     elif missed:
         lines.append(f"left out: {', '.join(missed)}; all layers is best")
     else:
@@ -187,14 +192,20 @@ def advise_rank(case: Case) -> Advice:
     bits = answers.bits(case.nats)
     needed = rank_for(bits, adapter, rank)
     how = "all counted" if answers.exact else f"extrapolated from {answers.read:,} rows"
-    lines.append(f"the answers hold at most {_bits(bits)}: {answers.tokens:,.0f} tokens of {answers.distinct:,} rows ({how})"
-                 f", {case.nats:g} nat each, an assumption (--nats; the loss of a run's first epoch is the figure)")  # fmt: skip
+    lines.append(
+        f"the answers hold at most {_bits(bits)}: {answers.tokens:,.0f} tokens of {answers.distinct:,} rows ({how}), "
+        f"{case.nats:g} nat each, an assumption (--nats; the loss of a run's first epoch is the figure)"
+    )
     if needed > rank:
-        lines.append(f"too small: adapter.r={1 << (needed - 1).bit_length()} can hold them; below it LoRA learns more slowly "
-                     "than full fine-tuning, without a floor it cannot pass")  # fmt: skip
+        lines.append(
+            f"too small: adapter.r={1 << (needed - 1).bit_length()} can hold them; below it LoRA learns more slowly than "
+            "full fine-tuning"
+        )
     else:
-        lines.append(f"enough: r {needed} could hold them. A larger rank costs memory and little else; rate and quality "
-                     "hardly depend on it while the data fit")  # fmt: skip
+        lines.append(
+            f"enough: r {needed} could hold them. A larger rank costs memory and little else; rate and quality hardly "
+            "depend on it while the data fit"
+        )
     if answers.bad:
         lines.append(f"{answers.bad} of the rows read cannot be used")
     return Advice("rank", lines, {**facts, "information_bits": bits, "needed": needed, "exact": answers.exact})
@@ -203,11 +214,11 @@ def advise_rank(case: Case) -> Advice:
 def advise_batch(case: Case) -> Advice:
     training = case.config.training
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * case.ranks.world
-    lines = [f"{rows} rows a step ({training.per_device_train_batch_size} x {training.gradient_accumulation_steps} "
-             f"accumulated x {case.ranks.world} processes)"]  # fmt: skip
+    product = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated"
+    lines = [f"{rows} rows a step ({product} x {case.ranks.world} processes)"]
     if case.method not in ("full", "none"):
-        lines.append("large batches hurt LoRA more than full fine-tuning, whatever the rank: "
-                     + (f"{ROWS} (the papers of MokA and LoRI) would be safer" if rows > ROWS else "this one is small"))  # fmt: skip
+        verdict = f"{ROWS} (the papers of MokA and LoRI) would be safer" if rows > ROWS else "this one is small"
+        lines.append(f"large batches hurt LoRA more than full fine-tuning, whatever the rank: {verdict}")
     return Advice("batch", lines, {"rows_per_step": rows, "large": rows > ROWS})
 
 
@@ -256,13 +267,21 @@ def advise_compute(case: Case) -> Advice:
     adapter = case.trained()["adapter"]
     share = ((4 + again) * base + (6 + again) * adapter) / ((6 + again) * base)
     line = f"{share:.3f} of full fine-tuning's: the frozen weights need no gradient of their own"
-    return Advice("compute", [line + (" (checkpointing repeats the forward pass in both)" if again else "")],
-                  {"share_of_full": share})  # fmt: skip
+    if again:
+        line += " (2/3 and a little without gradient_checkpointing, which repeats the forward pass in both)"
+    return Advice("compute", [line], {"share_of_full": share})
 
 
 SUBJECTS = (
-    advise_rate, advise_parameters, advise_targets, advise_rank, advise_batch, advise_steps, advise_memory, advise_compute,
-)  # fmt: skip
+    advise_rate,
+    advise_parameters,
+    advise_targets,
+    advise_rank,
+    advise_batch,
+    advise_steps,
+    advise_memory,
+    advise_compute,
+)
 
 
 def _bits(count: float) -> str:
