@@ -1,6 +1,6 @@
 """What a configuration will train, and what to set: mokamm advise CONFIG [dotted.key=value ...] [--json]
 
-    config --> outline (LLM on the meta device) --> rate | parameters | targets | rank | batch | steps | memory | compute
+    config --> outline (LLM on the meta device) --> rate | parameters | targets | steps | rank | batch | memory | compute
                                    annotation files --tokenizer--> answer tokens --^
 
 After "LoRA Without Regret" (Schulman et al., Thinking Machines, 2025), with the reason beside each advice, and beside
@@ -187,8 +187,8 @@ def advise_rank(case: Case) -> Advice:
     lines = [f"r {rank} can hold about {_bits(capacity)} ({adapter:,} parameters of 2 bits)"]
     facts["capacity_bits"] = capacity
     if answers.tokens is None:
-        missing = answers.problems or [f"no tokenizer: {case.outline.left_out.get('tokenizer')}"]
-        return Advice("rank", [*lines, *(f"the answers were not counted: {why}" for why in missing)], facts)
+        why = "see steps" if answers.problems else case.outline.left_out.get("tokenizer", "")
+        return Advice("rank", [*lines, f"the answers were not counted: {why}"], facts)
     bits = answers.bits(case.nats)
     needed = rank_for(bits, adapter, rank)
     how = "all counted" if answers.exact else f"extrapolated from {answers.read:,} rows"
@@ -227,7 +227,7 @@ def advise_steps(case: Case) -> Advice:
 
     training = case.config.training
     if case.steps is None:
-        lines = ["not known, since the rows are not", *case.answers.problems]
+        lines = ["not known, since not all rows are here", *case.answers.problems]
         return Advice("steps", lines, {"total": None, "warmup": None})
     warmup = warmup_steps(training, case.steps)
     lines = [
@@ -239,6 +239,7 @@ def advise_steps(case: Case) -> Advice:
 
 
 def advise_memory(case: Case) -> Advice:
+    from mokamm.adapters import fused_experts
     from mokamm.training.forecast import Forecast
 
     capacity = None if case.gpu_gb is None else case.gpu_gb * 2**30
@@ -246,6 +247,8 @@ def advise_memory(case: Case) -> Advice:
     lines = forecast.table().splitlines()
     if case.ranks.device.type == "cpu":
         lines.append("for a run on a CPU, without Python and its libraries (about 1 GB); --gpu-gb 80 asks for a GPU")
+    if fused_experts(case.outline.llm):
+        lines.append("rough in activations: the formulas are those of dense LLMs, this one has experts")
     lines += [f"not in it: {name}: {why}" for name, why in case.outline.left_out.items() if name != "tokenizer"]
     found = {stage: forecast.memory(stage=stage) for stage in forecast.stages()}
     stages = {name: {**asdict(found[s]), "total": found[s].total} for s, name in forecast.stages().items()}
@@ -276,9 +279,9 @@ SUBJECTS = (
     advise_rate,
     advise_parameters,
     advise_targets,
+    advise_steps,
     advise_rank,
     advise_batch,
-    advise_steps,
     advise_memory,
     advise_compute,
 )

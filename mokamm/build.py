@@ -122,8 +122,8 @@ def build_outline(config: RunConfig) -> Outline:
         outline.processor = Processor(
             tokenizer, outline.senses, loader, None, config.data.max_length, config.adapter.keys
         )
-    except UserError as error:
-        left_out["tokenizer"] = str(error).partition("\n")[0]
+    except UserError:
+        left_out["tokenizer"] = f"{settings.path} has no tokenizer that can be read"
     outline.left_out = left_out
     return outline
 
