@@ -126,7 +126,7 @@ def event_lines(request: Request) -> list[str]:
     return lines
 
 
-def _row(name: str, content: list[dict[str, str]], answer: str, question_type: tuple[str, str]) -> dict[str, Any]:
+def _row(name: str, content: list[dict[str, Any]], answer: str, question_type: tuple[str, str]) -> dict[str, Any]:
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return {"id": name, "messages": messages, "meta": {"question_type": list(question_type)}}
 
@@ -194,7 +194,7 @@ def told_rows(request: Request, n: int) -> list[dict[str, Any]]:
     while len(rows) < n:
         scene, index = sample_scene(request.rng(_TOLD, index)), index + 1
         for question in balance.pick(scene, choices, 1):
-            content = [
+            content: list[dict[str, Any]] = [
                 {"type": "text", "text": tell_scene(scene) + " "},
                 {"type": "text", "text": question.text, "question": True},
             ]

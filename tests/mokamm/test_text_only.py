@@ -155,7 +155,7 @@ def saved(tmp_path) -> Path:
             "modalities: ['text', 'vision'] there, ['text', 'audio'] in the configuration (model.modalities)",
         ),
         (
-            Model("multi_lora", ["text", "vision"]),
+            ("multi_lora", ["text", "vision"], 4),
             "shared_b: True there, False in the configuration (adapter.shared_b)",
         ),
     ],
