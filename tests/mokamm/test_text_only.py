@@ -56,6 +56,11 @@ def test_it_trains_evaluates_and_infers(runs, world, capfd, method):
     assert evaluate(["miniworld_told", str(run), "--path", str(told), "--limit", "4", "--json"]) == 0
     metrics = json.loads(capfd.readouterr().out)
     assert (metrics["rows"], metrics["bad"]) == (4, 0)
+    words = ["miniworld_told", str(run), "--path", str(told), "--limit", "4", "--json", "--control"]
+    assert evaluate([*words, "base"]) == 0  # the plain LLM: a run of text alone has no projectors to go back to
+    assert json.loads(capfd.readouterr().out)["control"] == "base"
+    assert evaluate([*words, "blind"]) == 2
+    assert "the run is of text alone, there are no media to take away" in capfd.readouterr().err
     infer.main([str(run), "a red circle on the left. drum. Where is the circle?", "--json"])
     assert json.loads(capfd.readouterr().out)["answer"]
     with pytest.raises(SystemExit):
