@@ -2,6 +2,7 @@
 
     build_model(config, device, for_training) -> MultimodalLM      a new model, from `training.init_from` if set
     load_run(run, base, device)               -> MultimodalLM      a trained one, ready to answer
+    build_outline(config)                     -> Outline           its shape alone: no weight of the LLM is read
     trainable_parts(model)                    -> named parameters by part, for a learning rate each
 
 Projectors are built in float32 whatever the LLM's dtype: they train, and bfloat16 loses small updates; the model casts
@@ -34,6 +35,7 @@ from mokamm.weights import (
     ADAPTER,
     MANIFEST,
     PROJECTORS,
+    WeightsError,
     fingerprint,
     is_adapter,
     load_adapter,
@@ -64,9 +66,7 @@ def build_model(
     )
     width = llm.get_input_embeddings().weight.shape[1]
     projectors = {name: _projector(modality, encoders[name], width) for name, modality in modalities.items()}
-    method = "none" if config.training.stage == 1 else config.adapter.method
-    options = config.adapter.model_dump(exclude={"method", "keys"})
-    llm = wrap(llm, method, config.model.modality_names, options)
+    llm = _wrapped(llm, config)
     cache = config.data.cache
     perception = Perception(encoders, FeatureCache(cache.dir, cache.max_gb) if cache else None)
     senses = {name: Sense.of(name, m, encoders[name], projectors[name]) for name, m in modalities.items()}
@@ -78,6 +78,60 @@ def build_model(
         load_init(model, config.training.init_folders)
     perception.to(device)
     return model.to(device).train(for_training)
+
+
+class Outline(nn.Module):
+    """The shape of a run's model: LLM, adapter and projectors on the meta device, to be counted like a MultimodalLM.
+
+    left_out: what could not be built here, by name, with the reason; the projector of an absent encoder is not counted.
+    """
+
+    def __init__(self, llm: Any, projectors: dict[str, Projector], perception: Perception) -> None:
+        super().__init__()
+        self.llm, self.projectors = llm, nn.ModuleDict(projectors)
+        self.perception = perception
+        self.senses: dict[str, Sense] = {}
+        self.processor: Processor | None = None
+        self.left_out: dict[str, str] = {}
+
+
+def build_outline(config: RunConfig) -> Outline:
+    """Cost: seconds, whatever the LLM's size. Encoders in local folders are read (what they make of a segment decides
+    the projector's shape), the LLM's weights need not be there. Raises as build_model does."""
+    from transformers import AutoModelForCausalLM
+
+    settings = config.model.llm
+    shape = _from_pretrained("AutoConfig", settings)
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(
+            shape, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
+        )
+        llm = _wrapped(llm, config)
+    modalities, left_out = config.model.modalities, {}
+    here = {name: find_path(m.encoder.path).exists() for name, m in modalities.items()}
+    encoders = {name: _encoder(modality) for name, modality in modalities.items() if here[name]}
+    width = llm.get_input_embeddings().weight.shape[1]
+    with torch.device("meta"):
+        projectors = {name: _projector(modalities[name], encoder, width) for name, encoder in encoders.items()}
+    outline = Outline(llm, projectors, Perception(encoders))
+    outline.senses = {name: Sense.of(name, modalities[name], e, projectors[name]) for name, e in encoders.items()}
+    for name in modalities.keys() - encoders.keys():
+        left_out[name] = f"the encoder is not in a local folder ({modalities[name].encoder.path})"
+    try:
+        tokenizer = _from_pretrained("AutoTokenizer", settings)
+        loader = media_loader(config.data.media_dir, config.data.limits)
+        outline.processor = Processor(
+            tokenizer, outline.senses, loader, None, config.data.max_length, config.adapter.keys
+        )
+    except UserError:
+        left_out["tokenizer"] = f"{settings.path} has no tokenizer that can be read"
+    outline.left_out = left_out
+    return outline
+
+
+def _wrapped(llm: Any, config: RunConfig) -> Any:
+    method = "none" if config.training.stage == 1 else config.adapter.method
+    return wrap(llm, method, config.model.modality_names, config.adapter.model_dump(exclude={"method", "keys"}))
 
 
 def choose_device(wanted: torch.device | str | None) -> torch.device:
@@ -201,7 +255,10 @@ def _load_projectors(model: MultimodalLM, state: dict[str, torch.Tensor], where:
 
 def _init_adapter(model: MultimodalLM, folder: Path) -> None:
     if is_adapter(model.llm):
-        load_adapter(model.llm, folder)
+        try:
+            load_adapter(model.llm, folder)
+        except WeightsError as error:
+            raise WeightsError(f"training.init_from: {error}") from None
     else:
         log.warning("note: %s is not used: the model has no adapter", folder)
 

@@ -129,6 +129,7 @@ class AdapterConfig(Section):
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: Modules = "all-linear"
     exclude_modules: Modules | None = None
+    target_parameters: list[str] | None = None  # fused expert weights of an MoE, such as experts.down_proj; method lora
     attention_weight: float = 1.0
     attention_weight_pattern: dict[str, float] = {}
     scale_logits: bool = True
@@ -191,7 +192,7 @@ class TrainingConfig(Section):
     output_dir: str
     stage: Literal[1, 2] = 2  # 1: projectors only; 2: projectors and adapter (or the whole LLM)
     init_from: str | list[str] | None = None  # runs, checkpoints or folders with projectors.safetensors
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1.0e-4
+    learning_rate: Annotated[float, Field(gt=0.0)] | Literal["auto"] = 1.0e-4  # auto: by mokamm/training/rate.py
     projector_learning_rate: NonNegative | None = None  # None: learning_rate; 0: projectors stay as they are
     num_train_epochs: Annotated[float, Field(gt=0.0)] = 3.0
     max_steps: int = -1
@@ -290,6 +291,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.llm.dtype is {self.model.llm.dtype} while training.bf16 is false: DeepSpeed trains all "
                 "parameters in one precision; set training.bf16=true, or model.llm.dtype=float32"
+            )
+        if self.training.learning_rate == "auto" and (self.training.stage == 1 or self.adapter.method == "none"):
+            raise ValueError(
+                "training.learning_rate is 'auto', which is the rate of the LLM's adapter, and nothing of the LLM is "
+                "trained here: write a number (the paper's projectors: 1e-4)"
             )
         return self
 

@@ -28,7 +28,7 @@ from data.media import MediaLoader
 from data.schema import IGNORED, Batch, Kind, Media, MediaBatch, Message, Sample, Text, UserError
 from mokamm.adapters import AdapterError, MokaModel, set_routing
 from mokamm.config import EvaluationConfig
-from mokamm.perception import Perception
+from mokamm.perception import Perception, Sense
 from mokamm.processor import Processor
 from mokamm.projectors import Projector
 from mokamm.routing import Routing
@@ -65,6 +65,10 @@ class MultimodalLM(nn.Module):
     @property
     def tokenizer(self) -> Any:
         return self.processor.tokenizer
+
+    @property
+    def senses(self) -> dict[str, Sense]:
+        return self.processor.senses
 
     # ---- forward ---------------------------------------------------------------------------------------
 

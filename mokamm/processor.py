@@ -102,6 +102,13 @@ class Processor:
             if media.modality in self.senses
         )
 
+    def answer_length(self, sample: Sample) -> int:
+        """How many tokens of the sample bear loss, unless data.max_length cuts them. No medium is opened."""
+        rendered = self.renderer.render(sample.messages, self.keys)
+        after = max((i + 1 for i, piece in enumerate(rendered.prompt) if piece.media), default=0)
+        stretch = rendered.prompt[after:]
+        return len(self._answer_ids(stretch, self.renderer.encode(stretch)[0], rendered.answer))
+
     def _answer_ids(self, stretch: Sequence[Piece], prompt_ids: list[int], answer: Sequence[Piece]) -> list[int]:
         """The answer's ids as they follow the prompt in one text, if that leaves the prompt's ids alone; else apart."""
         joint, _ = self.renderer.encode([*stretch, *answer])

@@ -94,7 +94,7 @@ def run(config: RunConfig) -> None:
 def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     """Build, fit, write final/."""
     from mokamm.build import build_model, trainable_parts
-    from mokamm.training import checkpoint, finish, launch
+    from mokamm.training import checkpoint, finish, launch, rate
     from mokamm.training.corpus import build_corpus
     from mokamm.training.disk import writing
     from mokamm.training.forecast import Forecast, explained
@@ -105,12 +105,14 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
         model = build_model(config, ranks.device, for_training=True)
     parts = trainable_parts(model)
     corpus = build_corpus(config, model.processor)
+    chosen = rate.resolve(config, model.llm.config, len(corpus.train), ranks.world)
     beginning = begin(config, corpus, ranks)
     forecast = Forecast.of(model, config, ranks)
     if ranks.main:
         with writing(folder, "make room or mend the disk, then start the same command again"):
             finish.dump_config(config, folder, model)
-        print(_summary(config, parts, corpus, ranks), forecast.table(), sep="\n", flush=True)
+        lines = [_summary(config, parts, corpus, ranks), *([chosen] if chosen else []), forecast.table()]
+        print(*lines, sep="\n", flush=True)
     launch.seed_everything(config.training.seed + ranks.rank)  # the same weights on every rank, dropout of its own
     with explained(forecast):
         best = fit(config, model, parts, corpus, ranks, beginning, forecast=forecast)

@@ -183,20 +183,52 @@ def load_projectors(model: Any, folder: str | Path) -> None:
 
 
 def load_adapter(llm: Any, folder: Path) -> None:
-    """Load PEFT's file into the adapter of a PeftModel; every key of either must be in the other."""
+    """Load PEFT's file into the adapter of a PeftModel; every key of either must be in the other.
+
+    Raises WeightsError naming the settings that differ, or the LLM that the folder was made for, or the keys.
+    """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise WeightsError(f"{path} is missing; the configuration asks for an adapter, these weights have none")
+    config = folder / "adapter_config.json"
+    saved = json.loads(config.read_text()) if config.is_file() else {}
+    _refuse(folder, _other_settings(llm.peft_config["default"], saved), "holds an adapter of other settings")
     state = load_file(path)
     expected = get_peft_model_state_dict(llm, save_embedding_layers=False)
     _refuse(
         path,
         _differences({k: tuple(v.shape) for k, v in expected.items()}, {k: tuple(v.shape) for k, v in state.items()}),
+        f"(made for the LLM '{saved.get('base_model_name_or_path')}') does not fit this LLM, or is not whole",
     )
     set_peft_model_state_dict(llm, state)
+
+
+SHAPES = {
+    "peft_type": "method",
+    "r": "r",
+    "modalities": "",
+    "shared_b": "shared_b",
+}  # PEFT's name -> the adapter section's
+
+
+def _other_settings(config: Any, saved: dict[str, Any]) -> list[str]:
+    """What of an adapter_config.json is another adapter than the model's, or unknown here: it would compute otherwise."""
+    own = {**vars(config), "peft_type": config.peft_type.value}
+    problems = []
+    for key, ours in SHAPES.items():
+        if key in saved and key in own and saved[key] != own[key]:
+            where = f" (adapter.{ours})" if ours else " (model.modalities)"
+            problems.append(f"{key}: {saved[key]} there, {own[key]} in the configuration{where}")
+    if saved.get("peft_type") == own["peft_type"]:
+        problems += [
+            f"{key}: {value!r} there, a setting that this version does not know; it was written by a newer one"
+            for key, value in saved.items()
+            if key not in own and value
+        ]
+    return problems
 
 
 def _load_llm(llm: nn.Module, folder: Path) -> None:
@@ -229,7 +261,7 @@ def _differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[in
     return problems
 
 
-def _refuse(path: Path, problems: list[str]) -> None:
+def _refuse(path: Path, problems: list[str], what: str = "does not fit the model, or is not whole") -> None:
     if problems:
         more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
-        raise WeightsError("\n  - ".join([f"{path} does not fit the model, or is not whole:", *problems[:8], *more]))
+        raise WeightsError("\n  - ".join([f"{path} {what}:", *problems[:8], *more]))

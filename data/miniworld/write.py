@@ -5,11 +5,13 @@
               avqa.json                          MUSIC-AVQA rows
               events.txt                         AVE annotation rows
               spoken.jsonl transcription.jsonl images.jsonl   messages with typed content
+              told.jsonl                         messages of text alone: a scene in words and a question about it
               DONE.json                          what was asked for; written last
 
-N clips come with about 5 N audio-visual questions, N/2 events, N spoken questions, N/2 sentences and N/2 images of two
-questions. Every scene is drawn from (seed, split, index) alone, so the number of processes changes nothing. The folder is
-rendered beside its place and renamed into it. Cost: about 0.1 s a clip on one core.
+N clips come with about 5 N audio-visual questions, N/2 events, N spoken questions, N/2 sentences, N/2 images of two
+questions, and 2 N questions about scenes told in words (a split made before these existed gets them added). Every scene
+is drawn from (seed, split, index) alone, so the number of processes changes nothing. The folder is rendered beside its
+place and renamed into it. Cost: about 0.1 s a clip on one core.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ VOICES = {"train": BASE_VOICES + NEW_VOICES, "validation": BASE_VOICES + NEW_VOI
 VERSION = 1  # of the world: a change of what is drawn or asked raises it
 QUESTIONS_PER_CLIP = 6
 LEAD_INS = ("", "please say ", "now ", "listen ", "tell us ", "can you say ", "quickly ", "i ask you ")
-_CLIPS, _SPOKEN, _SENTENCES, _IMAGES = range(4)
+TOLD = "told.jsonl"
+_CLIPS, _SPOKEN, _SENTENCES, _IMAGES, _TOLD = range(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ def event_lines(request: Request) -> list[str]:
     return lines
 
 
-def _row(name: str, content: list[dict[str, str]], answer: str, question_type: tuple[str, str]) -> dict[str, Any]:
+def _row(name: str, content: list[dict[str, Any]], answer: str, question_type: tuple[str, str]) -> dict[str, Any]:
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return {"id": name, "messages": messages, "meta": {"question_type": list(question_type)}}
 
@@ -183,8 +186,30 @@ def image_rows(request: Request, n: int) -> list[dict[str, Any]]:
     return rows
 
 
+def told_rows(request: Request, n: int) -> list[dict[str, Any]]:
+    """Text alone: a scene in words, each another one, and one of the audio-visual questions about it."""
+    balance, choices = Balance(AVQA), request.choices(_TOLD)
+    rows: list[dict[str, Any]] = []
+    index = 0
+    while len(rows) < n:
+        scene, index = sample_scene(request.rng(_TOLD, index)), index + 1
+        for question in balance.pick(scene, choices, 1):
+            content: list[dict[str, Any]] = [
+                {"type": "text", "text": tell_scene(scene) + " "},
+                {"type": "text", "text": question.text, "question": True},
+            ]
+            rows.append(_row(f"told-{len(rows):08d}", content, question.answer, AVQA[question.kind].type))
+    return rows
+
+
 def _jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_told(folder: Path, request: Request) -> None:
+    beside = folder / f".{TOLD}.{os.getpid()}"
+    _jsonl(beside, told_rows(request, 2 * request.num))
+    beside.rename(folder / TOLD)
 
 
 def _one_thread() -> None:
@@ -214,6 +239,7 @@ def _fill(folder: Path, request: Request, workers: int) -> None:
     _jsonl(folder / "spoken.jsonl", (row for row, _ in asked))
     _jsonl(folder / "transcription.jsonl", (row for row, _ in said))
     _jsonl(folder / "images.jsonl", image_rows(request, half))
+    _write_told(folder, request)
     jobs: list[Callable[[], None]] = [partial(_render_clip, folder, request, index) for index in range(request.num)]
     jobs += [partial(_render_image, folder, request, index) for index in range(half)]
     jobs += [partial(_render_speech, folder, job) for _, job in asked + said]
@@ -222,7 +248,7 @@ def _fill(folder: Path, request: Request, workers: int) -> None:
 
 
 def write_split(out: str | Path, split: str, num: int, seed: int = 0, workers: int | None = None) -> Path:
-    """Render a split into OUT/SPLIT and return that folder; does nothing if it is there already.
+    """Render a split into OUT/SPLIT and return that folder; of one that is there already, only what text it lacks.
 
     Raises UserError for an unknown split, a number below one, or a folder that holds another request's split.
     """
@@ -234,6 +260,8 @@ def write_split(out: str | Path, split: str, num: int, seed: int = 0, workers: i
     if folder.exists():
         done = folder / "DONE.json"
         if done.exists() and json.loads(done.read_text()) == asdict(request):
+            if not (folder / TOLD).exists():
+                _write_told(folder, request)
             return folder
         raise UserError(
             f"{folder} exists and holds something else than {asdict(request)}: remove it or choose another --out"

@@ -8,6 +8,7 @@ from eval.benchmarks.miniworld_avqa import MiniworldAvqa
 from eval.benchmarks.miniworld_events import MiniworldEvents
 from eval.benchmarks.miniworld_images import MiniworldImages
 from eval.benchmarks.miniworld_spoken import MiniworldSpoken
+from eval.benchmarks.miniworld_told import MiniworldTold
 from eval.benchmarks.miniworld_transcription import MiniworldTranscription
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -18,6 +19,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         MiniworldSpoken(),
         MiniworldTranscription(),
         MiniworldImages(),
+        MiniworldTold(),
     )
 }
 

@@ -9,13 +9,14 @@ serves all methods: an option that a method has no use for is accepted, one that
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from mokamm.adapters.peft_bridge import check_adapter_name, match_targets, nearest
+from mokamm.adapters.peft_bridge import check_adapter_name, fused_experts, match_parameters, match_targets, nearest
 from mokamm.adapters.routed import MokaConfig, MokaModel, RoutedLinear
 from mokamm.routing import AdapterError, Routing
 
@@ -26,13 +27,18 @@ __all__ = [
     "MokaModel",
     "RoutedLinear",
     "Routing",
+    "fused_experts",
     "set_routing",
     "target_report",
     "wrap",
 ]
 
+log = logging.getLogger("mokamm")
+
 LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules")
 MOKA_OPTIONS = (*LORA_OPTIONS, "attention_weight", "attention_weight_pattern", "scale_logits", "shared_b", "frozen_a")
+EXPERT_OPTIONS = ("target_parameters",)  # fused expert weights; of the methods below that train something else than all
+EXPERT_METHODS = ("lora", "full", "none")
 OTHER_OPTIONS = ("keys",)  # of the processor, in the same section of a config
 
 
@@ -51,9 +57,10 @@ def _multi_lora(llm: nn.Module, modalities: list[str], options: dict[str, Any]) 
 def _lora(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
     """PEFT's LoRA: every token through one pair, whatever its modality."""
     defaults = MokaConfig(modalities=modalities, **_pick(options, LORA_OPTIONS))  # the same checks and defaults
-    config = LoraConfig(task_type="CAUSAL_LM", **{name: getattr(defaults, name) for name in LORA_OPTIONS})
+    experts = _pick(options, EXPERT_OPTIONS)
+    config = LoraConfig(task_type="CAUSAL_LM", **{name: getattr(defaults, name) for name in LORA_OPTIONS}, **experts)
     check_adapter_name(llm, "default")
-    found = match_targets(llm, config)
+    found = match_targets(llm, config, experts=True) | match_parameters(llm, config)
     model = get_peft_model(llm, config)
     vars(model.base_model)["target_report"] = {"default": {target: len(names) for target, names in found.items()}}
     return model
@@ -92,12 +99,34 @@ def wrap(llm: nn.Module, method: str, modalities: list[str], options: dict[str, 
     """
     if method not in METHODS:
         raise AdapterError(f"Unknown adapter method '{method}'{nearest(method, METHODS)}")
-    known = (*MOKA_OPTIONS, *OTHER_OPTIONS)
+    known = (*MOKA_OPTIONS, *EXPERT_OPTIONS, *OTHER_OPTIONS)
     for name in options:
         if name not in known:
             raise AdapterError(f"Unknown adapter option '{name}'{nearest(name, known)}")
+    if options.get("target_parameters") and method not in EXPERT_METHODS:
+        raise AdapterError(
+            f"target_parameters: method '{method}' cannot adapt fused expert weights: its layers wrap linear modules, and "
+            "a routed one must see all tokens of a batch in order, of which an expert gets only some. Leave "
+            "target_parameters out (attention and shared layers are adapted), or choose adapter.method=lora."
+        )
     names = list(modalities) if "text" in modalities else ["text", *modalities]
+    if method not in ("full", "none"):
+        _tell_of_experts(fused_experts(llm), method, options.get("target_parameters") or [])
     return METHODS[method](llm, names, options)
+
+
+def _tell_of_experts(fused: list[str], method: str, targets: list[str]) -> None:
+    """A warning where fused experts, most of a model's weights, are left as they are: no target of modules names them."""
+    left = {name for name in fused if not any(name == t or name.endswith("." + t) for t in targets)}
+    if not left:
+        return
+    names = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in left}))
+    how = f"adapter.target_parameters=[{names}] adapts them"
+    log.warning(
+        "note: the experts (%s) are not adapted, only linear layers are; %s",
+        names,
+        how if method in EXPERT_METHODS else f"method {method} cannot, with adapter.method=lora {how}",
+    )
 
 
 def set_routing(model: nn.Module, routing: Routing | None) -> None:

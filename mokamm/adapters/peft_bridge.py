@@ -67,14 +67,48 @@ def linear_names(model: nn.Module) -> list[str]:
     return names
 
 
-def match_targets(model: nn.Module, config: Any) -> dict[str, list[str]]:
+def fused_experts(model: nn.Module) -> list[str]:
+    """Names of the weights that hold all experts of a layer at once, (E, out, in): parameters, no linear modules."""
+    names = []
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if len(shape) == 3 and "experts" in name.split("."):
+                names.append(f"{name}.{own}".replace(".base_layer", ""))
+    return names
+
+
+def match_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
+    """Which fused expert weights each of a LoraConfig's `target_parameters` matches.
+
+    Raises:
+        AdapterError: one matches none (with the nearest), or dropout is asked for, which PEFT cannot give them.
+    """
+    names = fused_experts(model)
+    found = {t: [n for n in names if n == t or n.endswith("." + t)] for t in sorted(config.target_parameters or [])}
+    for target, matched in found.items():
+        if not matched:
+            known = {".".join(name.split(".")[-2:]) for name in names}
+            there = nearest(target, known) if known else ": this LLM has none"
+            raise AdapterError(f"target_parameters: '{target}' matches no fused expert weight{there}")
+    if found and config.lora_dropout:
+        raise AdapterError(
+            f"lora_dropout is {config.lora_dropout}: it must be 0 with target_parameters, since PEFT adds B A to the "
+            "experts' weights as a whole, where their input cannot be dropped."
+        )
+    return found
+
+
+def match_targets(model: nn.Module, config: Any, experts: bool = False) -> dict[str, list[str]]:
     """Which modules each target of a config matches.
 
     `all-linear` leaves out the output head and is reported by the modules' last names (`q_proj`, ...). It and a regex
     (which may match activations too) are replaced in the config by the names of the linear modules they matched.
 
+    experts: the method needs no routing, so that a module may see only some of a batch's tokens.
+
     Raises:
-        AdapterError: a target matches no linear module, or one that sees only some of a batch's tokens (an expert).
+        AdapterError: a target matches no linear module, or, unless allowed, an expert.
     """
     targets, names = config.target_modules, linear_names(model)
     excluded = getattr(config, "exclude_modules", None) or []
@@ -95,16 +129,29 @@ def match_targets(model: nn.Module, config: Any) -> dict[str, list[str]]:
     for target, matched in (found or {"all-linear": []}).items():
         if not matched:
             known = {name.rpartition(".")[2] for name in names}
-            raise AdapterError(f"target_modules: '{target}' matches no linear module{nearest(target, known)}")
-        experts = [name for name in matched if "experts" in name.split(".")]
-        if experts:
             raise AdapterError(
-                f"target_modules: '{target}' matches {experts[0]}, an expert that sees only some of a batch's tokens. "
+                f"target_modules: '{target}' matches no linear module{_fused_hint(model, target)}{nearest(target, known)}"
+            )
+        partial = [] if experts else [name for name in matched if "experts" in name.split(".")]
+        if partial:
+            raise AdapterError(
+                f"target_modules: '{target}' matches {partial[0]}, an expert that sees only some of a batch's tokens. "
                 r"Leave the experts out: exclude_modules='.*\.experts\..*'."
             )
     if targets is None or isinstance(targets, str):
         config.target_modules = {name for matched in found.values() for name in matched}
     return found
+
+
+def _fused_hint(model: nn.Module, target: str) -> str:
+    """For a target that names what is not linear modules but one fused weight."""
+    fused = [
+        n for n in fused_experts(model) if n.endswith("." + target) or "experts" in target or re.fullmatch(target, n)
+    ]
+    if not fused:
+        return ""
+    short = ".".join(fused[0].split(".")[-2:])
+    return f", but the fused expert weight {fused[0]} (method lora adapts it: target_parameters=[{short}])"
 
 
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:

@@ -306,11 +306,8 @@ def set_aside(run: Path, step: int) -> None:
 def read_state(folder: Path, same: dict[str, Any]) -> TrainerState:
     """The state in a checkpoint. UserError where this run differs in something that its steps depend on."""
     state = TrainerState(**json.loads((folder / STATE).read_text()))
-    different = [
-        f"{key}: {state.same[key]!r} there, {value!r} now"
-        for key, value in same.items()
-        if key in state.same and state.same[key] != value  # an older version may not have known the key
-    ]
+    known = state.same.keys() & same.keys()  # an older version may not have known a key
+    different = [line for key in same if key in known for line in _changed(key, state.same[key], same[key])]
     if different:
         raise UserError(
             "\n  - ".join([f"{folder} comes from another run than the one configured:", *different])
@@ -318,6 +315,13 @@ def read_state(folder: Path, same: dict[str, Any]) -> TrainerState:
             "training.resume_from_checkpoint=null, which starts anew in the same folder and moves the earlier run aside)"
         )
     return state
+
+
+def _changed(key: str, there: Any, now: Any) -> list[str]:
+    """A line for every value that differs; of sections, for every value in them."""
+    if not isinstance(there, dict) or not isinstance(now, dict):
+        return [] if there == now else [f"{key}: {there!r} there, {now!r} now"]
+    return [line for name in {**there, **now} for line in _changed(f"{key}.{name}", there.get(name), now.get(name))]
 
 
 def restore(folder: Path, engine: Engine, ranks: Ranks) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The memory of a run, told before its first step, compared with what is measured after it, and used for advice.
 
-    forecast = Forecast.of(model, config, ranks)     reads counts and shapes only: a model on the meta device will do
+    forecast = Forecast.of(model, config, ranks)     reads counts and shapes only: an Outline (mokamm/build.py) will do
     print(forecast.table())                          a line for each ZeRO stage, the chosen one marked
     with explained(forecast): ...                    running out of memory becomes a UserError with the three settings
                                                      that would help most, each predicted anew with its new value
@@ -42,13 +42,16 @@ class Forecast:
     capacity: float = 0.0  # bytes of the GPU, or of the computer; 0: not known
 
     @classmethod
-    def of(cls, model: Any, config: RunConfig, ranks: Ranks) -> Forecast:
-        """model: a MultimodalLM. Raises UserError for a DeepSpeed JSON that does not fit the run."""
+    def of(cls, model: Any, config: RunConfig, ranks: Ranks, capacity: float | None = None) -> Forecast:
+        """model: a MultimodalLM or Outline; capacity: of another machine than this one, in bytes.
+
+        Raises UserError for a DeepSpeed JSON that does not fit the run.
+        """
         weights = weights_of(model)
         setting = setting_of(config, ranks, sum(w.elements for w in weights if w.trained))
-        return cls(
-            tuple(weights), network_of(model, config), setting, config, _libraries(weights, ranks), _capacity(ranks)
-        )
+        capacity = _capacity(ranks) if capacity is None else capacity
+        libraries = 0.0 if next(model.llm.parameters()).is_meta else _libraries(weights, ranks)
+        return cls(tuple(weights), network_of(model, config), setting, config, libraries, capacity)
 
     def memory(self, **changes: Any) -> Memory:
         """changes: of Setting's fields; `attention` and `weight_bytes` of Network's."""
@@ -61,6 +64,13 @@ class Forecast:
     def total(self) -> float:
         return self.memory().total + self.libraries
 
+    def stages(self) -> dict[int | None, str]:
+        """The ways to run that are told of: as configured, and every ZeRO stage."""
+        own = self.setting.stage
+        return {None if own is None else 0: "plain PyTorch" if own is None else "ZeRO-0"} | {
+            stage: f"ZeRO-{stage}" for stage in (1, 2, 3)
+        }
+
     # ---- before the first step -------------------------------------------------------------------------------------
 
     def table(self) -> str:
@@ -69,9 +79,8 @@ class Forecast:
         rows = f"{s.batch} rows of {s.length} tokens (data.max_length)"
         lines = [f"predicted memory of each process, at most ({rows}, {s.ranks} in all):"]
         lines += [" " * 16 + "".join(f"{name:>12}" for name in COLUMNS)]
-        for stage in (s.stage if s.stage in (None, 0) else 0 if s.stage else None, 1, 2, 3):
+        for stage, name in self.stages().items():
             found = self.memory(stage=stage)
-            name = "plain PyTorch" if stage is None else f"ZeRO-{stage}"
             cells = "".join(f"{size(getattr(found, column)):>12}" for column in COLUMNS)
             host = f"  and {size(found.host)} of the computer's" if found.host else ""
             lines.append(f"{'> ' if stage == s.stage else '  '}{name:14}{cells}{host}")
@@ -200,7 +209,7 @@ def network_of(model: Any, config: RunConfig) -> Network:
         dropout=adapter.lora_dropout > 0,
         linear_elements=sum(m.weight.numel() for _, m in linear),
         weight_bytes=llm.get_input_embeddings().weight.element_size(),
-        media=tuple(_media(name, model) for name in config.model.modalities),
+        media=tuple(_media(name, model) for name in getattr(model, "senses", {})),
     )
 
 
@@ -209,7 +218,7 @@ def _media(name: str, model: Any) -> Media:
     from data.media import SAMPLE_RATE
     from mokamm.projectors import QFormerProjector
 
-    sense, projector = model.processor.senses[name], model.projectors[name]
+    sense, projector = model.senses[name], model.projectors[name]
     length = None if sense.kind == "frames" else round(sense.seconds * SAMPLE_RATE)
     patches = sense.patches(length)
     sizes = (sense.segments, patches, projector.in_features, sense.tokens(patches))

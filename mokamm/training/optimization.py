@@ -22,9 +22,10 @@ Schedule = Callable[[int], float]
 
 def base_rates(training: TrainingConfig, parts: Iterable[str]) -> dict[str, float]:
     """The rate of each part: projectors have their own, everything else the common one."""
-    own = training.projector_learning_rate
-    projector = training.learning_rate if own is None else own
-    return {part: projector if part == "projector" else training.learning_rate for part in parts}
+    common, own = training.learning_rate, training.projector_learning_rate
+    assert common != "auto", "rate.resolve comes first"
+    projector = common if own is None else own
+    return {part: projector if part == "projector" else common for part in parts}
 
 
 def parameter_groups(training: TrainingConfig, parts: dict[str, list[tuple[str, Parameter]]]) -> list[dict[str, Any]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.miniworld.write import Request
+from data.miniworld.write import TOLD, Request
 from data.schema import UserError
 from mokamm.config import WorldConfig
 from mokamm.training.launch import plain_environment
@@ -25,15 +26,15 @@ def make_world(world: WorldConfig) -> None:
     """
     for split in SPLITS:
         folder, wanted = Path(world.dir) / split, asdict(Request(split, getattr(world, split), world.seed))
-        if folder.exists():
-            found = _made(folder)
-            if found == wanted:
-                continue
+        found = _made(folder)
+        if folder.exists() and found != wanted:
             raise UserError(
                 f"{folder} holds another miniature world than data.world asks for: {found or 'no DONE.json'} there, "
                 f"{wanted} wanted. Delete that folder (rm -r {folder}) to have it made anew, or choose another "
                 "data.world.dir"
             )
+        if found == wanted and ((folder / TOLD).exists() or not os.access(folder, os.W_OK)):
+            continue  # an older one lacks the text-only rows, which are quickly added
         print(f"making the miniature world: {folder}, {getattr(world, split)} scenes", flush=True)
         command = [sys.executable, "-m", "data.miniworld", "--out", str(Path(world.dir).resolve()), "--split", split]
         command += ["--num", str(getattr(world, split)), "--seed", str(world.seed)]

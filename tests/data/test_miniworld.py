@@ -16,7 +16,7 @@ import soundfile
 
 from data.media import MediaLoader
 from data.miniworld.__main__ import main
-from data.miniworld.ask import AVQA, IMAGES, SPOKEN, questions
+from data.miniworld.ask import AVQA, IMAGES, NUMBERS, SPOKEN, questions
 from data.miniworld.draw import draw_frame
 from data.miniworld.scene import COLOURS, PLAYED_BY, SECONDS, sample_scene
 from data.miniworld.sound import RATE, render_sound
@@ -31,6 +31,7 @@ from data.miniworld.write import (
     image_rows,
     sentences,
     spoken,
+    told_rows,
     write_split,
 )
 from data.schema import Media, UserError
@@ -47,7 +48,7 @@ def frames_of(path: Path) -> np.ndarray:
 def test_same_seed_gives_the_same_decoded_content_with_any_number_of_processes(tmp_path: Path) -> None:
     one, two = (write_split(tmp_path / name, "train", 3, seed=5, workers=n) for name, n in (("a", 1), ("b", 2)))
     other = write_split(tmp_path / "c", "train", 3, seed=6, workers=1)
-    for name in ("avqa.json", "events.txt", "spoken.jsonl", "transcription.jsonl", "images.jsonl"):
+    for name in ("avqa.json", "events.txt", "spoken.jsonl", "transcription.jsonl", "images.jsonl", "told.jsonl"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
     video, sound = "videos/00000002.mp4", "audio/00000002.wav"
     assert np.array_equal(frames_of(one / video), frames_of(two / video))
@@ -61,7 +62,8 @@ def test_annotations_do_not_depend_on_the_process() -> None:
     """Python's string hashes differ from process to process, and with them the order of a set."""
     program = (
         "import hashlib; from data.miniworld.write import *; r = Request('train', 40, 0);"
-        "print(hashlib.sha256(repr([avqa_rows(r), list(spoken(r)), image_rows(r, 40)]).encode()).hexdigest())"
+        "rows = [avqa_rows(r), list(spoken(r)), image_rows(r, 40), told_rows(r, 40)];"
+        "print(hashlib.sha256(repr(rows).encode()).hexdigest())"
     )
     digests = set()
     for seed in ("1", "2"):
@@ -241,7 +243,8 @@ def test_the_readers_of_the_real_data_sets_read_it(world: Path) -> None:
     folder = world / "test"
     avqa = open_source("music_avqa", folder / "avqa.json", video_dir="videos", audio_dir="audio")
     kinds = {tuple(avqa[i].meta["question_type"]) for i in range(len(avqa))}
-    assert kinds <= {kind.type for kind in AVQA.values()}
+    kinds_of_avqa = {kind.type for kind in AVQA.values()}
+    assert kinds <= kinds_of_avqa
     assert {media.modality for media in avqa[0].media} == {"vision", "audio"}
     events = open_source("ave", folder / "events.txt", video_dir="videos", audio_dir="audio")
     lines = event_lines(Request("test", 6, 0))[1:]
@@ -253,6 +256,9 @@ def test_the_readers_of_the_real_data_sets_read_it(world: Path) -> None:
         (media,) = rows[0].media
         assert media.modality == modality
         assert loader.resolve(media).is_file()
+    told = open_source("messages", folder / "told.jsonl")
+    assert len(told) == 12
+    assert all(not row.media and tuple(row.meta["question_type"]) in kinds_of_avqa for row in told)
     question = open_source("messages", folder / "spoken.jsonl")[0]
     assert all(word not in question.prompt[-1].text for word in ("which", "where", "how many"))
 
@@ -274,6 +280,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (tmp_path / "test" / "DONE.json").stat().st_mtime_ns
     assert main(arguments) == 0
     assert (tmp_path / "test" / "DONE.json").stat().st_mtime_ns == before, "what is there is not made again"
+    told = tmp_path / "test" / "told.jsonl"
+    rows = told.read_bytes()
+    told.unlink()  # as in a split of before these rows existed
+    assert main(arguments) == 0
+    assert told.read_bytes() == rows
+    assert (tmp_path / "test" / "DONE.json").stat().st_mtime_ns == before
     capsys.readouterr()
     assert main([*arguments[:4], "--num", "2"]) == 2
     assert "holds something else" in capsys.readouterr().err
@@ -282,3 +294,23 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="at least 1"):
         write_split(tmp_path, "train", 0)
     assert [path.name for path in tmp_path.iterdir()] == ["test"]
+
+
+def test_told_questions_are_answered_by_the_text_and_are_balanced() -> None:
+    """Nobody who reads the question alone does better than chance; no scene is told twice, or in another split too."""
+    rows = told_rows(Request("train", 300, 0), 600)
+    scenes = [row["messages"][0]["content"][0]["text"] for row in rows]
+    assert len(set(scenes)) == len(scenes) == 600
+    assert not set(scenes) & {r["messages"][0]["content"][0]["text"] for r in told_rows(Request("test", 100, 0), 200)}
+    by_type: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        by_type[" ".join(row["meta"]["question_type"])][row["messages"][1]["content"]] += 1
+    assert len(by_type) == 9
+    for name, answers in by_type.items():
+        kind = next(kind for kind in AVQA.values() if " ".join(kind.type) == name)
+        assert set(answers) == set(kind.answers), name
+        assert max(answers.values()) / sum(answers.values()) < 1.3 / len(kind.answers), name
+    for scene, row in zip(scenes, rows, strict=True):
+        if row["meta"]["question_type"] == ["Audio", "Counting"]:
+            heard = scene.strip().rstrip(".").partition(". ")[2].split(", ")  # things, then sounds
+            assert NUMBERS[len(heard)] == row["messages"][1]["content"]

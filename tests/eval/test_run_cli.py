@@ -79,7 +79,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(np.full((64, 64, 3), 90 * i, dtype=np.uint8)).save(folder / f"images/{i}.png")
         content = [{"type": "image", "path": f"images/{i}.png"}, {"type": "text", "text": "A ring?"}]
         pictures += conversation(f"i{i}", content, "no")
-    for name, text in (("spoken", spoken), ("transcription", spoken), ("images", pictures)):
+    told = "".join(conversation(f"t{i}", [{"type": "text", "text": f"a red ring. {i}?"}], "red") for i in range(2))
+    for name, text in (("spoken", spoken), ("transcription", spoken), ("images", pictures), ("told", told)):
         (folder / f"{name}.jsonl").write_text(text)
     return folder
 
@@ -90,6 +91,7 @@ def configuration(base: Path, world: Path, stage_1: str | None, method: str) -> 
         return {"encoder": encoder, "projector": {"name": "mlp", "stride": 16}, "segments": segments, **options}
 
     files = {"avqa": "json", "events": "txt", "spoken": "jsonl", "transcription": "jsonl", "images": "jsonl"}
+    files["told"] = "jsonl"
     return {
         "model": {
             "llm": {"path": str(base / "llm")},
@@ -149,7 +151,7 @@ def test_all_benchmarks_in_one_go(run: Path, capfd: pytest.CaptureFixture[str]) 
     result = evaluate(capfd, "all", str(run))
     assert result["control"] is None
     assert list(result["benchmarks"]) == list(BENCHMARKS)
-    counts = {"avqa": 2 * CLIPS, "events": CLIPS - 1, "spoken": 3, "transcription": 3, "images": 2}
+    counts = {"avqa": 2 * CLIPS, "events": CLIPS - 1, "spoken": 3, "transcription": 3, "images": 2, "told": 2}
     for name, count in counts.items():
         metrics = result["benchmarks"][f"miniworld_{name}"]
         rows = predictions(run, f"miniworld_{name}")

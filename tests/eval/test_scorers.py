@@ -18,7 +18,7 @@ from eval.benchmarks.miniworld_events import Event, labels, overlap
 from eval.benchmarks.miniworld_transcription import letter_errors, word_errors
 from eval.intervals import bootstrap_interval
 
-avqa, events, spoken, transcription, images = BENCHMARKS.values()
+avqa, events, spoken, transcription, images, told = BENCHMARKS.values()
 LONG = "la " * 350_000  # a million characters and more
 
 

@@ -100,13 +100,17 @@ def test_other_ranks_batches_or_steps_are_refused(toy, tmp_path, shape, reason):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model": {"llm": {"path": "toy", "dtype": "bfloat16"}}}, "model.llm: "),
+        (
+            {"model": {"llm": {"path": "toy", "dtype": "bfloat16"}}},
+            "model.llm.dtype: 'float32' there, 'bfloat16' now\n",
+        ),
         ({"model": {"llm": {"path": "another"}}}, "the base's weights: 'toy' there, 'another' now"),
         ({"training": {"metric_for_best_model": "loss"}}, "training.metric_for_best_model: 'accuracy' there"),
         ({"data": {"validation": [{"source": "messages", "path": "toy.jsonl"}]}}, "data.validation: "),
         ({"data": {"allow_outside": True}}, "data.allow_outside: False there, True now"),
-        ({"data": {"limits": {"max_seconds": 5.0}}}, "data.limits: "),
-        ({"adapter": {"r": 8}}, "adapter: "),
+        ({"data": {"limits": {"max_seconds": 5.0}}}, "data.limits.max_seconds: 3600.0 there, 5.0 now\n"),
+        ({"adapter": {"r": 8}}, "adapter.r: 4 there, 8 now\n"),
+        ({"adapter": {"method": "lora"}}, "adapter.method: 'moka' there, 'lora' now\n"),
     ],
 )
 def test_another_base_data_or_method_is_refused(toy, tmp_path, changes, reason):
@@ -135,7 +139,7 @@ def test_files_of_the_same_name_with_other_content_are_refused(toy, tmp_path):
         read()
     rows.write_text('{"a": 1}\n')
     deepspeed.write_text('{"zero_optimization": {"stage": 3}}')
-    with pytest.raises(UserError, match="the DeepSpeed JSON: "):
+    with pytest.raises(UserError, match=r"the DeepSpeed JSON\.zero_optimization\.stage: 2 there, 3 now"):
         read()
 
 

@@ -19,6 +19,7 @@ def made(tmp_path):
     for split in world.SPLITS:
         (tmp_path / split).mkdir()
         (tmp_path / split / "DONE.json").write_text(json.dumps(asdict(Request(split, 3, seed=5))))
+        (tmp_path / split / "told.jsonl").touch()
     return tmp_path
 
 
@@ -45,3 +46,10 @@ def test_a_world_of_another_version_or_without_notes_is_refused(made):
     done.unlink()
     with pytest.raises(UserError, match=r"no DONE\.json there"):
         world.make_world(asked(made))
+
+
+def test_an_older_world_gets_the_text_rows_that_it_lacks(made):
+    (made / "validation" / "told.jsonl").unlink()
+    world.make_world(asked(made))
+    assert len((made / "validation" / "told.jsonl").read_text().splitlines()) == 6
+    assert not (made / "validation" / "videos").exists(), "nothing else is made anew"

@@ -1,0 +1,185 @@
+"""Mixtures of experts: fused expert weights under method lora, and a clear refusal wherever they cannot be adapted."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+
+from mokamm.adapters import AdapterError, RoutedLinear, set_routing, target_report, wrap
+from mokamm.routing import Routing
+
+SHAPE = {
+    "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+CONFIGS = {
+    "qwen3_moe": Qwen3MoeConfig(**SHAPE, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2),
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4),
+}
+EXPERTS = ["experts.down_proj", "experts.gate_up_proj"]
+ATTENTION = {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2}
+IDS = torch.tensor([[3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])
+
+
+def moe(name: str) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+
+
+def adapted(name: str) -> Any:
+    return wrap(moe(name), "lora", ["text"], {"r": 2, "lora_alpha": 4, "target_parameters": EXPERTS})
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.2
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_lora_is_added_to_every_expert(name):
+    """Against the plain LLM with s B_e A_e added to the weight of each expert e, in a loop."""
+    model = randomise(adapted(name))
+    assert target_report(model) == ATTENTION | dict.fromkeys(EXPERTS, 2)
+    plain = moe(name)
+    weights = {key.replace("base_model.model.", ""): p.detach() for key, p in model.named_parameters()}
+    for i, layer in enumerate(plain.model.layers):
+        for own in ATTENTION:
+            at = f"model.layers.{i}.self_attn.{own}.lora_{{}}.default.weight"
+            getattr(layer.self_attn, own).weight.data += 2 * weights[at.format("B")] @ weights[at.format("A")]
+        # PEFT nests the two adapters of one module; each is known by the width that it reads
+        nested = [f"model.layers.{i}.mlp.experts{inner}.lora_{{}}.default.weight" for inner in (".base_layer", "")]
+        for own in ("down_proj", "gate_up_proj"):
+            weight = getattr(layer.mlp.experts, own).data
+            (at,) = (name for name in nested if weights[name.format("A")].shape[1] == weight.shape[2])
+            a, b = weights[at.format("A")].unflatten(0, (4, 2)), weights[at.format("B")].unflatten(1, (2, 4))
+            for e in range(4):
+                weight[e] += 2 * b[:, :, e] @ a[e]
+    torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=1e-5)
+    assert not torch.allclose(logits(model), logits(moe(name)), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_trains_saves_and_reloads(name, tmp_path):
+    from peft import PeftModel
+
+    from mokamm.weights import load_adapter
+
+    gradients = []
+    for checkpointing in (False, True):
+        model = randomise(adapted(name)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert all(g.abs().sum() > 0 for n, g in gradients[0].items() if "experts" in n)
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=0, atol=1e-6)
+    before = logits(model.eval())
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    after = logits(model)
+    assert not torch.allclose(before, after, atol=1e-6)
+
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(moe(name), tmp_path).eval()
+    torch.testing.assert_close(logits(again), after, rtol=0, atol=1e-6)
+    own = adapted(name).eval()
+    load_adapter(own, tmp_path)
+    torch.testing.assert_close(logits(own), after, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_linear_leaves_fused_experts_out_and_says_so(name, caplog):
+    for method, hint in (
+        ("lora", "; adapter.target_parameters=[experts.down_proj, experts.gate_up_proj] adapts them"),
+        ("moka", "method moka cannot, with adapter.method=lora adapter.target_parameters"),
+    ):
+        with caplog.at_level(logging.WARNING, "mokamm"):
+            model = wrap(moe(name), method, ["text", "vision"], {"r": 2})
+        assert target_report(model) == ATTENTION
+        assert "the experts (experts.down_proj, experts.gate_up_proj) are not adapted" in caplog.text
+        assert hint in caplog.text
+        caplog.clear()
+    with caplog.at_level(logging.WARNING, "mokamm"):
+        adapted(name)
+        wrap(moe(name), "full", ["text"], {"target_parameters": EXPERTS})
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (
+            "moka",
+            {"target_parameters": EXPERTS},
+            "method 'moka' cannot adapt fused expert weights.*adapter.method=lora",
+        ),
+        ("multi_lora", {"target_parameters": EXPERTS}, "method 'multi_lora' cannot adapt"),
+        (
+            "moka",
+            {"target_modules": ["q_proj", "gate_up_proj"]},
+            r"'gate_up_proj' matches no linear module, but the fused expert weight model.layers.0.mlp.experts.gate_up_proj "
+            r"\(method lora adapts it: target_parameters=\[experts.gate_up_proj\]\)",
+        ),
+        ("lora", {"target_modules": ".*experts.*"}, "but the fused expert weight"),
+        (
+            "lora",
+            {"target_parameters": ["experts.gate_up"]},
+            "'experts.gate_up' matches no fused expert weight; did you mean 'experts.gate_up_proj'",
+        ),
+        ("lora", {"target_parameters": EXPERTS, "lora_dropout": 0.1}, "lora_dropout is 0.1: it must be 0"),
+    ],
+)
+def test_what_is_refused(method, options, message):
+    llm = moe("qwen3_moe")
+    with pytest.raises(AdapterError, match=message):
+        wrap(llm, method, ["text", "vision"], options)
+    assert not any("lora_" in n or isinstance(m, RoutedLinear) for n, m in llm.named_modules())
+
+
+def test_an_llm_without_experts_is_told_so():
+    from transformers import LlamaConfig
+
+    llm = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    with pytest.raises(AdapterError, match="matches no fused expert weight: this LLM has none"):
+        wrap(llm, "lora", ["text"], {"target_parameters": EXPERTS})
+
+
+def test_moka_adapts_attention_and_shared_experts(caplog):
+    """A shared expert sees all tokens, flattened to (B*T, D): the routing must still be found."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        **SHAPE, moe_intermediate_size=8, shared_expert_intermediate_size=12, num_experts=4, num_experts_per_tok=2
+    )
+    llm = AutoModelForCausalLM.from_config(config).eval()
+    with caplog.at_level(logging.WARNING, "mokamm"):
+        model = wrap(llm, "moka", ["text", "vision"], {"r": 2})
+    assert "the experts (experts.down_proj, experts.gate_up_proj) are not adapted" in caplog.text
+    assert target_report(model) == ATTENTION | dict.fromkeys(
+        ("gate_proj", "up_proj", "down_proj", "shared_expert_gate"), 2
+    )
+    randomise(model)
+    ids = torch.tensor([[0, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
+    set_routing(model, Routing(ids, (ids == 0) & (torch.arange(6) > 3)))
+    layer = model.get_submodule("base_model.model.model.layers.1.mlp.shared_expert.up_proj")
+    seen: dict[str, torch.Tensor] = {}
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0], h=output))
+    mixed = logits(model)
+    hook.remove()
+    assert seen["x"].shape == (12, 16)
+    whole = layer(seen["x"].view(2, 6, 16)).view(12, -1)  # the same layer on (B,T,D)
+    torch.testing.assert_close(seen["h"], whole, rtol=0, atol=1e-6)
+    set_routing(model, Routing.text_only())
+    assert not torch.allclose(logits(model), mixed, atol=1e-3)
