@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SAMPLE_RATE = 16_000
+from encoders.base import SAMPLE_RATE
+
 WINDOW, HOP, FFT, MEL_BINS = 400, 160, 512, 128  # 25 ms, 10 ms, next power of two
 
 

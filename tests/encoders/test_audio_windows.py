@@ -93,6 +93,23 @@ def test_the_published_ast_gives_12_rows_every_tenth_of_a_second() -> None:
     assert [encoder.num_tokens(seconds * 16000) // 12 for seconds in (1, 2, 5, 10)] == [9, 19, 49, 99]
 
 
+@pytest.mark.parametrize("name", ["ast", "clap"])
+def test_a_checkpoint_that_lacks_a_weight(name: str, ast, clap, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in {"ast": ast, "clap": clap}[name].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(key for key in weights if "patch_embed" in key)
+    del weights[lost]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EncoderError, match=f"is not a whole {name} checkpoint: 1 weights missing .*patch_embed"):
+        build_encoder(name, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(EncoderError, match=f"{name} weights could not be read from"):
+        build_encoder(name, tmp_path)
+
+
 def test_ast_mistakes(ast, tmp_path) -> None:
     encoder = build_encoder("ast", ast)
     with pytest.raises(EncoderError, match=r"segments of at most 1.28 s, found 2 s; set the modality's `seconds`"):

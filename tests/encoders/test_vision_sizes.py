@@ -162,6 +162,61 @@ def test_open_clip_at_another_size(open_clip_folder) -> None:
         OpenClipEncoder(open_clip_folder, image_size=100)
 
 
+def test_open_clip_by_name_and_a_file_of_weights(tmp_path, capsys) -> None:
+    import open_clip
+    from safetensors.torch import save_file
+
+    vision = {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+    cfg = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "tiny-of-a-test.json").write_text(json.dumps(cfg))
+    open_clip.add_model_config(tmp_path)
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**cfg).eval()
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    frames = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    encoders = [
+        build_encoder("open_clip", "tiny-of-a-test", pretrained=str(tmp_path / file), layer=[3, -3])
+        for file in ("w.safetensors", "w.pt")
+    ]
+    assert encoders[0].fingerprint() == encoders[1].fingerprint()
+    x = encoders[0].preprocess(frames, None)[0]
+    with torch.no_grad():
+        expected = model.visual.forward_intermediates(x, output_fmt="NLC")["image_intermediates"]
+    found = encoders[1].encode(frames).features
+    torch.testing.assert_close(found, torch.cat([expected[2], expected[0]], dim=-1), rtol=0, atol=1e-5)
+    torch.save({"visual.proj": _Code()}, tmp_path / "evil.pt")
+    with pytest.raises(EncoderError, match="open_clip weights could not be read from 'tiny-of-a-test'"):
+        build_encoder("open_clip", "tiny-of-a-test", pretrained=str(tmp_path / "evil.pt"))
+    assert "executed" not in capsys.readouterr().out
+    with pytest.raises(EncoderError, match="could not be read"):
+        build_encoder("open_clip", "tiny-of-a-test", pretrained="laion9b")
+
+
+class _Code:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize("kind", ["dinov2_with_registers", "dinov3_vit", "siglip"])
+def test_a_checkpoint_that_lacks_a_weight(written, tmp_path, kind: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in written(kind).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = sorted(key for key in weights if "embeddings" in key)[0]
+    del weights[lost]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    encoder = {"siglip": "siglip2", "dinov3_vit": "dinov3"}.get(kind, "dinov2")
+    with pytest.raises(EncoderError, match=r"is not a whole .* checkpoint: 1 weights missing .*embeddings"):
+        build_encoder(encoder, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(EncoderError, match="weights could not be read from"):
+        build_encoder(encoder, tmp_path)
+
+
 def test_mistakes(written, tmp_path) -> None:
     with pytest.raises(EncoderError, match="image_size 30: expected a multiple of the patch size 8; the nearest is 32"):
         build_encoder("dinov2", written("dinov2"), image_size=30)
