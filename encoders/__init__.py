@@ -21,11 +21,19 @@ __all__ = ["ENCODERS", "EncoderError", "build_encoder"]
 
 # name in a config -> "module:class", imported when it is built
 ENCODERS: dict[str, str] = {
-    "open_clip": "encoders.vision:OpenClipEncoder",
+    "open_clip": "encoders.vision_open_clip:OpenClipEncoder",
     "clip": "encoders.vision:ClipEncoder",
     "siglip": "encoders.vision:SiglipEncoder",
+    "siglip2": "encoders.vision:SiglipEncoder",
+    "dinov2": "encoders.vision:Dinov2Encoder",
+    "dinov3": "encoders.vision:Dinov3Encoder",
     "beats": "encoders.audio:BeatsEncoder",
+    "ast": "encoders.audio_ast:AstEncoder",
+    "clap": "encoders.audio_clap:ClapEncoder",
     "whisper": "encoders.speech:WhisperEncoder",
+    "wav2vec2": "encoders.speech_wav2vec2:Wav2Vec2Encoder",
+    "hubert": "encoders.speech_wav2vec2:HubertEncoder",
+    "wavlm": "encoders.speech_wav2vec2:WavLMEncoder",
 }
 
 
@@ -36,15 +44,14 @@ def build_encoder(name: str, path: str | Path, **options: Any) -> Encoder:
     unknown name or option, for weights that are missing, broken or of another architecture, and for bad values.
     """
     import importlib
-    import inspect
+
+    from encoders.options import option_problems
 
     if name not in ENCODERS:
         raise EncoderError(f"unknown encoder '{name}'{nearest(name, ENCODERS)}")
     module, attribute = ENCODERS[name].split(":")
     encoder_class = getattr(importlib.import_module(module), attribute)
-    known = [key for key in inspect.signature(encoder_class).parameters if key != "path"]
-    for option in options:
-        if option not in known:
-            raise EncoderError(f"encoder '{name}' has no option '{option}'{nearest(option, known)}")
+    if problems := option_problems(encoder_class, options):
+        raise EncoderError(f"encoder '{name}' " + "; ".join(problems))
     encoder: Encoder = encoder_class(path, **options)
     return encoder

@@ -27,7 +27,18 @@ from torch import Tensor, nn
 
 from encoders.errors import EncoderError, nearest
 
-__all__ = ["Encoder", "EncoderError", "Features", "load_exactly", "nearest", "parse_dtype", "require_path"]
+SAMPLE_RATE = 16_000  # of every waveform that enters an encoder
+
+__all__ = [
+    "SAMPLE_RATE",
+    "Encoder",
+    "EncoderError",
+    "Features",
+    "load_exactly",
+    "nearest",
+    "parse_dtype",
+    "require_path",
+]
 
 
 class Features(NamedTuple):
@@ -45,6 +56,8 @@ class Encoder(nn.Module):
 
     modality_kind: str  # "frames": uint8 (F,3,H,W); "waveform": float32 (F,S), mono at 16 kHz
     width: int  # C
+    window_samples: int = SAMPLE_RATE  # the windows that a sound is cut into where the config names no length
+    max_samples: int | None = None  # the longest segment that the network reads; None: any
 
     def __init__(self, *, options: Mapping[str, Any] | None = None, max_batch: int = 64) -> None:
         """`options`: everything beside weights and dtype that changes the features; it goes into the fingerprint."""
@@ -112,6 +125,9 @@ class Encoder(nn.Module):
             expected = "float32 waveforms (F,S)"
         elif lengths is not None and lengths.shape != segments.shape[:1]:
             expected, found = f"{len(segments)} lengths", f"found lengths of shape {tuple(lengths.shape)}"
+        elif self.max_samples is not None and segments.shape[1] > self.max_samples:
+            expected = f"segments of at most {self.max_samples / SAMPLE_RATE:g} s"
+            found = f"found {segments.shape[1] / SAMPLE_RATE:g} s; set the modality's `seconds` to at most that"
         if expected:
             raise EncoderError(f"{type(self).__name__}: expected {expected}, {found}")
 

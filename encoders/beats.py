@@ -8,7 +8,9 @@ Parameter names are the published ones, so that the published checkpoints load s
 Attention adds a bias of T5-style relative position buckets (one table, shared by all layers), scaled per layer, head
 and query by a gate that reads the projected query. No final norm; a fine-tuned checkpoint has a linear `predictor`.
 
-Padding: a frame is padding when all of its samples are, a patch when all of its frames are.
+Padding: a frame is padding when all of its samples are, a patch when all of its frames are. The published code spreads
+the mask of frames evenly over the flattened patches: the same wherever the valid samples end with a row of patches; of
+a row that they end in, it masks some frequency rows, which no sound accounts for, and here the row counts as valid.
 
 Cost: one second of sound is 98 frames, 48 patches; about 4 GFLOP for the 90 M parameter model.
 
@@ -214,16 +216,19 @@ class Transformer(nn.Module):
         assert isinstance(first, Layer)
         return first.self_attn.relative_attention_bias(buckets).permute(2, 0, 1)
 
-    def forward(self, x_NPC: Tensor, padding_NP: Tensor | None) -> Tensor:
+    def forward(self, x_NPC: Tensor, padding_NP: Tensor | None) -> list[Tensor]:
+        """What the first layer reads, then what each layer gives: layers + 1 tensors (N,P,C)."""
         if padding_NP is not None:
             x_NPC = x_NPC.masked_fill(padding_NP[..., None], 0.0)
         x_NPC = self.layer_norm(x_NPC + self.pos_conv(x_NPC))
         x_NPC = F.dropout(x_NPC, self.cfg.dropout, self.training)
         bias = self.position_bias(x_NPC.shape[1], x_NPC.device)
+        states = [x_NPC]
         for layer in self.layers:
             if not self.training or self.cfg.encoder_layerdrop == 0.0 or torch.rand(()) >= self.cfg.encoder_layerdrop:
                 x_NPC = layer(x_NPC, bias, padding_NP)
-        return x_NPC
+            states.append(x_NPC)
+        return states
 
 
 class BEATs(nn.Module):
@@ -288,6 +293,11 @@ class BEATs(nn.Module):
 
     def from_fbank(self, fbank_NTM: Tensor, lengths_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalised filter banks and valid *samples* -> as `features`."""
+        states, mask_NP = self.hidden_states(fbank_NTM, lengths_N)
+        return states[-1], mask_NP
+
+    def hidden_states(self, fbank_NTM: Tensor, lengths_N: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """As `from_fbank`, with the embedding and every layer's output (N,P,C) in the place of the last one's."""
         patches_NERM = self.patch_embedding(fbank_NTM[:, None].to(self.patch_embedding.weight.dtype))
         x_NPC = self.layer_norm(patches_NERM.flatten(2).transpose(1, 2))
         if self.post_extract_proj is not None:
@@ -351,7 +361,10 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise EncoderError(f"{file} is not a whole safetensors file: {error}") from error
     if "cfg" not in metadata:
         found = ", ".join(metadata) or "none"
-        raise EncoderError(f"{file} has no metadata key 'cfg' (found: {found}); write the file by save_beats")
+        raise EncoderError(
+            f"{file} has no metadata key 'cfg' (found: {found}); make the file from the published checkpoint by "
+            "python -m encoders.convert_beats FILE.pt OUT.safetensors"
+        )
     return json.loads(metadata["cfg"]), state
 
 

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import pickle
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ def read(load: Callable[..., Any], path: str | Path, what: str, **options: Any) 
         )
     try:
         return load(str(path), **options)
+    except pickle.UnpicklingError as error:
+        raise EncoderError(
+            f"{what} at '{path}' were refused: the file holds Python objects (possibly code) beside tensors and was not "
+            "executed; take a checkpoint in safetensors"
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         local = (
@@ -33,22 +39,25 @@ def read(load: Callable[..., Any], path: str | Path, what: str, **options: Any) 
         raise EncoderError(f"{what} could not be read from '{path}'{local}: {reason}") from error
 
 
-def load_model(model_class: Any, path: str | Path, kinds: Collection[str], what: str) -> Any:
-    """`model_class.from_pretrained(path)` in float32; its config must be of one of `kinds`, and no weight missing.
+def load_model(
+    path: str | Path, classes: Mapping[str, str], what: str, *, instead: Mapping[str, str] | None = None, **config: Any
+) -> Any:
+    """The model at `path` in float32, built by the transformers class that `classes` names for its `model_type`.
 
-    Weights that the class has no use for (a text tower beside the vision tower) are left unread.
+    No weight may be missing; weights that the class has no use for (a text tower beside the vision tower) are left
+    unread. `instead`: model types that are near but not read here, and what to do. `config`: values laid over its own.
     """
-    from transformers import PretrainedConfig
-
-    config = read(PretrainedConfig.get_config_dict, path, f"{what} config.json")[0]
-    found = config.get("model_type")
-    if found not in kinds:
-        raise EncoderError(f"'{path}' is no {what} model: its model_type is {found}, expected {' or '.join(kinds)}")
     import torch
+    import transformers
 
-    model, report = read(
-        model_class.from_pretrained, path, f"{what} weights", output_loading_info=True, dtype=torch.float32
-    )
+    found = read(transformers.PretrainedConfig.get_config_dict, path, f"{what} config.json")[0].get("model_type")
+    if found not in classes:
+        hint = f"; {instead[found]}" if instead and found in instead else ""
+        raise EncoderError(
+            f"'{path}' is no {what} model: its model_type is {found}, expected {' or '.join(classes)}{hint}"
+        )
+    load = getattr(transformers, classes[found]).from_pretrained
+    model, report = read(load, path, f"{what} weights", output_loading_info=True, dtype=torch.float32, **config)
     missing = sorted(report["missing_keys"])
     if missing:
         from encoders.base import shorten

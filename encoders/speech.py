@@ -3,9 +3,10 @@
 Whisper reads one fixed window (30 s in the published models), so a segment is padded with silence to the window and
 encoded whole; the mask then keeps one position for every 20 ms of true speech, ceil(ceil(samples / 160) / 2), and
 padding never becomes a token. The log-mel spectrogram is computed for the whole batch at once on the encoder's device,
-with the operations of transformers' WhisperFeatureExtractor.
+with the operations of transformers' WhisperFeatureExtractor. Longer speech comes as several windows, one segment each
+(`segments` in the config says how many at most), of which only the last is padded.
 
-Cost: one full window per segment, however short; longer speech must be cut into windows first.
+Cost: one full window per segment, however short.
 
 Legend: F segments, S samples, M mel bins, T mel frames (100 a second), P positions (50 a second), C width.
 """
@@ -18,21 +19,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from encoders.base import Encoder, EncoderError, Features, parse_dtype
+from encoders.base import EncoderError, Features, parse_dtype
+from encoders.layers import Layers, choose_layers
 from encoders.pretrained import load_model, read
+from encoders.waveform import WaveformEncoder, check_rate, features_of, silenced, true_lengths
 
 
-class WhisperEncoder(Encoder):
-    """`layer` counts hidden states as transformers does; -1 is the last, after the final norm."""
+class WhisperEncoder(WaveformEncoder):
+    """`layer` counts hidden states; -1 is the encoder's output, after the final norm."""
 
-    modality_kind = "waveform"
     mel_filters: Tensor
 
-    def __init__(self, path: str | Path, *, layer: int = -1, dtype: str = "float32", max_batch: int = 16) -> None:
-        from transformers import WhisperFeatureExtractor, WhisperModel
+    def __init__(self, path: str | Path, *, layer: Layers = -1, dtype: str = "float32", max_batch: int = 16) -> None:
+        from transformers import WhisperFeatureExtractor
 
         super().__init__(options={"layer": layer}, max_batch=max_batch)
-        self.model = load_model(WhisperModel, path, ("whisper",), "whisper").encoder
+        self.model = load_model(path, {"whisper": "WhisperModel"}, "whisper").encoder
         extractor = read(WhisperFeatureExtractor.from_pretrained, path, "whisper preprocessor_config.json")
         config = self.model.config
         if extractor.feature_size != config.num_mel_bins:
@@ -40,11 +42,11 @@ class WhisperEncoder(Encoder):
                 f"'{path}': preprocessor_config.json gives {extractor.feature_size} mel bins, "
                 f"the network reads {config.num_mel_bins}"
             )
-        if not -config.encoder_layers - 1 <= layer <= config.encoder_layers:
-            raise EncoderError(f"layer {layer}: this encoder has hidden states 0 to {config.encoder_layers}")
-        self.layer, self.width = layer, config.d_model
+        check_rate(extractor.sampling_rate, path)
+        self.layers = choose_layers(layer, config.encoder_layers)
+        self.width = config.d_model * len(self.layers)
         self.positions, self.hop, self.fft = config.max_source_positions, extractor.hop_length, extractor.n_fft
-        self.window_samples = 2 * self.positions * self.hop
+        self.window_samples = self.max_samples = 2 * self.positions * self.hop
         self._options["mel"] = (self.hop, self.fft, extractor.sampling_rate)
         self.freeze(parse_dtype(dtype))
         # float32 whatever the weights' dtype, hence after freeze
@@ -52,26 +54,17 @@ class WhisperEncoder(Encoder):
             "mel_filters", torch.from_numpy(extractor.mel_filters).float().T.contiguous(), persistent=False
         )
 
-    def num_tokens(self, length: int | None = None) -> int:
-        if length is None:
-            raise EncoderError("Whisper reads waveforms: num_tokens needs a number of samples")
+    def count(self, length: int) -> int:
         frames = -(-length // self.hop)
         return min(max(1, -(-frames // 2)), self.positions)
 
     def preprocess(self, segments: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """-> log-mel spectrogram (F,M,T) of the whole window, and valid positions (F,)."""
-        samples = segments.shape[1]
-        if lengths is None:
-            lengths = torch.full((len(segments),), samples, device=segments.device)
-        if samples > self.window_samples:
-            raise EncoderError(
-                f"this Whisper encoder reads windows of {self.window_samples / 16_000:g} s, found a segment of "
-                f"{samples / 16_000:g} s; set the modality's `seconds` to at most that"
-            )
-        segments = segments * (torch.arange(samples, device=segments.device) < lengths[:, None])
+        lengths = true_lengths(segments, lengths)
         frames = (lengths + self.hop - 1) // self.hop
         positions = ((frames + 1) // 2).clamp(1, self.positions)
-        return self.log_mel(F.pad(segments, (0, self.window_samples - samples))), positions
+        window = F.pad(silenced(segments, lengths), (0, self.window_samples - segments.shape[1]))
+        return self.log_mel(window), positions
 
     def log_mel(self, waveform_FS: Tensor) -> Tensor:
         """WhisperFeatureExtractor's log-mel spectrogram (F,M,S // hop), batched."""
@@ -82,5 +75,5 @@ class WhisperEncoder(Encoder):
         return (torch.maximum(log_FMT, log_FMT.amax((1, 2), keepdim=True) - 8.0) + 4.0) / 4.0
 
     def forward(self, mel: Tensor, positions: Tensor) -> Features:
-        hidden = self.model(mel.to(self.dtype), output_hidden_states=True).hidden_states[self.layer]
-        return Features(hidden, torch.arange(hidden.shape[1], device=hidden.device) < positions[:, None])
+        output = self.model(mel.to(self.dtype), output_hidden_states=True)
+        return features_of((*output.hidden_states[:-1], output.last_hidden_state), self.layers, positions)

@@ -249,8 +249,22 @@ def _load_projectors(model: MultimodalLM, state: dict[str, torch.Tensor], where:
     if problems:
         files = ", ".join(str(folder / PROJECTORS) for folder in dict.fromkeys(where.values()))
         shown = problems[:8] + [f"... and {len(problems) - 8} more"] * (len(problems) > 8)
+        shown += _width_notes(model, state)
         raise UserError("\n  - ".join([f"training.init_from: {files} does not fit model.modalities:", *shown]))
     model.projectors.load_state_dict(state)
+
+
+def _width_notes(model: MultimodalLM, state: dict[str, torch.Tensor]) -> list[str]:
+    """What to do about projectors that were trained on features of another width than the encoder's."""
+    notes = []
+    for name, projector in model.projectors.items():
+        norm = state.get(f"{name}.norm.weight")
+        if norm is not None and len(norm) != projector.in_features:
+            notes.append(
+                f"model.modalities.{name}.encoder gives features of width {projector.in_features}, this projector was "
+                f"trained on width {len(norm)}: name the encoder, and its layer, that stage 1 had"
+            )
+    return notes
 
 
 def _init_adapter(model: MultimodalLM, folder: Path) -> None:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 METHODS = ("moka", "multi_lora", "lora", "full", "none")  # mokamm.adapters.METHODS
-PROJECTORS = ("qformer", "mlp")  # mokamm.projectors.PROJECTORS
+PROJECTORS = ("qformer", "mlp", "pooled", "perceiver")  # mokamm.projectors.PROJECTORS
 
 
 def _benchmarks() -> tuple[str, ...]:

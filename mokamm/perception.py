@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data.media import SAMPLE_RATE, MediaLoader
-from data.schema import Batch, Media, MediaInput
+from data.schema import Batch, Media, MediaInput, UserError
 from encoders.base import Encoder, Features
 from encoders.cache import FeatureCache
 from mokamm.config import ModalityConfig
@@ -42,8 +42,13 @@ class Sense:
 
     @classmethod
     def of(cls, name: str, config: ModalityConfig, encoder: Encoder, projector: Projector) -> Sense:
-        # None: the encoder's own window (Whisper has one), else a second, as the paper's audio segments
-        seconds = config.seconds or getattr(encoder, "window_samples", SAMPLE_RATE) / SAMPLE_RATE
+        # None: the encoder's own window, or a second, as the paper's audio segments
+        seconds = config.seconds or encoder.window_samples / SAMPLE_RATE
+        if encoder.max_samples is not None and round(seconds * SAMPLE_RATE) > encoder.max_samples:
+            raise UserError(
+                f"model.modalities.{name}.seconds is {seconds:g}, but encoder '{config.encoder.name}' reads windows of "
+                f"at most {encoder.max_samples / SAMPLE_RATE:g} s; longer sound becomes several windows (`segments`)"
+            )
         return cls(
             name=name,
             kind=encoder.modality_kind,

@@ -216,16 +216,10 @@ def network_of(model: Any, config: RunConfig) -> Network:
 def _media(name: str, model: Any) -> Media:
     """A modality's segments and its projector."""
     from data.media import SAMPLE_RATE
-    from mokamm.projectors import QFormerProjector
 
     sense, projector = model.senses[name], model.projectors[name]
-    length = None if sense.kind == "frames" else round(sense.seconds * SAMPLE_RATE)
-    patches = sense.patches(length)
-    sizes = (sense.segments, patches, projector.in_features, sense.tokens(patches))
-    if isinstance(projector, QFormerProjector):
-        shape = projector.encoder.config
-        return Media(*sizes, shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers)
-    return Media(*sizes, projector.output[0].out_features)
+    patches = sense.patches(None if sense.kind == "frames" else round(sense.seconds * SAMPLE_RATE))
+    return Media(sense.segments, sense.tokens(patches), projector.kept(patches))
 
 
 def setting_of(config: RunConfig, ranks: Ranks, trained: int) -> Setting:

@@ -39,17 +39,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Media:
-    """One modality of a sample, all segments full: features (F,P,C) and what its projector makes of them.
-
-    layers 0: an MLP over the patches, else a Q-Former."""
+    """One modality of a sample, all segments full."""
 
     segments: int
-    patches: int
-    width: int
     tokens: int  # of one segment
-    hidden: int
-    intermediate: int = 0
-    layers: int = 0
+    kept: int  # elements that its projector keeps for the backward pass of one segment: Projector.kept
 
 
 @dataclass(frozen=True)
@@ -256,15 +250,7 @@ def logit_bytes(network: Network, setting: Setting) -> float:
 def media_bytes(network: Network, setting: Setting) -> float:
     """What the projectors keep: every sample has one item of every modality, all of its segments full."""
     e = 2 if setting.bf16 and setting.stage is not None else 4
-    return float(e * sum(setting.batch * m.segments * _projector(m, network.width) for m in network.media))
-
-
-def _projector(m: Media, width: int) -> int:
-    """Elements that a projector keeps for one segment: features, normed features, and the layers' own."""
-    if m.layers:
-        layer = 2 * m.patches * m.hidden + m.tokens * (16 * m.hidden + 3 * m.intermediate)
-        return 2 * m.patches * m.width + m.layers * layer + m.tokens * (m.hidden + 3 * width)
-    return 2 * m.patches * m.width + 2 * m.tokens * m.hidden
+    return float(e * sum(setting.batch * m.segments * m.kept for m in network.media))
 
 
 def working_bytes(network: Network, setting: Setting) -> float:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +18,10 @@ import torch
 from encoders.audio import BeatsEncoder
 from encoders.base import EncoderError
 from encoders.beats import BEATs, BeatsConfig, load_beats, relative_position_buckets, save_beats
+from encoders.convert_beats import main
 from encoders.fbank import kaldi_fbank
 
+ROOT = Path(__file__).parents[2]
 SMALL = BeatsConfig(
     embed_dim=12,
     encoder_layers=2,
@@ -105,7 +111,7 @@ def _positions(x, weights, cfg):
     return _gelu(y)
 
 
-def _reference(fbank, weights, cfg):
+def _reference(fbank, weights, cfg, layers=None):
     size, rows = cfg.input_patch_size, len(fbank) // cfg.input_patch_size
     kernel = weights["patch_embedding.weight"]
     patches = [
@@ -121,7 +127,7 @@ def _reference(fbank, weights, cfg):
     x = _linear(_layer_norm(np.stack(patches), weights, "layer_norm"), weights, "post_extract_proj")
     x = _layer_norm(x + _positions(x, weights, cfg), weights, "encoder.layer_norm")
     alpha = (2 * cfg.encoder_layers) ** 0.25
-    for index in range(cfg.encoder_layers):
+    for index in range(cfg.encoder_layers if layers is None else layers):
         name = f"encoder.layers.{index}"
         x = _layer_norm(
             alpha * x + _attention(x, weights, f"{name}.self_attn", cfg), weights, f"{name}.self_attn_layer_norm"
@@ -185,6 +191,76 @@ def test_fbank_equals_torchaudio() -> None:
     found = kaldi_fbank(waves)
     assert found.shape == (3, 98, 128)
     torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-5)
+
+
+def _plain_fbank(wave: np.ndarray, window_power: float) -> np.ndarray:
+    """Kaldi's filter bank in float64 by its definition, a frame and a triangle at a time."""
+
+    def mel(hertz):
+        return 1127.0 * math.log(1.0 + hertz / 700.0)
+
+    low, high = mel(20.0), mel(8000.0)
+    step = (high - low) / 129
+    window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)) ** window_power
+    rows = []
+    for start in range(0, len(wave) - 399, 160):
+        frame = wave[start : start + 400] - wave[start : start + 400].mean()
+        frame = np.concatenate([[frame[0] * (1 - 0.97)], frame[1:] - 0.97 * frame[:-1]]) * window
+        power = np.abs(np.fft.fft(frame, 512)) ** 2
+        row = []
+        for m in range(128):
+            left, centre, right = (low + (m + i) * step for i in range(3))
+            energy = 0.0
+            for k in range(256):  # Kaldi leaves the Nyquist bin out
+                at = mel(k * 16000 / 512)
+                energy += power[k] * max(0.0, min((at - left) / (centre - left), (right - at) / (right - centre)))
+            row.append(math.log(max(energy, float(np.finfo(np.float32).eps))))
+        rows.append(row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("window_power", [0.85, 1.0])
+def test_fbank_equals_its_definition_in_float64(window_power: float) -> None:
+    torch.manual_seed(0)
+    wave = torch.randn(1, 1100) * 2**12
+    found = kaldi_fbank(wave, window_power)[0].numpy()
+    assert found.shape == (5, 128)
+    np.testing.assert_allclose(found, _plain_fbank(wave[0].double().numpy(), window_power), rtol=0, atol=2e-3)
+
+
+def test_the_waveform_is_scaled_and_the_filter_bank_normalised_as_published(model: BEATs) -> None:
+    wave = torch.randn(1, 2800) * 0.1
+    expected = (_plain_fbank(wave[0].double().numpy() * 2**15, 0.85) - 15.41663) / (2 * 6.55582)
+    np.testing.assert_allclose(model.fbank(wave)[0].numpy(), expected, rtol=0, atol=2e-4)
+
+
+def _published_patches(samples: int, valid: int) -> list[bool]:
+    """Which patches the published forward_padding_mask keeps: the mask cut evenly over the frames, then over patches."""
+    frames = 1 + (samples - 400) // 160
+    patches = frames // 16 * 8
+    mask = np.arange(samples) >= valid
+    for count in (frames, patches):
+        extra = len(mask) % count
+        mask = (mask[:-extra] if extra else mask).reshape(count, -1).all(-1)
+    return (~mask).tolist()
+
+
+@pytest.mark.parametrize("samples", [16000, 32000, 160000])
+def test_the_padding_mask_is_the_published_one_at_whole_rows(model: BEATs, samples: int) -> None:
+    """Elsewhere that one splits the last row of patches over frequency, and here the row is valid."""
+    rows = (1 + (samples - 400) // 160) // 16
+    lengths = torch.tensor([2560 * row for row in range(1, rows + 1)] + [2560 * row + 1000 for row in range(rows)])
+    fbank = torch.zeros(len(lengths), 1 + (samples - 400) // 160, 128)
+    with torch.no_grad():
+        model.encoder.layers = model.encoder.layers[:1]
+        _, mask = model.from_fbank(fbank, lengths)
+    for length, own in zip(lengths.tolist(), mask.tolist(), strict=True):
+        published = _published_patches(samples, length)
+        if length % 2560 == 0:
+            assert own == published, length
+        else:
+            assert sum(published) < sum(own) == -(-sum(published) // 8) * 8, length
+        assert own == sorted(own, reverse=True)
 
 
 def test_published_names_and_shapes() -> None:
@@ -290,6 +366,23 @@ def test_encoder_does_not_depend_on_the_batch(model: BEATs, tmp_path) -> None:
     assert [encoder.num_tokens(n) for n in (16000, 32000, 5360, 5359, 1)] == [48, 96, 16, 8, 8]
 
 
+def test_layers_of_the_encoder_are_the_states_of_the_plain_reference(model: BEATs, tmp_path) -> None:
+    save_beats(tmp_path / "b.safetensors", model)
+    wave = torch.randn(1, 5360) * 0.1
+    weights = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+    fbank = model.fbank(wave)[0].double().numpy()
+    encoder = BeatsEncoder(tmp_path / "b.safetensors", layer=[1, -1, 0])
+    features = encoder.encode(wave).features[0]
+    assert features.shape == (16, 48)
+    assert encoder.width == 48
+    for part, layers in enumerate((1, 2, 0)):
+        expected = _reference(fbank, weights, SMALL, layers)
+        found = features[:, 16 * part : 16 * part + 16]
+        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-4)
+    with pytest.raises(EncoderError, match="layer 3: this encoder has hidden states 0 to 2"):
+        BeatsEncoder(tmp_path / "b.safetensors", layer=3)
+
+
 def test_whole_segments_equal_the_published_forward(model: BEATs, tmp_path) -> None:
     save_beats(tmp_path / "b.safetensors", model)
     waves = torch.randn(2, 16000) * 0.1
@@ -297,6 +390,41 @@ def test_whole_segments_equal_the_published_forward(model: BEATs, tmp_path) -> N
         expected = model.features(waves)[0]
     found = BeatsEncoder(tmp_path / "b.safetensors").encode(waves)
     torch.testing.assert_close(found.features, expected, rtol=0, atol=1e-5)
+
+
+# ---- conversion ----
+
+
+def test_conversion_by_its_command(model: BEATs, tmp_path) -> None:
+    cfg = {**asdict(SMALL), "label_rate": 7}
+    torch.save({"cfg": cfg, "model": model.state_dict()}, tmp_path / "BEATs.pt")
+    command = [sys.executable, "-m", "encoders.convert_beats", "BEATs.pt", "out.safetensors"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "out.safetensors written" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["BEATs.pt", "out.safetensors"]
+    before, after = BeatsEncoder(tmp_path / "BEATs.pt"), BeatsEncoder(tmp_path / "out.safetensors")
+    assert before.fingerprint() == after.fingerprint()
+    wave = torch.randn(2, 8000)
+    assert torch.equal(before.encode(wave).features, after.encode(wave).features)
+    assert load_beats(tmp_path / "out.safetensors").cfg == SMALL
+
+
+def test_conversion_refuses(model: BEATs, tmp_path, capsys) -> None:
+    save_beats(tmp_path / "good.pt", model)
+    save_beats(tmp_path / "there.safetensors", model)
+    torch.save({"cfg": {}, "model": _Code()}, tmp_path / "evil.pt")
+    for source, target, message in (
+        ("good.pt", "there.safetensors", "exists already"),
+        ("good.pt", "out.pt", "must end in .safetensors"),
+        ("good.pt", "none/out.safetensors", "cannot be written"),
+        ("evil.pt", "out.safetensors", "was refused: it holds Python objects"),
+        ("absent.pt", "out.safetensors", "is missing"),
+    ):
+        assert main([str(tmp_path / source), str(tmp_path / target)]) == 1
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out*"))
 
 
 # ---- bad files ----

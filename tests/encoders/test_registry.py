@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,8 @@ def test_adding_an_encoder(monkeypatch) -> None:
     assert encoder.fingerprint() != build_encoder("loudness", "2.5", copies=3).fingerprint()
     with pytest.raises(EncoderError, match="has no option 'copie'; did you mean 'copies'"):
         build_encoder("loudness", "2", copie=3)
+    with pytest.raises(EncoderError, match="'loudness' option 'copies' should be a valid integer; found 'many'"):
+        build_encoder("loudness", "2", copies="many")
     with pytest.raises(EncoderError, match="expected at least 1 segment, found 0"):
         build_encoder("loudness", "2", max_batch=0)
     with pytest.raises(EncoderError, match="expected 5 lengths, found lengths of shape"):
@@ -61,17 +65,30 @@ def test_adding_an_encoder(monkeypatch) -> None:
 
 def test_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(
-        EncoderError, match="unknown encoder 'openclip'; did you mean 'open_clip'\\? known: beats, clip"
+        EncoderError, match="unknown encoder 'openclip'; did you mean 'open_clip'\\? known: ast, beats, clap, "
     ):
         build_encoder("openclip", "x")
 
 
 def test_every_registered_class_exists() -> None:
-    import importlib
-
     for name, place in ENCODERS.items():
         module, attribute = place.split(":")
         assert issubclass(getattr(importlib.import_module(module), attribute), Encoder), name
+
+
+def test_every_option_of_every_encoder_has_a_type_that_can_be_checked() -> None:
+    """What a wrong value is told, for each; the weights are never looked for."""
+    wrong = {"layer": "two", "features": 1, "image_size": 0, "dtype": 32, "max_batch": "all", "pretrained": 3}
+    for name, place in ENCODERS.items():
+        module, attribute = place.split(":")
+        signature = inspect.signature(getattr(importlib.import_module(module), attribute))
+        options = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        assert {"dtype", "max_batch"} <= set(options), name
+        for option in options:
+            with pytest.raises(EncoderError, match=f"encoder '{name}' option '{option}' should be .*; found"):
+                build_encoder(name, "nowhere", **{option: wrong[option]})
+        with pytest.raises(EncoderError, match=f"encoder '{name}' has no option 'layr'"):
+            build_encoder(name, "nowhere", layr=1)
 
 
 def test_the_package_imports_nothing_heavy() -> None:

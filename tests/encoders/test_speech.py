@@ -83,7 +83,7 @@ def test_half_precision_keeps_the_spectrogram_exact(folder) -> None:
 
 def test_errors(folder, tmp_path) -> None:
     encoder = WhisperEncoder(folder)
-    with pytest.raises(EncoderError, match=r"reads windows of 1 s, found a segment of 1.5 s; set .*seconds"):
+    with pytest.raises(EncoderError, match=r"expected segments of at most 1 s, found 1.5 s; set .*seconds"):
         encoder.encode(torch.zeros(1, 24000))
     with pytest.raises(EncoderError, match="layer 3: this encoder has hidden states 0 to 2"):
         WhisperEncoder(folder, layer=3)

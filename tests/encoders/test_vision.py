@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from encoders.base import EncoderError
-from encoders.vision import ClipEncoder, OpenClipEncoder, SiglipEncoder, open_clip_transform
+from encoders.vision import ClipEncoder, SiglipEncoder
+from encoders.vision_open_clip import OpenClipEncoder, open_clip_transform
 
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 VISION = {**TOWER, "image_size": 32, "patch_size": 8}
@@ -183,9 +184,9 @@ def test_errors(clip, siglip, open_clip_folder, tmp_path, monkeypatch) -> None:
         here.chdir(tmp_path.parent)
         with pytest.raises(EncoderError, match="no folder at"):
             ClipEncoder(f"{tmp_path.name}/clip")
-    with pytest.raises(EncoderError, match="layer 7: this vision tower has hidden states 0 to 3, or -1 to -4"):
+    with pytest.raises(EncoderError, match="layer 7: this encoder has hidden states 0 to 3, or -1 to -4"):
         ClipEncoder(clip, layer=7)
-    with pytest.raises(EncoderError, match="unknown vision features 'patches'; did you mean 'patch'"):
+    with pytest.raises(EncoderError, match="unknown features 'patches'; did you mean 'patch'"):
         ClipEncoder(clip, features="patches")
     with pytest.raises(EncoderError, match="unknown encoder dtype 'bf16'"):
         ClipEncoder(clip, dtype="bf16")

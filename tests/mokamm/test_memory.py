@@ -217,7 +217,12 @@ def test_wider_and_longer_at_another_shape():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("qformer", {"tokens": 8, "hidden": 96, "heads": 4, "layers": 2}), ("mlp", {"stride": 2, "hidden": 128})],
+    [
+        ("qformer", {"tokens": 8, "hidden": 96, "heads": 4, "layers": 2}),
+        ("mlp", {"stride": 2, "hidden": 128}),
+        ("pooled", {"tokens": 8, "hidden": 128}),
+        ("perceiver", {"tokens": 8, "hidden": 96, "heads": 4, "layers": 2}),
+    ],
 )
 def test_projectors_keep_what_is_predicted(name, options):
     from mokamm.projectors import build_projector
@@ -227,8 +232,7 @@ def test_projectors_keep_what_is_predicted(name, options):
     features = torch.randn(segments, patches, width)
     with kept_for_backward({p.untyped_storage()._cdata for p in projector.parameters()}) as kept:
         tokens = projector(features, torch.ones(segments, patches, dtype=torch.bool))
-    layers = (options["hidden"], 4 * options["hidden"], 2) if name == "qformer" else (options["hidden"],)
-    network = Network(1, 64, 1, 64, 1, 1, media=(Media(segments, patches, width, tokens.shape[1], *layers),))
+    network = Network(1, 64, 1, 64, 1, 1, media=(Media(segments, tokens.shape[1], projector.kept(patches)),))
     assert memory.media_bytes(network, Setting(1, 1)) == pytest.approx(bytes_of(kept), rel=0.2)
 
 

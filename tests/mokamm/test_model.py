@@ -299,4 +299,6 @@ def test_init_from_names_what_does_not_fit(make_model, tmp_path):
         load_init(model, tmp_path)
     for part in ("missing: vision.norm.bias", "unexpected: audio.extra", "audio.norm.weight has the shape (9,)"):
         assert part in str(error.value)
+    for part in ("audio.encoder gives features of width 8", "was trained on width 9: name the encoder"):
+        assert part in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in model.projectors.state_dict().items())

@@ -9,7 +9,12 @@ from torch.nn import functional as F
 from data.schema import UserError
 from mokamm.projectors import PROJECTORS, build_projector
 
-OPTIONS = {"qformer": {"tokens": 5, "hidden": 24, "heads": 4, "layers": 2}, "mlp": {"stride": 3, "hidden": 20}}
+OPTIONS = {
+    "qformer": {"tokens": 5, "hidden": 24, "heads": 4, "layers": 2},
+    "perceiver": {"tokens": 5, "hidden": 24, "heads": 4, "layers": 2},
+    "mlp": {"stride": 3, "hidden": 20},
+    "pooled": {"tokens": 3, "hidden": 20},
+}
 
 
 def make(name: str, **options):
@@ -77,6 +82,47 @@ def test_qformer_is_its_formula():
         torch.testing.assert_close(projector(features, mask)[i], projector.output(x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("patches", [1, 2, 3, 5, 7, 9])
+def test_pooled_is_adaptive_average_pooling(patches):
+    """torch's own on each segment alone; a segment of fewer patches than tokens keeps one a patch."""
+    projector = make("pooled", tokens=4)
+    features, mask = ragged((9, patches))
+    normed = F.layer_norm(features[1, :patches], (10,), projector.norm.weight, projector.norm.bias)
+    means = F.adaptive_avg_pool1d(normed.T[None], min(4, patches))[0].T
+    found = projector(features, mask)[1, : min(4, patches)]
+    torch.testing.assert_close(found, projector.output(means), rtol=0, atol=1e-12)
+    assert projector.num_tokens(patches) == min(4, patches)
+
+
+def test_perceiver_is_its_formula():
+    """Loops over latents and heads, from the parameters."""
+    projector = make("perceiver")
+    for parameter in projector.parameters():
+        torch.nn.init.normal_(parameter, mean=0.1, std=0.4)
+    features, mask = ragged((6, 3))
+    found = projector(features, mask)
+    for i, valid in enumerate((6, 3)):
+        patches = projector.input(projector.norm(features[i, :valid]))
+        x = projector.latents.weight
+        for layer in projector.layers:
+            latents = F.layer_norm(x, (24,), layer.latent_norm.weight, layer.latent_norm.bias)
+            context = torch.cat([F.layer_norm(patches, (24,), layer.patch_norm.weight, layer.patch_norm.bias), latents])
+            q = latents @ layer.query.weight.T
+            k, v = context @ layer.key_value.weight[:24].T, context @ layer.key_value.weight[24:].T
+            rows = []
+            for t in range(5):
+                heads = []
+                for h in range(4):
+                    s = slice(6 * h, 6 * h + 6)
+                    heads.append((q[t, s] @ k[:, s].T / 6**0.5).softmax(-1) @ v[:, s])
+                rows.append(torch.cat(heads))
+            x = x + torch.stack(rows) @ layer.out.weight.T
+            norm, first, _, last = layer.feed_forward
+            inner = F.gelu(F.layer_norm(x, (24,), norm.weight, norm.bias) @ first.weight.T + first.bias)
+            x = x + inner @ last.weight.T + last.bias
+        torch.testing.assert_close(found[i], projector.output(x), rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", sorted(PROJECTORS))
 def test_no_parameter_is_idle(name):
     projector = make(name)
@@ -89,8 +135,9 @@ def test_no_parameter_is_idle(name):
         assert key.endswith("attention.key.bias") or parameter.grad.abs().max() > 1e-12, key
 
 
-def test_a_segment_without_valid_patches_gives_no_nan():
-    projector = make("qformer")
+@pytest.mark.parametrize("name", sorted(PROJECTORS))
+def test_a_segment_without_valid_patches_gives_no_nan(name):
+    projector = make(name)
     features, mask = ragged()
     mask[1] = False
     assert projector(features, mask).isfinite().all()
@@ -107,13 +154,22 @@ def test_boundaries_can_be_switched_off():
     ("name", "options", "message"),
     [
         ("qfromer", {}, "did you mean 'qformer'"),
-        ("qformer", {"token": 3}, "did you mean 'tokens'"),
-        ("qformer", {"tokens": 0}, "tokens must be a whole number of at least 1, found 0"),
-        ("qformer", {"hidden": 50, "heads": 4}, "must be a multiple of heads"),
-        ("qformer", {"dropout": 1.5}, "dropout must be a number in"),
-        ("mlp", {"stride": "two"}, "stride must be a whole number"),
+        ("qformer", {"token": 3}, "'qformer' has no option 'token'; did you mean 'tokens'"),
+        ("qformer", {"tokens": 0}, "option 'tokens' should be greater than or equal to 1; found 0"),
+        ("qformer", {"tokens": True}, "option 'tokens' should be a valid integer; found True"),
+        ("qformer", {"hidden": 50, "heads": 4}, r"hidden \(50\) must be a multiple of its heads \(4\)"),
+        ("perceiver", {"hidden": 50}, r"hidden \(50\) must be a multiple of its heads \(12\)"),
+        ("qformer", {"dropout": 1.5}, "option 'dropout' should be less than 1; found 1.5"),
+        ("mlp", {"stride": "two"}, "option 'stride' should be a valid integer; found 'two'"),
+        ("pooled", {"tokens": 2.5, "stride": 2}, "'tokens' should be a valid integer.*; has no option 'stride'"),
     ],
 )
 def test_mistakes_are_named(name, options, message):
     with pytest.raises(UserError, match=message):
         build_projector(name, 10, 16, **options)
+
+
+@pytest.mark.parametrize("name", sorted(PROJECTORS))
+def test_features_of_another_width_are_refused(name):
+    with pytest.raises(UserError, match="takes features of width 10, but the encoder gives 12"):
+        make(name)(*ragged(width=12))
