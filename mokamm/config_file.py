@@ -5,6 +5,7 @@ Nothing here knows what a configuration means; mokamm/config.py does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -114,7 +115,9 @@ def _set(tree: Any, parts: list[str], value: Any) -> str | None:
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 
-def explain(model: type[BaseModel], error: ValidationError, tree: dict[str, Any], lines: dict[Path_, int]) -> list[str]:
+def explain(
+    model: type[BaseModel], error: ValidationError, tree: dict[str, Any], lines: Mapping[Path_, int | str]
+) -> list[str]:
     """pydantic's errors as lines for people, in the order of the file; branches of a union are joined."""
     mistakes: dict[Path_, list[str]] = {}
     found: dict[Path_, str] = {}
@@ -168,7 +171,7 @@ def _section(annotation: Any) -> Any:
     return next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), annotation)
 
 
-def _line(at: Path_, lines: dict[Path_, int]) -> str:
+def _line(at: Path_, lines: Mapping[Path_, int | str]) -> str:
     for end in range(len(at), 0, -1):
         if at[:end] in lines:
             return f" (line {lines[at[:end]]})"
