@@ -122,12 +122,12 @@ def carry_out(progress: Progress, jobs: int, tell: Callable[[str], None], watch:
     with _terminated_as_an_exception():
         try:
             if any(task.kind == "train" for task in progress.ready()):
-                _start(context, Task("encode", comparison.any_run()), comparison, running)
+                _start(context, Task("encode", comparison.any_run()), comparison, running, jobs)
                 _collect(progress, running, tell, watch)
             while True:
                 busy = {task for task, _, _ in running.values()}
                 for task in [task for task in progress.ready() if task not in busy][: jobs - len(running)]:
-                    _start(context, task, comparison, running)
+                    _start(context, task, comparison, running, jobs)
                 if not running:
                     return
                 _collect(progress, running, tell, watch)
@@ -136,13 +136,17 @@ def carry_out(progress: Progress, jobs: int, tell: Callable[[str], None], watch:
             raise
 
 
-def _start(context: Any, task: Task, comparison: Comparison, running: dict[Any, tuple[Task, Any, float]]) -> None:
+def _start(
+    context: Any, task: Task, comparison: Comparison, running: dict[Any, tuple[Task, Any, float]], jobs: int
+) -> None:
     folder = task.run.folder(comparison.out)
-    if task.kind == "evaluate":
-        process = context.Process(target=work.evaluate, args=(folder,))
-    else:
-        target, place = (work.train, folder) if task.kind == "train" else (work.encode, comparison.out)
-        process = context.Process(target=target, args=(comparison.base, comparison.overrides(task.run), place))
+    told: tuple[Any, ...] = (comparison.base, comparison.overrides(task.run))
+    target, arguments = {
+        "encode": (work.encode, (*told, comparison.out)),
+        "train": (work.train, (*told, folder, jobs)),
+        "evaluate": (work.evaluate, (folder,)),
+    }[task.kind]
+    process = context.Process(target=target, args=arguments)
     process.start()
     running[process.sentinel] = (task, process, time.monotonic())
 

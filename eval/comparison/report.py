@@ -56,7 +56,7 @@ def page(results: Tree) -> list[str]:
     lines[-1] += "greatest peak of a run's process, Python and libraries included. Sizes: the adapter (or the LLM) of "
     lines[-1] += "`final/`, and a whole checkpoint with projectors and optimizer."
     lines += ["", "## Validation at every rate", "", *rate_table(results), ""]
-    lines += [f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items())}."]
+    lines += [f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items())}. {_processes(results)}"]
     return lines
 
 
@@ -149,6 +149,12 @@ def rate_table(results: Tree) -> list[str]:
     return [*lines, "", "Loss (answers wholly right under teacher forcing, %); of the seeds that were run there."]
 
 
+def _processes(results: Tree) -> str:
+    """How the runs shared the machine, which their step times depend on."""
+    found = sorted({(m["threads"], m["jobs"]) for m in results["methods"] if "threads" in m})
+    return "; ".join(f"{threads} thread{'s' * (threads > 1)} a run, {jobs} at once" for threads, jobs in found)
+
+
 def _rate_cell(runs: list[Tree]) -> str:
     bad = [run["status"] for run in runs if run["loss"] is None]
     if bad:
@@ -214,8 +220,9 @@ def plot_rates(results: Tree, path: Path) -> None:
         axes.set_title(method["name"], fontsize=11)
         axes.set_xscale("log")
         _plain(axes)
-    for axes in panels.flat[len(methods) :]:
-        axes.set_visible(False)
+    for hidden, above in zip(panels.flat[len(methods) :], panels.flat[len(methods) - columns :], strict=False):
+        hidden.set_visible(False)
+        above.tick_params(labelbottom=True)
     figure.supxlabel("learning rate")
     figure.supylabel("validation answers right, %")
     figure.savefig(path, dpi=130)
@@ -236,7 +243,10 @@ def _rate_curve(axes: Axes, method: Tree, colour: Any, faint: bool = False) -> N
 
 
 def plot_parameters(results: Tree, path: Path) -> None:
-    """Test score over trained parameters (projectors, which all runs train, left out), a panel for each benchmark."""
+    """Test score over trained parameters (projectors, which all runs train, left out), a panel for each benchmark.
+
+    Methods of nearly equal counts are drawn beside each other, not upon each other.
+    """
     plt = _pyplot()
     names = list(results["benchmarks"])
     figure, panels = plt.subplots(
@@ -257,15 +267,30 @@ def plot_parameters(results: Tree, path: Path) -> None:
 
 def _parameter_panel(axes: Axes, results: Tree, name: str, looks: dict[str, tuple[Any, str]]) -> None:
     shown = [m for m in results["methods"] if name in m["benchmarks"]]
+    places = side_by_side({m["name"]: m["trained_parameters"] for m in shown})
     for group in {m["group"] for m in shown if m["group"]}:
         members = sorted((m for m in shown if m["group"] == group), key=lambda m: m["trained_parameters"])
         means = [100 * m["benchmarks"][name]["mean"] for m in members]
-        axes.plot([m["trained_parameters"] for m in members], means, "-", color=GREY, alpha=0.6, linewidth=1, zorder=1)
+        axes.plot([places[m["name"]] for m in members], means, "-", color=GREY, alpha=0.6, linewidth=1, zorder=1)
     for m in shown:
         found, (colour, marker) = m["benchmarks"][name], looks[m["name"]]
         mean, interval = 100 * found["mean"], found["interval"] or [found["mean"]] * 2
         error = [[max(0.0, mean - 100 * interval[0])], [max(0.0, 100 * interval[1] - mean)]]
         axes.errorbar(
-            [m["trained_parameters"]], [mean], yerr=error, color=colour, marker=marker, markersize=8, capsize=2,
+            [places[m["name"]]], [mean], yerr=error, color=colour, marker=marker, markersize=8, capsize=2,
             elinewidth=1, linestyle="none", label=m["name"],
         )  # fmt: skip
+
+
+def side_by_side(counts: dict[str, int], apart: float = 1.09) -> dict[str, float]:
+    """Where to draw each count on a logarithmic axis: those that would lie on each other stand around their mean."""
+    order = sorted(counts, key=lambda name: counts[name])
+    clusters: list[list[str]] = []
+    for name in order:
+        near = clusters and counts[name] < apart * counts[clusters[-1][-1]]
+        clusters[-1].append(name) if near else clusters.append([name])
+    places = {}
+    for cluster in clusters:
+        middle = math.exp(sum(math.log(counts[name]) for name in cluster) / len(cluster))
+        places.update({name: middle * apart ** (i - (len(cluster) - 1) / 2) for i, name in enumerate(cluster)})
+    return places

@@ -175,6 +175,7 @@ def _figures(figures: list[Tree]) -> Tree:
         "adapter_bytes": figures[0]["adapter_bytes"],
         "seconds": statistics.median(f["seconds"] for f in figures),
         "threads": figures[0]["threads"],
+        "jobs": max(f["jobs"] for f in figures),
     }
 
 

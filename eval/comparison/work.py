@@ -34,8 +34,8 @@ from mokamm.config import RunConfig, load_config
 OUTCOME, LOG = "outcome.json", "log.txt"
 
 
-def train(base: Path, overrides: list[str], folder: Path) -> None:
-    """Train the run; its outcome is written whatever it is, unless a signal stopped it."""
+def train(base: Path, overrides: list[str], folder: Path, jobs: int = 1) -> None:
+    """Train the run; its outcome is written whatever it is, unless a signal stopped it. jobs: runs at once, to be noted."""
 
     def task() -> Outcome:
         from mokamm.train import run
@@ -46,7 +46,9 @@ def train(base: Path, overrides: list[str], folder: Path) -> None:
             run(config, finishing=False)
         except BadStep as error:
             return Outcome(DIVERGED, reason=str(error).partition("\n")[0])
-        return measured(config, folder, time.monotonic() - start)
+        outcome = measured(config, folder, time.monotonic() - start)
+        outcome.figures["jobs"] = jobs
+        return outcome
 
     _in_process(folder, task, then=lambda outcome: write_outcome(folder, outcome, load_config(base, overrides)))
 
