@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         os._exit(code) if _in_group() else sys.exit(code)  # peers may wait in a collective: do not wait for them
 
 
-def run(config: RunConfig) -> None:
-    """The whole of it; on every rank."""
+def run(config: RunConfig, finishing: bool = True) -> None:
+    """The whole of it; on every rank. finishing: evaluate and report, too."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
     from mokamm.training import finish, launch, peers, watch, world
     from mokamm.training.disk import writing
@@ -86,7 +86,7 @@ def run(config: RunConfig) -> None:
         launch.stop(ranks)  # all ranks raise it
         raise
     launch.stop(ranks)
-    if ranks.main:
+    if ranks.main and finishing:
         with writing(folder, f"{folder / 'final'} is whole: make room, then start the same command again"):
             finish.finish(config, folder)
 
@@ -132,9 +132,9 @@ def _quiet() -> None:
 
 
 def _summary(config: RunConfig, parts: dict, corpus: tuple, ranks: Ranks) -> str:
-    trained = ", ".join(
-        f"{part} {sum(getattr(p, 'ds_numel', p.numel()) for _, p in members):,}" for part, members in parts.items()
-    )
+    from mokamm.training.finish import parameters_by_part
+
+    trained = ", ".join(f"{part} {count:,}" for part, count in parameters_by_part(parts).items())
     validation = f", {len(corpus[1])} for validation" if corpus[1] is not None else ""
     how = Path(config.training.deepspeed).stem if config.training.deepspeed else "plain PyTorch"
     return (

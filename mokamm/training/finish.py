@@ -32,8 +32,10 @@ LIBRARIES = (
 
 
 def versions(config: RunConfig, model: Any) -> dict[str, Any]:
-    """For the run's config.yaml: libraries, machine, and which base exactly the adapter belongs to."""
+    """For the run's config.yaml: libraries, machine, which base exactly the adapter belongs to, what was trained."""
     import torch
+
+    from mokamm.build import trainable_parts
 
     found: dict[str, Any] = {"python": platform.python_version()}
     for name in LIBRARIES:
@@ -48,7 +50,13 @@ def versions(config: RunConfig, model: Any) -> dict[str, Any]:
     if find_path(llm.path).is_dir():
         base["fingerprint"] = fingerprint(find_path(llm.path))
     found["base"] = base
+    found["trained_parameters"] = parameters_by_part(trainable_parts(model))
     return found
+
+
+def parameters_by_part(parts: dict[str, list[tuple[str, Any]]]) -> dict[str, int]:
+    """How many numbers train: {"projector": n, "adapter" or "llm": n}; those that ZeRO-3 has sharded count whole."""
+    return {part: sum(getattr(p, "ds_numel", p.numel()) for _, p in members) for part, members in parts.items()}
 
 
 def evaluate(run: Path) -> bool:
@@ -59,17 +67,22 @@ def evaluate(run: Path) -> bool:
 
 def finish(config: RunConfig, run: Path) -> None:
     """Evaluation, report and model card of a run whose final/ is written; UserError where the evaluation failed."""
-    from mokamm.report import write_report
-
     evaluated = not config.evaluation.benchmarks or evaluate(run)
-    report = write_report(run)
-    (run / "README.md").write_text(model_card(config, run))
-    print(f"\nreport: {report}\ntalk to it:\n  {talk_command(config, run)}", flush=True)
+    write_up(config, run)
     if not evaluated:
         raise UserError(
             f"the evaluation failed, its message stands above; {run}/final is whole. Try again: python eval/run.py "
             f"all {run}"
         )
+
+
+def write_up(config: RunConfig, run: Path) -> None:
+    """report/ and the model card, from what the run folder holds by now."""
+    from mokamm.report import write_report
+
+    report = write_report(run)
+    (run / "README.md").write_text(model_card(config, run))
+    print(f"\nreport: {report}\ntalk to it:\n  {talk_command(config, run)}", flush=True)
 
 
 # ---- the command to talk to the result -------------------------------------------------------------------------------

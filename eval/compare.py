@@ -1,0 +1,121 @@
+"""Which method is better? Train a list of them with equal data and steps, each at a rate of its own, and test.
+
+    python eval/compare.py CONFIG [--out DIR] [--jobs N] [--methods A,B] [--list] [--report-only] [--json]
+
+    CONFIG --check--> plan: every rate on one seed --validation--> the best rate, several seeds --> the test split, once
+    DIR/runs/METHOD/rate-R-seed-S/     a whole run each, as mokamm/train.py leaves it, with log.txt and outcome.json
+    DIR/report/                        report.md with rates.png and parameters.png, results.json with every raw figure
+
+CONFIG: see eval/comparison/settings.py and configs/compare/. The same command goes on where an earlier one was stopped
+(Ctrl-C, SIGTERM, a crash); finished runs are not run again. A run that diverges is a result of its rate. Exit codes: 0
+all done; 1 some runs failed, as the report says; 2 a mistake in the configuration, told before the first run; 130 or
+143 stopped. Cost: the runs; the report takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.comparison import pool
+from eval.comparison.plan import FAILED
+from eval.comparison.settings import Comparison, load_comparison
+from mokamm.mistakes import is_users
+from mokamm.training.disk import hold, writing
+from mokamm.training.world import make_world
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="eval/compare.py", description="Compare methods, each at its own best rate.")
+    parser.add_argument("config", type=Path, help="YAML file, as in configs/compare/")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of runs and report (default: the output_dir)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, which share the cores (1)")
+    parser.add_argument("--methods", metavar="A,B", help="these methods only; the reference must be among them")
+    parser.add_argument("--list", action="store_true", help="print the plan and what of it is done, and run nothing")
+    parser.add_argument("--report-only", action="store_true", help="write the report of what is there, and run nothing")
+    parser.add_argument("--json", action="store_true", help="the results as one JSON object on standard output")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1; found {args.jobs}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        return compare(args)
+    except (KeyboardInterrupt, pool.Terminated) as stopped:
+        print(f"stopped; to go on:\n  {shlex.join(['python', *sys.argv])}", file=sys.stderr)
+        return 143 if isinstance(stopped, pool.Terminated) else 130
+    except Exception as error:
+        if not is_users(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def compare(args: argparse.Namespace) -> int:
+    comparison = load_comparison(args.config, args.out, args.methods.split(",") if args.methods else None)
+    if args.list:
+        print_plan(pool.look(comparison))
+        return 0
+    progress = pool.look(comparison) if args.report_only else run_all(comparison, args.jobs)
+    return report(progress, args)
+
+
+def run_all(comparison: Comparison, jobs: int) -> pool.Progress:
+    """The whole plan, as far as it is not done yet."""
+    with writing(comparison.out, "choose another folder (--out)"):
+        comparison.out.mkdir(parents=True, exist_ok=True)
+    lock = hold(comparison.out)  # noqa: F841 - held until the runs are done
+    config = comparison.run_config(comparison.any_run())
+    if config.data.world:
+        make_world(config.data.world)
+    config.check_files(world_is_made=True)
+    progress = pool.look(comparison)
+    pool.share_cores(jobs)
+    shown = pool.Shown(progress, jobs)
+    try:
+        pool.carry_out(progress, jobs, shown.tell, shown.watch)
+    finally:
+        shown.close()
+    return progress
+
+
+def report(progress: pool.Progress, args: argparse.Namespace) -> int:
+    from eval.comparison.report import write_report
+    from eval.comparison.results import gather
+
+    results = gather(progress)
+    path = write_report(results, progress.comparison.out / "report")
+    if args.json:
+        print(json.dumps(results, ensure_ascii=False, allow_nan=False))
+    else:
+        print(path.read_text())
+        print(f"report: {path}")
+    failed = [f"{run}: {o.reason}" for run, o in progress.known.items() if o.status == FAILED]
+    failed += [f"{run}: {reason}" for run, reason in progress.unscored.items()]
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def print_plan(progress: pool.Progress) -> None:
+    """Every run with its state and its command; rates chosen later are not foreseen."""
+    comparison = progress.comparison
+    for run in {**progress.known, **{task.run: None for task in progress.ready()}}:
+        outcome = progress.known.get(run)
+        state = outcome.status if outcome else "to do"
+        state += ", scored" if outcome and progress.scored(run) else ""
+        words = ["python", "mokamm/train.py", str(comparison.config.base), *comparison.overrides(run)]
+        print(f"{run}: {state}\n  {shlex.join(words)}")
+    left = progress.left()
+    print(f"{len(progress.known)} runs done; {left['train']} trainings and {left['evaluate']} tests to do, at least")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
