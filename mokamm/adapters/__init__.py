@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
+from mokamm.adapters.coto import Coto
+from mokamm.adapters.hira import use_one_matmul
 from mokamm.adapters.peft_bridge import check_adapter_name, match_targets, nearest
 from mokamm.adapters.routed import MokaConfig, MokaModel, RoutedLinear
 from mokamm.routing import AdapterError, Routing
@@ -22,6 +24,7 @@ from mokamm.routing import AdapterError, Routing
 __all__ = [
     "METHODS",
     "AdapterError",
+    "Coto",
     "MokaConfig",
     "MokaModel",
     "RoutedLinear",
@@ -33,7 +36,9 @@ __all__ = [
 
 LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules")
 MOKA_OPTIONS = (*LORA_OPTIONS, "attention_weight", "attention_weight_pattern", "scale_logits", "shared_b", "frozen_a")
-OTHER_OPTIONS = ("keys",)  # of the processor, in the same section of a config
+HIRA_OPTIONS = ("one_matmul",)
+OTHER_OPTIONS = ("keys", "coto", "stochastic_depth")  # of the processor and the training loop, in the same section
+OPTIONS = (*MOKA_OPTIONS, *HIRA_OPTIONS, *OTHER_OPTIONS)
 
 
 def _moka(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
@@ -50,8 +55,31 @@ def _multi_lora(llm: nn.Module, modalities: list[str], options: dict[str, Any]) 
 
 def _lora(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
     """PEFT's LoRA: every token through one pair, whatever its modality."""
-    defaults = MokaConfig(modalities=modalities, **_pick(options, LORA_OPTIONS))  # the same checks and defaults
-    config = LoraConfig(task_type="CAUSAL_LM", **{name: getattr(defaults, name) for name in LORA_OPTIONS})
+    return _wrap_by_peft(llm, LoraConfig(task_type="CAUSAL_LM", **_common(modalities, options)))
+
+
+def _dora(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """PEFT's DoRA: LoRA's direction, and the length of each row of W + s B A trained apart."""
+    return _wrap_by_peft(llm, LoraConfig(task_type="CAUSAL_LM", use_dora=True, **_common(modalities, options)))
+
+
+def _hira(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """PEFT's HiRA, W' = W * (1 + B A), in one matmul; `one_matmul=False` leaves it PEFT's two. It has no alpha."""
+    common = _common(modalities, options)
+    del common["lora_alpha"]
+    config = HiraConfig(task_type="CAUSAL_LM", hira_dropout=common.pop("lora_dropout"), **common)
+    model = _wrap_by_peft(llm, config)
+    return model if options.get("one_matmul") is False else use_one_matmul(model)
+
+
+def _common(modalities: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """LORA_OPTIONS under the checks and defaults that all methods share."""
+    checked = MokaConfig(modalities=modalities, **_pick(options, LORA_OPTIONS))
+    return {name: getattr(checked, name) for name in LORA_OPTIONS}
+
+
+def _wrap_by_peft(llm: nn.Module, config: PeftConfig) -> nn.Module:
+    """A method of PEFT's own, under the same checks of names and targets, and with the same report, as ours."""
     check_adapter_name(llm, "default")
     found = match_targets(llm, config)
     model = get_peft_model(llm, config)
@@ -73,6 +101,8 @@ METHODS: dict[str, Callable[[nn.Module, list[str], dict[str, Any]], nn.Module]] 
     "moka": _moka,
     "multi_lora": _multi_lora,
     "lora": _lora,
+    "dora": _dora,
+    "hira": _hira,
     "full": _full,
     "none": _none,
 }
@@ -92,10 +122,9 @@ def wrap(llm: nn.Module, method: str, modalities: list[str], options: dict[str, 
     """
     if method not in METHODS:
         raise AdapterError(f"Unknown adapter method '{method}'{nearest(method, METHODS)}")
-    known = (*MOKA_OPTIONS, *OTHER_OPTIONS)
     for name in options:
-        if name not in known:
-            raise AdapterError(f"Unknown adapter option '{name}'{nearest(name, known)}")
+        if name not in OPTIONS:
+            raise AdapterError(f"Unknown adapter option '{name}'{nearest(name, OPTIONS)}")
     names = list(modalities) if "text" in modalities else ["text", *modalities]
     return METHODS[method](llm, names, options)
 
