@@ -26,12 +26,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mokamm.adapters.peft_bridge import let_act, tuner_layers
+from mokamm.adapters.peft_bridge import BaseTunerLayer, let_act, tuner_layers
 from mokamm.routing import AdapterError
 
 MEAN_SHARE = 0.625  # of CoTo's defaults: 1 - share (1 - p0) / 2; stochastic depth's probability where none is given
@@ -46,12 +46,12 @@ def constant(step: int, p: float = MEAN_SHARE) -> float:
     return p
 
 
-def blocks_of(llm: nn.Module) -> dict[str, list[nn.Module]]:
+def blocks_of(llm: nn.Module) -> dict[str, list[BaseTunerLayer]]:
     """Adapted modules by their transformer block, whose name ends at the first number: `model.layers.3`.
 
     Those outside of any block form a group of their own, named "".
     """
-    blocks: dict[str, list[nn.Module]] = {}
+    blocks: dict[str, list[BaseTunerLayer]] = {}
     for name, layer in tuner_layers(llm).items():
         block = re.match(r"(.*?\.)?\d+(?=\.)", name)
         blocks.setdefault(block[0] if block else "", []).append(layer)
@@ -107,16 +107,19 @@ class Coto:
             self._let_act([True] * len(self.blocks))
 
     def attached(self, loss: Tensor) -> Tensor:
-        """The loss as it is, whose gradient is zero (not none) for every parameter that sits out."""
+        """The loss as it is, whose gradient is zero (not none) for every parameter that sits out.
+
+        Under ZeRO-3 they must be whole from here to the end of the backward pass, which no module of theirs brings about.
+        """
         return ZeroGradients.apply(loss, *self.idle) if self.idle else loss
 
     def _let_act(self, active: list[bool]) -> None:
         self.idle = []
         for layers, acts in zip(self.blocks.values(), active, strict=True):
             for layer in layers:
-                let_act(layer, acts)  # type: ignore[arg-type]
+                let_act(layer, acts)
                 if not acts:
-                    self.idle += [p for p in layer.parameters() if p.requires_grad]
+                    self.idle += [p for p in cast(nn.Module, layer).parameters() if p.requires_grad]
 
 
 class ZeroGradients(torch.autograd.Function):
@@ -124,8 +127,7 @@ class ZeroGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *parameters: nn.Parameter) -> Tensor:  # type: ignore[override]
-        # ZeRO-3 keeps a parameter whole only while its module runs; its gradient is whole
-        ctx.like = [(getattr(p, "ds_shape", p.shape), p.dtype, p.device) for p in parameters]
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
         return loss.view_as(loss)
 
     @staticmethod

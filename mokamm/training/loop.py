@@ -224,10 +224,11 @@ class Loop:
         losses: list[torch.Tensor] = []
         for i, batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
-            loss_sum = self.coto.attached(self.engine(batch, last)["loss_sum"])
+            loss_sum = self.engine(batch, last)["loss_sum"]
             losses.append(loss_sum.detach())
             usable = not last or self.bad_steps.usable(losses, total)
-            self.engine.backward(marked(loss_sum / max(total, 1.0), usable), last)
+            with self.engine.gather(self.coto.idle):  # their gradients must find them whole
+                self.engine.backward(self.coto.attached(marked(loss_sum / max(total, 1.0), usable)), last)
             window.tokens += int(batch["attention_mask"].sum())
             window.places += batch["attention_mask"].numel()
         norm = self.engine.step(factor)

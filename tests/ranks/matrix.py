@@ -5,7 +5,7 @@
 Per method, in one launch of all variants: 20 steps on the mixed rows of tests/ranks/rows.py, then the same run once more
 from the checkpoint of step 10. Printed for each: the largest relative difference of the 20 losses from those of one
 process without DeepSpeed; whether the resumed losses and the result's files are bit-identical; and how many of the
-answers of eval/run.py are those of the plain run. Exit code 1 where a difference exceeds 1e-5 or a resume is not exact.
+answers of eval/run.py are those of the plain run. Exit code 1 where a difference exceeds LIMITS or a resume is not exact.
 Cost: some 10 minutes on two cores.
 """
 
@@ -50,6 +50,8 @@ METHODS = {
     "stage1": {"training.stage": 1, "training.init_from": None},
 }
 LIMIT = 1e-5
+# W0 * (1 + B A) is rounded as a whole: one process with a batch of 2 and with 1 + 1 differs by 2e-5 too (PEFT's by 7e-6)
+LIMITS = {"hira": 5e-5, "peft_hira": 5e-5, "hira+coto": 5e-5}
 
 
 NOT_SHIPPED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -148,7 +150,7 @@ def main() -> int:
     for method in args.only:
         for row in run_method(method, args.variants, world, out / method, args.ranks, args.accumulation):
             exact = row.get("resumed losses") and row.get("resumed weights")
-            good = "failed" not in row and row["difference"] <= LIMIT and exact
+            good = "failed" not in row and row["difference"] <= LIMITS.get(method, LIMIT) and exact
             bad += not good
             print("ok  " if good else "BAD ", json.dumps(row), flush=True)
     return 1 if bad else 0
