@@ -120,8 +120,21 @@ class ModelConfig(Section):
         return ["text", *self.modalities]
 
 
+class CotoConfig(Section):
+    """Every block's adapters act with probability p in a step: p rises from p0 to 1 within `share` of all steps."""
+
+    p0: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
+
+
+class StochasticDepthConfig(Section):
+    """The same with one p for all steps; the default is CoTo's mean."""
+
+    p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.625
+
+
 class AdapterConfig(Section):
-    """One section for all methods; None: the method's own default."""
+    """One section for all methods; None: the method's own default. coto, stochastic_depth: options, or true, or false."""
 
     method: Annotated[str, _one_of(names.METHODS, "adapter method")] = "moka"
     r: Positive = 4
@@ -135,7 +148,28 @@ class AdapterConfig(Section):
     scale_logits: bool = True
     shared_b: bool | None = None
     frozen_a: bool | None = None
+    one_matmul: bool | None = None  # of hira; false: PEFT's own forward
     keys: Literal["question", "user"] = "question"
+    coto: CotoConfig | None = None
+    stochastic_depth: StochasticDepthConfig | None = None
+
+    @field_validator("coto", "stochastic_depth", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {} if value is True else None if value is False else value
+
+    @model_validator(mode="after")
+    def _can_sit_out(self) -> AdapterConfig:
+        asked = [name for name in ("coto", "stochastic_depth") if getattr(self, name) is not None]
+        if len(asked) == 2:
+            raise ValueError("coto and stochastic_depth are both set; keep one of them")
+        if asked and self.method in names.WITHOUT_ADAPTERS:
+            known = ", ".join(name for name in names.METHODS if name not in names.WITHOUT_ADAPTERS)
+            raise ValueError(
+                f"{asked[0]} lets adapters sit out, and method '{self.method}' has none; choose one of {known}, or "
+                f"leave {asked[0]} out"
+            )
+        return self
 
 
 class SourceConfig(Section):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-METHODS = ("moka", "multi_lora", "lora", "full", "none")  # mokamm.adapters.METHODS
+METHODS = ("moka", "multi_lora", "lora", "dora", "hira", "full", "none")  # mokamm.adapters.METHODS
+WITHOUT_ADAPTERS = ("full", "none")  # of them, those that wrap no layer
 PROJECTORS = ("qformer", "mlp", "pooled", "perceiver")  # mokamm.projectors.PROJECTORS
 
 

@@ -13,9 +13,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
+from mokamm.adapters.coto import Coto
+from mokamm.adapters.hira import use_one_matmul
 from mokamm.adapters.peft_bridge import check_adapter_name, fused_experts, match_parameters, match_targets, nearest
 from mokamm.adapters.routed import MokaConfig, MokaModel, RoutedLinear
 from mokamm.routing import AdapterError, Routing
@@ -23,6 +25,7 @@ from mokamm.routing import AdapterError, Routing
 __all__ = [
     "METHODS",
     "AdapterError",
+    "Coto",
     "MokaConfig",
     "MokaModel",
     "RoutedLinear",
@@ -39,7 +42,9 @@ LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_mo
 MOKA_OPTIONS = (*LORA_OPTIONS, "attention_weight", "attention_weight_pattern", "scale_logits", "shared_b", "frozen_a")
 EXPERT_OPTIONS = ("target_parameters",)  # fused expert weights; of the methods below that train something else than all
 EXPERT_METHODS = ("lora", "full", "none")
-OTHER_OPTIONS = ("keys",)  # of the processor, in the same section of a config
+HIRA_OPTIONS = ("one_matmul",)
+OTHER_OPTIONS = ("keys", "coto", "stochastic_depth")  # of the processor and the training loop, in the same section
+OPTIONS = (*MOKA_OPTIONS, *EXPERT_OPTIONS, *HIRA_OPTIONS, *OTHER_OPTIONS)
 
 
 def _moka(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
@@ -56,9 +61,32 @@ def _multi_lora(llm: nn.Module, modalities: list[str], options: dict[str, Any]) 
 
 def _lora(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
     """PEFT's LoRA: every token through one pair, whatever its modality."""
-    defaults = MokaConfig(modalities=modalities, **_pick(options, LORA_OPTIONS))  # the same checks and defaults
-    experts = _pick(options, EXPERT_OPTIONS)
-    config = LoraConfig(task_type="CAUSAL_LM", **{name: getattr(defaults, name) for name in LORA_OPTIONS}, **experts)
+    options_of_experts = _pick(options, EXPERT_OPTIONS)
+    return _wrap_by_peft(llm, LoraConfig(task_type="CAUSAL_LM", **_common(modalities, options), **options_of_experts))
+
+
+def _dora(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """PEFT's DoRA: LoRA's direction, and the length of each row of W + s B A trained apart."""
+    return _wrap_by_peft(llm, LoraConfig(task_type="CAUSAL_LM", use_dora=True, **_common(modalities, options)))
+
+
+def _hira(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """PEFT's HiRA, W' = W * (1 + B A), in one matmul; `one_matmul=False` leaves it PEFT's two. It has no alpha."""
+    common = _common(modalities, options)
+    del common["lora_alpha"]
+    config = HiraConfig(task_type="CAUSAL_LM", hira_dropout=common.pop("lora_dropout"), **common)
+    model = _wrap_by_peft(llm, config)
+    return model if options.get("one_matmul") is False else use_one_matmul(model)
+
+
+def _common(modalities: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """LORA_OPTIONS under the checks and defaults that all methods share."""
+    checked = MokaConfig(modalities=modalities, **_pick(options, LORA_OPTIONS))
+    return {name: getattr(checked, name) for name in LORA_OPTIONS}
+
+
+def _wrap_by_peft(llm: nn.Module, config: PeftConfig) -> nn.Module:
+    """A method of PEFT's own, under the same checks of names and targets, and with the same report, as ours."""
     check_adapter_name(llm, "default")
     found = match_targets(llm, config, experts=True) | match_parameters(llm, config)
     model = get_peft_model(llm, config)
@@ -80,6 +108,8 @@ METHODS: dict[str, Callable[[nn.Module, list[str], dict[str, Any]], nn.Module]] 
     "moka": _moka,
     "multi_lora": _multi_lora,
     "lora": _lora,
+    "dora": _dora,
+    "hira": _hira,
     "full": _full,
     "none": _none,
 }
@@ -99,10 +129,9 @@ def wrap(llm: nn.Module, method: str, modalities: list[str], options: dict[str, 
     """
     if method not in METHODS:
         raise AdapterError(f"Unknown adapter method '{method}'{nearest(method, METHODS)}")
-    known = (*MOKA_OPTIONS, *EXPERT_OPTIONS, *OTHER_OPTIONS)
     for name in options:
-        if name not in known:
-            raise AdapterError(f"Unknown adapter option '{name}'{nearest(name, known)}")
+        if name not in OPTIONS:
+            raise AdapterError(f"Unknown adapter option '{name}'{nearest(name, OPTIONS)}")
     if options.get("target_parameters") and method not in EXPERT_METHODS:
         raise AdapterError(
             f"target_parameters: method '{method}' cannot adapt fused expert weights: its layers wrap linear modules, and "

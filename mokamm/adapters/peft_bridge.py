@@ -3,8 +3,10 @@
     register_method   adds a type to PEFT's closed enum and registers config and tuner
     TunerLayer        a wrapped Linear: PEFT's bookkeeping, none of the mathematics
     Tuner             finds the targets, counts them, refuses what cannot work, wraps each in its layer
+    tuner_layers      every adapted module of a model, of any method; `let_act` switches one on and off for some steps
+    HiraLinear        PEFT's own HiRA layer, and `change_class`, which gives it another forward
 
-A method of ours (`routed.py`) subclasses the last two. Costs nothing at run time.
+A method of ours (`routed.py`) subclasses TunerLayer and Tuner. Costs nothing at run time.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any, cast
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.hira.layer import Linear as HiraLinear  # noqa: F401  for hira.py
 from peft.tuners.lora.variants import _register_frozen_peft_weight
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import register_peft_method
@@ -79,13 +82,16 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 
 def match_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
-    """Which fused expert weights each of a LoraConfig's `target_parameters` matches.
+    """Which fused expert weights each of a config's `target_parameters` matches.
 
     Raises:
         AdapterError: one matches none (with the nearest), or dropout is asked for, which PEFT cannot give them.
     """
     names = fused_experts(model)
-    found = {t: [n for n in names if n == t or n.endswith("." + t)] for t in sorted(config.target_parameters or [])}
+    found = {
+        t: [n for n in names if n == t or n.endswith("." + t)]
+        for t in sorted(getattr(config, "target_parameters", None) or [])
+    }
     for target, matched in found.items():
         if not matched:
             known = {".".join(name.split(".")[-2:]) for name in names}
@@ -167,6 +173,28 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
             f"An adapter cannot be named '{adapter_name}': it is empty, has a dot in it, or is the name of a module of "
             f"this model, which would garble the saved keys. Choose another, such as 'adapter_{adapter_name}'."
         )
+
+
+def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """Every adapted module by its name, of any PEFT method; those within another one belong to it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def let_act(layer: BaseTunerLayer, acts: bool) -> None:
+    """Whether the layer's adapters act in the coming forward passes; what is trainable stays so.
+
+    PEFT's `enable_adapters` would take requires_grad away, and with it the parameters from an engine that is built.
+    """
+    layer._disable_adapters = not acts
+
+
+def change_class(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> nn.Module:
+    """Every module of exactly the class `old` becomes one of its subclass `new`, which adds methods and no state."""
+    assert issubclass(new, old)
+    for module in model.modules():
+        if type(module) is old:
+            module.__class__ = new
+    return model
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):

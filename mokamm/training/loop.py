@@ -23,6 +23,7 @@ import torch
 
 from data.dataset import loaded
 from data.schema import IGNORED
+from mokamm.adapters import Coto
 from mokamm.config import RunConfig, TrainingConfig
 from mokamm.training import checkpoint
 from mokamm.training.bad_steps import BadSteps, marked
@@ -140,6 +141,8 @@ class Loop:
         self.ranks, self.plan, self.state = ranks, shape, state
         self.folder = Path(self.training.output_dir)
         self.factor = schedule(self.training, shape.total_steps)
+        adapter = config.adapter.model_dump() if self.training.stage == 2 else {}
+        self.coto = Coto.of(model.llm, adapter, shape.total_steps, self.training.seed)
         self.watch = Watch(self.folder, shape.total_steps, state.step, self.training.report_to) if ranks.main else None
         self.window = Window.restored(window)
         self.signals, self.bad_steps = signals, BadSteps(self.training, state, ranks)
@@ -154,7 +157,8 @@ class Loop:
         micro_batches = iter(self._training_batches())
         while self.state.step < until:
             gathered = self._gather(micro_batches)
-            self._step(gathered)
+            with self.coto.step(self.state.step):
+                self._step(gathered)
             step = self.state.step
             if self.watch:
                 self.watch.advance(step)
@@ -223,7 +227,8 @@ class Loop:
             loss_sum = self.engine(batch, last)["loss_sum"]
             losses.append(loss_sum.detach())
             usable = not last or self.bad_steps.usable(losses, total)
-            self.engine.backward(marked(loss_sum / max(total, 1.0), usable), last)
+            with self.engine.gather(self.coto.idle):  # their gradients must find them whole
+                self.engine.backward(self.coto.attached(marked(loss_sum / max(total, 1.0), usable)), last)
             window.tokens += int(batch["attention_mask"].sum())
             window.places += batch["attention_mask"].numel()
         norm = self.engine.step(factor)

@@ -10,8 +10,7 @@ import yaml
 
 from eval.comparison.plan import DIVERGED, FAILED, FINISHED, Outcome, beyond, stand
 from eval.comparison.settings import CompareConfig, Comparison, Run, load_comparison, written
-from mokamm import names
-from mokamm.config import AdapterConfig, ConfigError, load_config
+from mokamm.config import ConfigError, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path for path in (ROOT / "configs/compare").glob("*.yaml") if path.stem not in ("common", "methods"))
@@ -179,7 +178,7 @@ def known(losses: dict[tuple[float, int], float | str], method: str = "lora") ->
 
 def test_first_all_rates_on_the_first_seed() -> None:
     plan = config(seeds=[5, 6, 7])
-    found = stand(plan, plan.method("lora"), known({(3e-3, 5): 1.0}))
+    found = stand(plan, plan.methods["lora"], known({(3e-3, 5): 1.0}))
     assert found.todo == [Run("lora", 1e-3, 5), Run("lora", 1e-2, 5)]
     assert (found.chosen, found.later) == (None, 2)
 
@@ -187,32 +186,32 @@ def test_first_all_rates_on_the_first_seed() -> None:
 def test_then_the_other_seeds_at_the_best_rate() -> None:
     plan = config(seeds=[5, 6, 7])
     sweep = known({(1e-3, 5): 2.0, (3e-3, 5): 1.0, (1e-2, 5): 3.0})
-    found = stand(plan, plan.method("lora"), sweep)
+    found = stand(plan, plan.methods["lora"], sweep)
     assert (found.chosen, found.end) == (3e-3, "")
     assert found.todo == [Run("lora", 3e-3, 6), Run("lora", 3e-3, 7)]
     assert found.runs == [Run("lora", 3e-3, seed) for seed in (5, 6, 7)]
     whole = sweep | known({(3e-3, 6): 1.0, (3e-3, 7): 9.0})
-    assert stand(plan, plan.method("lora"), whole).trained
+    assert stand(plan, plan.methods["lora"], whole).trained
 
 
 def test_a_grid_whose_best_rate_lies_at_its_end_grows_as_often_as_it_may() -> None:
     plan = config(seeds=[0], extend=2)
     rising = known({(1e-3, 0): 1.0, (3e-3, 0): 2.0, (1e-2, 0): 3.0})
-    found = stand(plan, plan.method("lora"), rising)
+    found = stand(plan, plan.methods["lora"], rising)
     assert found.todo == [Run("lora", 3.3e-4, 0)]
     lower = rising | known({(3.3e-4, 0): 0.5})
-    found = stand(plan, plan.method("lora"), lower)
+    found = stand(plan, plan.methods["lora"], lower)
     assert found.todo == [Run("lora", 1.1e-4, 0)]
-    inside = stand(plan, plan.method("lora"), lower | known({(1.1e-4, 0): 0.7}))
+    inside = stand(plan, plan.methods["lora"], lower | known({(1.1e-4, 0): 0.7}))
     assert (inside.chosen, inside.end, inside.todo) == (3.3e-4, "", [])
-    still = stand(plan, plan.method("lora"), lower | known({(1.1e-4, 0): 0.1}))
+    still = stand(plan, plan.methods["lora"], lower | known({(1.1e-4, 0): 0.1}))
     assert (still.chosen, still.end, still.todo) == (1.1e-4, "lowest", [])
-    up = stand(plan, plan.method("lora"), known({(1e-3, 0): 3.0, (3e-3, 0): 2.0, (1e-2, 0): 1.0}))
+    up = stand(plan, plan.methods["lora"], known({(1e-3, 0): 3.0, (3e-3, 0): 2.0, (1e-2, 0): 1.0}))
     assert up.todo == [Run("lora", 3.3e-2, 0)]
     never = config(seeds=[0], extend=0)
-    assert stand(never, never.method("lora"), rising).end == "lowest"
+    assert stand(never, never.methods["lora"], rising).end == "lowest"
     one = config(rates=[1e-3], seeds=[0])
-    assert stand(one, one.method("lora"), rising).end == "only"
+    assert stand(one, one.methods["lora"], rising).end == "only"
 
 
 def test_the_next_rate_keeps_the_step() -> None:
@@ -223,9 +222,9 @@ def test_the_next_rate_keeps_the_step() -> None:
 @pytest.mark.parametrize("bad", [DIVERGED, FAILED])
 def test_a_rate_that_did_not_end_well_is_not_chosen(bad: str) -> None:
     plan = config(seeds=[0])
-    found = stand(plan, plan.method("lora"), known({(1e-3, 0): 2.0, (3e-3, 0): 1.0, (1e-2, 0): bad}))
+    found = stand(plan, plan.methods["lora"], known({(1e-3, 0): 2.0, (3e-3, 0): 1.0, (1e-2, 0): bad}))
     assert (found.chosen, found.end) == (3e-3, "")
-    nothing = stand(plan, plan.method("lora"), known({(1e-3, 0): bad, (3e-3, 0): bad, (1e-2, 0): bad}))
+    nothing = stand(plan, plan.methods["lora"], known({(1e-3, 0): bad, (3e-3, 0): bad, (1e-2, 0): bad}))
     assert (nothing.chosen, nothing.todo, nothing.runs) == (None, [], [])
 
 
@@ -237,11 +236,11 @@ def test_rates_are_chosen_by_loss_or_accuracy_and_by_the_mean_of_rate_seeds() ->
     }
     for by, best in (("loss", 1e-3), ("accuracy", 3e-3)):  # of equal accuracy the lower loss
         plan = config(seeds=[0], extend=0, choose_by=by)
-        assert stand(plan, plan.method("lora"), outcomes).chosen == best
+        assert stand(plan, plan.methods["lora"], outcomes).chosen == best
     two = {(1e-3, 0): 1.0, (1e-3, 1): 4.0, (3e-3, 0): 2.0, (3e-3, 1): 2.0, (1e-2, 0): 9.0}
     plan = config(seeds=[0, 1, 2], rate_seeds=2)
-    assert stand(plan, plan.method("lora"), known({**two})).todo == [Run("lora", 1e-2, 1)]
-    found = stand(plan, plan.method("lora"), known({**two, (1e-2, 1): 9.0}))
+    assert stand(plan, plan.methods["lora"], known({**two})).todo == [Run("lora", 1e-2, 1)]
+    found = stand(plan, plan.methods["lora"], known({**two, (1e-2, 1): 9.0}))
     assert (found.chosen, found.todo) == (3e-3, [Run("lora", 3e-3, 2)])
-    one_diverged = stand(plan, plan.method("lora"), known({**two, (3e-3, 1): DIVERGED, (1e-2, 1): 9.0}))
+    one_diverged = stand(plan, plan.methods["lora"], known({**two, (3e-3, 1): DIVERGED, (1e-2, 1): 9.0}))
     assert one_diverged.todo == [Run("lora", 3.3e-4, seed) for seed in (0, 1)]  # 1e-3 leads now, and is the lowest

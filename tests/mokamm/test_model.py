@@ -13,7 +13,7 @@ from data.schema import IGNORED, Message, Text, UserError
 from mokamm.build import load_init, trainable_parts
 from mokamm.model import user_message
 
-METHODS = ["moka", "multi_lora", "lora", "full", "none"]
+METHODS = ["moka", "multi_lora", "lora", "dora", "hira", "full", "none"]
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,9 @@ def test_two_ranks_agree_with_one_and_resume_bit_identically(toy, two_ranks, tmp
     assert len(found["exact"]) == len(found["whole"]) == 5
     assert len(set(found["exact"])) == 5
     assert found["exact"] == pytest.approx(toy.losses(tmp_path), rel=1e-5)
+    toy.run(tmp_path / "coto", toy.alone(), adapter={"coto": {"p0": 0.2}}, max_steps=5, **toy.FROM_STEP_ONE)
+    assert found["coto"] == pytest.approx(toy.losses(tmp_path / "coto"), rel=1e-5)
+    assert found["coto"][1:] != pytest.approx(found["exact"][1:], rel=1e-3)
     assert found["halved"] == found["whole"]  # dropout draws differ by rank and go on where they stopped
     assert found["whole"][0] == found["exact"][0]  # LoRA's B is still zero: dropout has nothing to act on
     assert all(a != b for a, b in zip(found["whole"][1:], found["exact"][1:], strict=True))

@@ -19,6 +19,7 @@ from torch import nn
 from data.dataset import MultimodalDataset
 from data.ledger import Ledger
 from data.schema import IGNORED, Example, Message, Sample, Text
+from mokamm.adapters import Routing, set_routing
 from mokamm.config import RunConfig
 from mokamm.training import launch
 from mokamm.training.corpus import Corpus, HeldOut
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class ToyLM(nn.Module):
-    """A random Llama with PEFT's LoRA, and one projector whose output is added at the first position.
+    """A random Llama with an adapter, and one projector whose output is added at the first position, `vision`.
 
     draws: the projector's output is weighted by numbers drawn from all three generators, as methods that draw would.
     """
@@ -58,6 +59,9 @@ class ToyLM(nn.Module):
         if self.draws and self.training:
             media = media * (random.random() + float(np.random.rand()) + torch.rand(()))
         embeddings = torch.cat([embeddings[:, :1] + media[:, None], embeddings[:, 1:]], 1)
+        modality_ids = batch["attention_mask"].long() - 1
+        modality_ids[:, 0] = 1
+        set_routing(self.llm, Routing(modality_ids, (modality_ids == 0) & (batch["labels"] == IGNORED)))
         logits = self.llm(inputs_embeds=embeddings, attention_mask=batch["attention_mask"], use_cache=False).logits
         targets = batch["labels"][:, 1:].flatten()
         rows = logits[:, :-1].flatten(0, 1)
@@ -102,7 +106,7 @@ def corpus(folder: Path, rows: int = 22, validation: int = 5) -> Corpus:
     return Corpus(train, held_out, 0, ledger)
 
 
-def config(folder: Path, **training: Any) -> RunConfig:
+def config(folder: Path, adapter: dict[str, Any] | None = None, **training: Any) -> RunConfig:
     settings = {
         "output_dir": str(folder), "learning_rate": 1e-2, "projector_learning_rate": 1e-3, "max_steps": 8,
         "logging_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "report_to": [],
@@ -111,6 +115,7 @@ def config(folder: Path, **training: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"llm": {"path": "toy"}},
+            "adapter": adapter or {},
             "data": {"train": [{"source": "messages", "path": "toy.jsonl"}]},
             "training": {**settings, **training},
         }
@@ -124,12 +129,14 @@ def run(
     method: str = "lora",
     stop_after: int | None = None,
     draws: bool = False,
+    adapter: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
     **training: Any,
 ) -> tuple[ToyLM, Path]:
-    """Build and train; the model afterwards, and the checkpoint that is the result."""
+    """Build and train; the model afterwards, and the checkpoint that is the result. adapter: options of the loop."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = config(folder, **training)
-    model = build(method, dropout, settings.training.seed, draws)
+    settings = config(folder, adapter, **training)
+    model = build(method, dropout, settings.training.seed, draws).to(dtype)
     launch.seed_everything(settings.training.seed + ranks.rank)
     found = corpus(folder)
     best = fit(settings, model, parts_of(model), found, ranks, begin(settings, found, ranks), stop_after)
@@ -152,11 +159,12 @@ def main(folder: Path, stages: list[str]) -> None:
         path = str(ROOT / f"configs/deepspeed/{stage}.json")
         again = partial(run, ranks=ranks, deepspeed=path, per_device_train_batch_size=2 // ranks.world, **FROM_STEP_ONE)
         again(folder / stage / "exact", max_steps=5)
+        again(folder / stage / "coto", max_steps=5, adapter={"coto": {"p0": 0.2}})
         again(folder / stage / "whole", dropout=0.2, max_steps=5, eval_steps=3)
         again(folder / stage / "halved", dropout=0.2, max_steps=5, eval_steps=3, stop_after=4)
         again(folder / stage / "halved", dropout=0.2, max_steps=5, eval_steps=3)
         if ranks.main:
-            found = {name: losses(folder / stage / name) for name in ("exact", "whole", "halved")}
+            found = {name: losses(folder / stage / name) for name in ("exact", "coto", "whole", "halved")}
             (folder / f"{stage}.json").write_text(json.dumps({"ranks": ranks.world, **found}))
     launch.stop(ranks)
 

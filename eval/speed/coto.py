@@ -1,0 +1,170 @@
+"""What CoTo saves of a whole run's time:  python eval/speed/coto.py [--device cpu] [--rounds 3] [--json] [--out FILE]
+
+Training steps (forward, backward, AdamW) of an LLM with random weights on the same inputs, which require a gradient, so
+that the frozen LLM alone has a backward pass too. In turns within one process: the frozen LLM, and per method the adapter
+whole and under CoTo. A CoTo run has STEPS steps, each timed `rounds` times; its time is the sum over its steps of their
+medians, that of the others STEPS times their median. Two LLMs: the miniature one, and one of width 512.
+
+    saved              1 - with CoTo / without              beside what the source reports for LLaMA-2-7B on a GPU
+    overhead_saved     the same, of what the adapter adds to the frozen LLM
+    skipped            share of blocks that sat out: 37.5 % in a long run; at least one block acts in every step
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eval.printing import stdout_kept_clean
+from eval.speed.timing import in_turns
+from mokamm.adapters import Coto, Routing, set_routing, wrap
+from mokamm.adapters.coto import rising
+
+STEPS = 16
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {}),
+    "dora": ("dora", {}),
+    "moka": ("moka", {}),
+    "hira, PEFT's two matmuls": ("hira", {"one_matmul": False}),
+    "hira, one matmul": ("hira", {}),
+}
+REPORTED = {"lora": 0.072, "dora": 0.237, "hira, PEFT's two matmuls": 0.242}  # arXiv 2506.05713
+MODALITIES = ["text", "vision", "audio"]
+
+
+def miniature() -> nn.Module:
+    from mokamm.mini.architecture import VOCABULARY, new_llm
+
+    return new_llm(VOCABULARY)
+
+
+def wide() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512, hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8,
+        )
+    )  # fmt: skip
+
+
+LLMS: dict[str, Callable[[], nn.Module]] = {"miniature, 5 layers of 192": miniature, "wide, 6 layers of 512": wide}
+
+
+def routing(batch: int, length: int, device: str) -> Routing:
+    """Media in the proportions of the paper's batches: 320 + 320 of 730 tokens, and a question of 40."""
+    media, question = length * 320 // 730, max(1, length * 40 // 730)
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    ids[:, :media], ids[:, media : 2 * media] = 1, 2
+    keys = torch.zeros(batch, length, dtype=torch.bool)
+    keys[:, 2 * media : 2 * media + question] = True
+    return Routing(ids, keys).to(torch.device(device))
+
+
+def step_of(llm: nn.Module, inputs: Tensor, coto: Coto | None = None) -> Callable[[], None]:
+    """One training step at each call; under CoTo the steps of a run one after the other, and again from the first."""
+    trained = [p for p in llm.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    coto = coto or Coto(llm, None)
+    steps = count(-1)  # the first call warms up
+
+    def step() -> None:
+        with coto.step(next(steps) % STEPS):
+            logits = llm(inputs_embeds=inputs.detach().requires_grad_(), use_cache=False).logits
+            coto.attached(logits.float().square().mean()).backward()
+            if optimizer:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def measure(build: Callable[[], nn.Module], args: argparse.Namespace) -> dict[str, Any]:
+    """Rows by method, and the frozen LLM's seconds a step."""
+    steps: dict[str, Callable[[], None]] = {}
+    cotos: dict[str, Coto] = {}
+    inputs = torch.empty(0)
+    for name, (method, options) in {"frozen": ("none", {}), **METHODS}.items():
+        torch.manual_seed(0)
+        llm = wrap(build(), method, MODALITIES, {"r": args.rank, "lora_alpha": 16, **options}).to(args.device).train()
+        width = llm.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        inputs = torch.randn(args.batch, args.length, width, device=args.device)
+        set_routing(llm, routing(args.batch, args.length, args.device))
+        steps[name] = step_of(llm, inputs)
+        if method != "none":
+            cotos[name] = Coto(llm, partial(rising, total_steps=STEPS), seed=0)
+            steps[f"{name} + coto"] = step_of(llm, inputs, cotos[name])
+    seconds = in_turns(steps, STEPS * args.rounds)
+    frozen = statistics.median(seconds["frozen"])
+    return {"frozen": frozen, "methods": {name: _row(name, seconds, frozen, cotos[name]) for name in METHODS}}
+
+
+def _row(name: str, seconds: dict[str, list[float]], frozen: float, coto: Coto) -> dict[str, Any]:
+    whole, run = statistics.median(seconds[name]), seconds[f"{name} + coto"]
+    under = sum(statistics.median(run[t::STEPS]) for t in range(STEPS)) / STEPS
+    drawn = [acts for t in range(STEPS) for acts in coto.active(t)]
+    return {
+        "seconds": round(whole, 5),
+        "seconds_with_coto": round(under, 5),
+        "saved": round(1 - under / whole, 4),
+        "reported": REPORTED.get(name),
+        "overhead": round(whole / frozen - 1, 4),
+        "overhead_saved": round((whole - under) / (whole - frozen), 4),
+        "skipped": round(1 - sum(drawn) / len(drawn), 4),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path, help="also write the JSON there")
+    args = parser.parse_args()
+    with stdout_kept_clean(args.json):
+        found: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{key: value for key, value in vars(args).items() if key not in ("json", "out")},
+            "steps": STEPS,
+            "llms": {name: measure(build, args) for name, build in LLMS.items()},
+        }
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    if args.json:
+        print(json.dumps(found))
+        return
+    for name, result in found["llms"].items():
+        print(f"{name}: {result['frozen'] * 1000:.0f} ms a step frozen")
+        for method, row in result["methods"].items():
+            reported = f" (source: {row['reported']:.1%})" if row["reported"] else ""
+            print(
+                f"  {method:26} {row['seconds'] * 1000:6.0f} ms, overhead {row['overhead']:.0%}; CoTo skips "
+                f"{row['skipped']:.1%}: saves {row['overhead_saved']:.0%} of the overhead, {row['saved']:.1%} of the "
+                f"time{reported}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Seconds of several functions, taken in turns, so that whatever slows the machine down for a while slows all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def in_turns(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Each function once to warm up, then `repeats` rounds of all of them: seconds per call, by name, in order."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            wait()
+            began = time.perf_counter()
+            function()
+            wait()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
