@@ -9,7 +9,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-METHODS = ("moka", "multi_lora", "lora", "full", "none")  # mokamm.adapters.METHODS
+METHODS = (
+    "moka", "multi_lora", "lora", "lori_d", "lori_s", "lori_moka_d", "lori_moka_s", "full", "none"
+)  # fmt: skip  # mokamm.adapters.METHODS
+LORI = ("lori_d", "lori_s", "lori_moka_d", "lori_moka_s")
+DENSE = {"lori_s": "lori_d", "lori_moka_s": "lori_moka_d"}  # a sparse method: the dense one that its mask is cut from
 PROJECTORS = ("qformer", "mlp")  # mokamm.projectors.PROJECTORS
 
 

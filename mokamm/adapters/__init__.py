@@ -10,11 +10,15 @@ serves all methods: an option that a method has no use for is accepted, one that
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
+from mokamm.adapters.frozen_tuner import FrozenATuner, check_same_a
+from mokamm.adapters.lori import LoriConfig, LoriModel, freeze_lora_a
+from mokamm.adapters.masks import Mask
 from mokamm.adapters.peft_bridge import check_adapter_name, match_targets, nearest
 from mokamm.adapters.routed import MokaConfig, MokaModel, RoutedLinear
 from mokamm.routing import AdapterError, Routing
@@ -22,18 +26,26 @@ from mokamm.routing import AdapterError, Routing
 __all__ = [
     "METHODS",
     "AdapterError",
+    "LoriConfig",
+    "LoriModel",
+    "Mask",
     "MokaConfig",
     "MokaModel",
     "RoutedLinear",
     "Routing",
+    "fit",
     "set_routing",
     "target_report",
     "wrap",
 ]
 
 LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules")
-MOKA_OPTIONS = (*LORA_OPTIONS, "attention_weight", "attention_weight_pattern", "scale_logits", "shared_b", "frozen_a")
-OTHER_OPTIONS = ("keys",)  # of the processor, in the same section of a config
+FROZEN_A_OPTIONS = ("a_seed", "store_a")
+ATTENTION_OPTIONS = ("attention_weight", "attention_weight_pattern", "scale_logits", "shared_b")
+MOKA_OPTIONS = (*LORA_OPTIONS, *ATTENTION_OPTIONS, "frozen_a", *FROZEN_A_OPTIONS)
+# of the processor and of the run, in the same section of a config
+LORI_RUN_OPTIONS = ("sparsity", "mask", "calibration_share", "calibration_learning_rate", "init_from", "init_a_only")
+OTHER_OPTIONS = ("keys", *LORI_RUN_OPTIONS)
 
 
 def _moka(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
@@ -43,7 +55,7 @@ def _moka(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.
 
 def _multi_lora(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
     """One whole LoRA per modality, without attention."""
-    picked = _pick(options, (*LORA_OPTIONS, "frozen_a"))
+    picked = _pick(options, (*LORA_OPTIONS, "frozen_a", *FROZEN_A_OPTIONS))
     config = MokaConfig(task_type="CAUSAL_LM", modalities=modalities, shared_b=False, attention_weight=0.0, **picked)
     return get_peft_model(llm, config)
 
@@ -57,6 +69,30 @@ def _lora(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.
     model = get_peft_model(llm, config)
     vars(model.base_model)["target_report"] = {"default": {target: len(names) for target, names in found.items()}}
     return model
+
+
+def _lori_d(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """LoRA with A frozen, drawn from `a_seed`."""
+    model = _lora(llm, modalities, options)
+    freeze_lora_a(model, options.get("a_seed") or 0)
+    return model
+
+
+def _lori_s(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """LoRA with A frozen and B sparse; it trains once `model.base_model.set_mask(mask)` is called."""
+    return get_peft_model(llm, LoriConfig(task_type="CAUSAL_LM", **_pick(options, (*LORA_OPTIONS, *FROZEN_A_OPTIONS))))
+
+
+def _lori_moka_d(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """MokA with every A frozen."""
+    return _moka(llm, modalities, {**options, "frozen_a": True})
+
+
+def _lori_moka_s(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """MokA with every A frozen and B sparse, waiting for its mask as `_lori_s` does."""
+    picked = _pick(options, (*LORA_OPTIONS, *ATTENTION_OPTIONS, *FROZEN_A_OPTIONS))
+    config = MokaConfig(task_type="CAUSAL_LM", modalities=modalities, frozen_a=True, sparse_b=True, **picked)
+    return get_peft_model(llm, config)
 
 
 def _full(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
@@ -73,6 +109,10 @@ METHODS: dict[str, Callable[[nn.Module, list[str], dict[str, Any]], nn.Module]] 
     "moka": _moka,
     "multi_lora": _multi_lora,
     "lora": _lora,
+    "lori_d": _lori_d,
+    "lori_s": _lori_s,
+    "lori_moka_d": _lori_moka_d,
+    "lori_moka_s": _lori_moka_s,
     "full": _full,
     "none": _none,
 }
@@ -98,6 +138,19 @@ def wrap(llm: nn.Module, method: str, modalities: list[str], options: dict[str, 
             raise AdapterError(f"Unknown adapter option '{name}'{nearest(name, known)}")
     names = list(modalities) if "text" in modalities else ["text", *modalities]
     return METHODS[method](llm, names, options)
+
+
+def fit(model: nn.Module, folder: Path, state: dict[str, Any]) -> None:
+    """Make a PeftModel ready for the tensors of an adapter's folder: a sparse B takes the masks from there.
+
+    Raises:
+        AdapterError: the folder was written by a newer mokamm, or its A is not this model's.
+    """
+    tuner, saved = cast(Any, model).base_model, PeftConfig.from_pretrained(str(folder))
+    if isinstance(tuner, FrozenATuner):
+        config = cast(Any, tuner.peft_config["default"])
+        check_same_a(config, saved)
+        tuner.before_load(model, config, "default", dict(state))
 
 
 def set_routing(model: nn.Module, routing: Routing | None) -> None:
