@@ -1,6 +1,6 @@
 """Every method and stage under every ZeRO variant: train, save, resume, evaluate; compared with one plain process.
 
-    python -m tests.ranks.matrix [--ranks 2] [--out DIR] [--only moka] [--accumulation 1]
+    python -m tests.ranks.matrix [--ranks 2] [--out DIR] [--only moka] [--variants zero2 zero3] [--accumulation 1]
 
 Per method, in one launch of all variants: 20 steps on the mixed rows of tests/ranks/rows.py, then the same run once more
 from the checkpoint of step 10. Printed for each: the largest relative difference of the 20 losses from those of one
@@ -29,6 +29,9 @@ METHODS = {
     "moka": {"adapter.method": "moka"},
     "multi_lora": {"adapter.method": "multi_lora"},
     "lora": {"adapter.method": "lora"},
+    "lori_d": {"adapter.method": "lori_d"},
+    "lori_s": {"adapter.method": "lori_s"},  # both phases
+    "lori_moka_s": {"adapter.method": "lori_moka_s"},
     "full": {"adapter.method": "full"},
     "stage1": {"training.stage": 1, "training.init_from": None},
 }
@@ -58,7 +61,9 @@ def evaluated(run: Path, world: Path) -> list[str]:
     return [json.loads(line)["prediction"] for line in lines]
 
 
-def run_method(method: str, world: Path, folder: Path, ranks: int, accumulation: int) -> list[dict[str, Any]]:
+def run_method(
+    method: str, world: Path, folder: Path, ranks: int, accumulation: int, variants: list[str]
+) -> list[dict[str, Any]]:
     """One row of results a variant."""
     own = settings(world / "train", folder, gradient_accumulation_steps=accumulation)
     own.update(METHODS[method])
@@ -66,7 +71,7 @@ def run_method(method: str, world: Path, folder: Path, ranks: int, accumulation:
     launch(python, [Case("plain", own)], folder / "one")
     shared = {**own, "training.per_device_train_batch_size": 2 // ranks}
     cases = []
-    for variant in VARIANTS:
+    for variant in variants:
         overrides = {**shared, "training.deepspeed": zero_json(variant, folder)}
         cases.append(Case(variant, overrides))
         cases.append(Case(f"{variant}-resumed", overrides, copy=f"{variant}/checkpoint-10"))
@@ -78,7 +83,7 @@ def run_method(method: str, world: Path, folder: Path, ranks: int, accumulation:
         trouble = str(error)
     plain = folder / "one" / "plain"
     expected, answers = losses(plain), evaluated(plain, world)
-    return [result(method, variant, folder / "many", expected, answers, world, trouble) for variant in VARIANTS]
+    return [result(method, variant, folder / "many", expected, answers, world, trouble) for variant in variants]
 
 
 def result(
@@ -107,6 +112,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2, choices=(1, 2))
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--only", choices=METHODS, nargs="+", default=list(METHODS))
+    parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=VARIANTS)
     parser.add_argument("--out", type=Path, default=Path("runs/matrix"))
     args = parser.parse_args()
     out = args.out.resolve()
@@ -117,7 +123,7 @@ def main() -> int:
     write_rows(world / "train", 40 * args.accumulation)
     bad = 0
     for method in args.only:
-        for row in run_method(method, world, out / method, args.ranks, args.accumulation):
+        for row in run_method(method, world, out / method, args.ranks, args.accumulation, args.variants):
             exact = row.get("resumed losses") and row.get("resumed weights")
             good = "failed" not in row and row["difference"] <= LIMIT and exact
             bad += not good
