@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from mokamm.model import MultimodalLM
 
 LIBRARIES = ("torch", "transformers", "peft")
-ROUTED = ("moka", "multi_lora")  # methods with a path for each modality
+ROUTED = ("moka", "multi_lora", "lori_moka_d", "lori_moka_s")  # methods with a path for each modality
 
 
 @dataclass(frozen=True)

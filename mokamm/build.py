@@ -25,9 +25,13 @@ from data.schema import UserError
 from encoders import build_encoder
 from encoders.base import Encoder
 from encoders.cache import FeatureCache
-from mokamm.adapters import wrap
+from mokamm.adapter_folder import AdapterFolder
+from mokamm.adapters import OPTIONS, wrap
+from mokamm.adapters.start import adopt_a, start_b
 from mokamm.config import LimitsConfig, LLMConfig, ModalityConfig, RunConfig, find_path, load_run_config
+from mokamm.lori_mask import read_mask
 from mokamm.model import MultimodalLM
+from mokamm.names import LORI
 from mokamm.perception import Perception, Sense
 from mokamm.processor import Processor
 from mokamm.projectors import Projector, build_projector
@@ -67,6 +71,8 @@ def build_model(
     width = llm.get_input_embeddings().weight.shape[1]
     projectors = {name: _projector(modality, encoders[name], width) for name, modality in modalities.items()}
     llm = _wrapped(llm, config)
+    if init and config.training.stage == 2 and config.adapter.method in LORI:
+        begin_lori(llm, config)
     cache = config.data.cache
     perception = Perception(encoders, FeatureCache(cache.dir, cache.max_gb) if cache else None)
     senses = {name: Sense.of(name, m, encoders[name], projectors[name]) for name, m in modalities.items()}
@@ -131,7 +137,34 @@ def build_outline(config: RunConfig) -> Outline:
 
 def _wrapped(llm: Any, config: RunConfig) -> Any:
     method = "none" if config.training.stage == 1 else config.adapter.method
-    return wrap(llm, method, config.model.modality_names, config.adapter.model_dump(exclude={"method", "keys"}))
+    return wrap(llm, method, config.model.modality_names, adapter_options(config))
+
+
+def adapter_options(config: RunConfig) -> dict[str, Any]:
+    """What of the `adapter` section `wrap` knows; the rest is the processor's and the run's."""
+    options = {key: value for key, value in config.adapter.model_dump().items() if key in OPTIONS}
+    if options["a_seed"] is None:
+        options["a_seed"] = config.training.seed
+    return options
+
+
+def begin_lori(llm: Any, config: RunConfig) -> None:
+    """A, mask and B of a LoRI as its config says.
+
+    An adapter beside the projectors of `training.init_from` counts as `adapter.init_from` where that is not set. Raises
+    UserError or AdapterError for a mask or an adapter that is none, or not this model's.
+    """
+    adapter, start = config.adapter, config.adapter.init_from
+    if start is None:
+        places = (_weights_folder(folder) / ADAPTER for folder in config.training.init_folders)
+        start = next((str(place) for place in places if place.is_dir()), None)
+    source = AdapterFolder.open(find_path(start)).source() if start else None
+    if source:
+        adopt_a(llm, source)
+    if adapter.mask:
+        llm.base_model.set_mask(read_mask(find_path(adapter.mask)))
+    if source and not adapter.init_a_only:
+        start_b(llm, source)
 
 
 def choose_device(wanted: torch.device | str | None) -> torch.device:
@@ -210,7 +243,8 @@ def load_init(model: MultimodalLM, folders: str | Path | Sequence[str | Path]) -
             else:
                 where[name] = folder
         state |= {key: tensor for key, tensor in found.items() if where.get(key.split(".", 1)[0]) == folder}
-        if (folder / ADAPTER).is_dir():
+        method = model.config.adapter.method if model.config else ""
+        if (folder / ADAPTER).is_dir() and method not in LORI:  # begin_lori reads theirs
             _init_adapter(model, folder / ADAPTER)
     _load_projectors(model, state, where)
 

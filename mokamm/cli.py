@@ -18,12 +18,17 @@ COMMANDS = {
     "infer": ("mokamm.infer", 'ask a trained model: RUN [--video FILE] [--audio FILE] ... "question"'),
     "eval": ("eval.run", "score a trained model: BENCHMARK|all RUN [--limit N] [--control NAME]"),
     "advise": ("mokamm.advise", "learning rate, rank, targets, batch and memory of a CONFIG, and why"),
+    "lori-mask": (
+        "mokamm.lori_mask",
+        "cut a LoRI mask from a trained LoRI-D: RUN_OR_ADAPTER --sparsity 0.9 --out FILE",
+    ),
+    "convert": ("mokamm.convert", "adapters and masks from and to other formats: SOURCE OUT [--to lora|lori_s]"),
     "data": ("data.miniworld", "make the miniature world: --out DIR --split train --num N"),
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:6} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:9} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: mokamm COMMAND ...", *lines, "`mokamm COMMAND --help` says more."])
 
 

@@ -149,6 +149,21 @@ class AdapterConfig(Section):
     shared_b: bool | None = None
     frozen_a: bool | None = None
     one_matmul: bool | None = None  # of hira; false: PEFT's own forward
+    # LoRI: lori_d, lori_s, lori_moka_d, lori_moka_s
+    a_seed: int | None = None  # of the frozen A; None: training.seed
+    store_a: bool | None = None  # write A into the adapter's file, instead of remaking it from its seed
+    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = (
+        None  # share of B that stays zero; None: 0.9, or the mask's
+    )
+    mask: str | None = None  # file of `mokamm lori-mask`; None: a sparse method trains its dense one first and cuts it
+    calibration_share: Annotated[float, Field(gt=0.0)] | None = (
+        None  # steps of that first phase to the second's; None: 1
+    )
+    calibration_learning_rate: Annotated[float, Field(gt=0.0)] | None = None  # None: a tenth of training.learning_rate
+    init_from: str | None = (
+        None  # a run or adapter of LoRI to go on from; a mask leaves the entries outside it as they are
+    )
+    init_a_only: bool | None = None  # of init_from take A alone; B begins at zero
     keys: Literal["question", "user"] = "question"
     coto: CotoConfig | None = None
     stochastic_depth: StochasticDepthConfig | None = None
@@ -376,6 +391,10 @@ class RunConfig(Section):
         problems += [
             f"training.init_from: no such folder: {f}" for f in self.training.init_folders if not find_path(f).is_dir()
         ]
+        if self.adapter.mask and not find_path(self.adapter.mask).is_file():
+            problems.append(f"adapter.mask: no such file: {self.adapter.mask}")
+        if self.adapter.init_from and not find_path(self.adapter.init_from).is_dir():
+            problems.append(f"adapter.init_from: no such folder: {self.adapter.init_from}")
         if problems:
             raise ConfigError(listed("the configuration names files that are not there (or not readable):", problems))
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-METHODS = ("moka", "multi_lora", "lora", "dora", "hira", "full", "none")  # mokamm.adapters.METHODS
-WITHOUT_ADAPTERS = ("full", "none")  # of them, those that wrap no layer
+METHODS = (
+    "moka", "multi_lora", "lora", "dora", "hira", "lori_d", "lori_s", "lori_moka_d", "lori_moka_s", "full", "none"
+)  # fmt: skip  # mokamm.adapters.METHODS
+LORI = ("lori_d", "lori_s", "lori_moka_d", "lori_moka_s")
+DENSE = {"lori_s": "lori_d", "lori_moka_s": "lori_moka_d"}  # a sparse method: the dense one that its mask is cut from
+WITHOUT_ADAPTERS = ("full", "none")  # those that wrap no layer
 PROJECTORS = ("qformer", "mlp", "pooled", "perceiver")  # mokamm.projectors.PROJECTORS
 
 

@@ -92,15 +92,17 @@ def run(config: RunConfig, finishing: bool = True) -> None:
 
 
 def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
-    """Build, fit, write final/."""
+    """Build, fit, write final/; a LoRI-S without a mask first trains its LoRI-D in the same way and cuts one."""
     from mokamm.build import build_model, trainable_parts
-    from mokamm.training import checkpoint, finish, launch, rate
+    from mokamm.training import checkpoint, finish, launch, rate, two_phase
     from mokamm.training.corpus import build_corpus
     from mokamm.training.disk import writing
     from mokamm.training.forecast import Forecast, explained
     from mokamm.training.loop import fit
     from mokamm.training.resume import begin
 
+    if two_phase.needs_mask(config):
+        two_phase.calibrate(config, folder, ranks, train)
     with explained(None):
         model = build_model(config, ranks.device, for_training=True)
     parts = trainable_parts(model)
@@ -110,6 +112,7 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     forecast = Forecast.of(model, config, ranks)
     if ranks.main:
         with writing(folder, "make room or mend the disk, then start the same command again"):
+            two_phase.record(config, folder)
             finish.dump_config(config, folder, model)
         lines = [_summary(config, parts, corpus, ranks), *([chosen] if chosen else []), forecast.table()]
         print(*lines, sep="\n", flush=True)

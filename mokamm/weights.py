@@ -106,22 +106,29 @@ def is_adapter(llm: nn.Module) -> bool:
     return isinstance(llm, PeftModel)
 
 
-def saved_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """What a set of weights holds: every projector, and of the LLM what is trained."""
-    return [(n, p) for n, p in model.named_parameters() if p.requires_grad or n.startswith("projectors.")]
+def saved_tensors(model: Any) -> list[tuple[str, Tensor]]:
+    """What a set of weights holds: every projector; of the LLM what is trained, or the whole of its adapter, of which
+    some may be frozen (LoRI's A) or no parameter (its masks)."""
+    from mokamm.adapters.peft_bridge import saved_keys
+
+    adapter = {f"llm.{key}" for key in saved_keys(model.llm)} if is_adapter(model.llm) else set()
+    parameters: list[tuple[str, Tensor]] = [
+        (n, p) for n, p in model.named_parameters() if p.requires_grad or n.startswith("projectors.") or n in adapter
+    ]
+    return parameters + [(n, t) for n, t in model.named_buffers() if n in adapter]
 
 
 def save_weights(model: Any, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
     """Write adapter/ or llm/ and projectors.safetensors (no manifest: the caller may add files first).
 
-    state: the saved_parameters by their names in `model`, gathered by a sharded engine; None: read from the model.
+    state: the saved_tensors by their names in `model`, gathered by a sharded engine; None: read from the model.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if state is None:
-        state = {name: p.detach().cpu() for name, p in saved_parameters(model)}
+        state = {name: t.detach().cpu() for name, t in saved_tensors(model)}
     projectors = {
         n.removeprefix("projectors."): t.contiguous() for n, t in state.items() if n.startswith("projectors.")
     }
@@ -190,6 +197,8 @@ def load_adapter(llm: Any, folder: Path) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from mokamm.adapters import fit
+
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise WeightsError(f"{path} is missing; the configuration asks for an adapter, these weights have none")
@@ -197,6 +206,7 @@ def load_adapter(llm: Any, folder: Path) -> None:
     saved = json.loads(config.read_text()) if config.is_file() else {}
     _refuse(folder, _other_settings(llm.peft_config["default"], saved), "holds an adapter of other settings")
     state = load_file(path)
+    fit(llm, folder, state)
     expected = get_peft_model_state_dict(llm, save_embedding_layers=False)
     _refuse(
         path,

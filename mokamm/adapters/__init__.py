@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from mokamm.adapters.coto import Coto
+from mokamm.adapters.frozen_tuner import FrozenATuner, check_same_a
 from mokamm.adapters.hira import use_one_matmul
+from mokamm.adapters.lori import LoriConfig, LoriModel, freeze_lora_a
+from mokamm.adapters.masks import Mask
 from mokamm.adapters.peft_bridge import check_adapter_name, fused_experts, match_parameters, match_targets, nearest
 from mokamm.adapters.routed import MokaConfig, MokaModel, RoutedLinear
 from mokamm.routing import AdapterError, Routing
@@ -26,10 +30,14 @@ __all__ = [
     "METHODS",
     "AdapterError",
     "Coto",
+    "LoriConfig",
+    "LoriModel",
+    "Mask",
     "MokaConfig",
     "MokaModel",
     "RoutedLinear",
     "Routing",
+    "fit",
     "fused_experts",
     "set_routing",
     "target_report",
@@ -39,12 +47,16 @@ __all__ = [
 log = logging.getLogger("mokamm")
 
 LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules")
-MOKA_OPTIONS = (*LORA_OPTIONS, "attention_weight", "attention_weight_pattern", "scale_logits", "shared_b", "frozen_a")
+ATTENTION_OPTIONS = ("attention_weight", "attention_weight_pattern", "scale_logits", "shared_b")
+FROZEN_A_OPTIONS = ("a_seed", "store_a")
+MOKA_OPTIONS = (*LORA_OPTIONS, *ATTENTION_OPTIONS, "frozen_a", *FROZEN_A_OPTIONS)
 EXPERT_OPTIONS = ("target_parameters",)  # fused expert weights; of the methods below that train something else than all
 EXPERT_METHODS = ("lora", "full", "none")
 HIRA_OPTIONS = ("one_matmul",)
-OTHER_OPTIONS = ("keys", "coto", "stochastic_depth")  # of the processor and the training loop, in the same section
-OPTIONS = (*MOKA_OPTIONS, *EXPERT_OPTIONS, *HIRA_OPTIONS, *OTHER_OPTIONS)
+OPTIONS = (*MOKA_OPTIONS, *EXPERT_OPTIONS, *HIRA_OPTIONS)
+# of the processor, the training loop and the run, in the same section of a config
+LORI_RUN_OPTIONS = ("sparsity", "mask", "calibration_share", "calibration_learning_rate", "init_from", "init_a_only")
+OTHER_OPTIONS = ("keys", "coto", "stochastic_depth", *LORI_RUN_OPTIONS)
 
 
 def _moka(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
@@ -54,7 +66,7 @@ def _moka(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.
 
 def _multi_lora(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
     """One whole LoRA per modality, without attention."""
-    picked = _pick(options, (*LORA_OPTIONS, "frozen_a"))
+    picked = _pick(options, (*LORA_OPTIONS, "frozen_a", *FROZEN_A_OPTIONS))
     config = MokaConfig(task_type="CAUSAL_LM", modalities=modalities, shared_b=False, attention_weight=0.0, **picked)
     return get_peft_model(llm, config)
 
@@ -94,6 +106,30 @@ def _wrap_by_peft(llm: nn.Module, config: PeftConfig) -> nn.Module:
     return model
 
 
+def _lori_d(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """LoRA with A frozen, drawn from `a_seed`."""
+    model = _lora(llm, modalities, options)
+    freeze_lora_a(model, options.get("a_seed") or 0)
+    return model
+
+
+def _lori_s(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """LoRA with A frozen and B sparse; it trains once `model.base_model.set_mask(mask)` is called."""
+    return get_peft_model(llm, LoriConfig(task_type="CAUSAL_LM", **_pick(options, (*LORA_OPTIONS, *FROZEN_A_OPTIONS))))
+
+
+def _lori_moka_d(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """MokA with every A frozen."""
+    return _moka(llm, modalities, {**options, "frozen_a": True})
+
+
+def _lori_moka_s(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
+    """MokA with every A frozen and B sparse, waiting for its mask as `_lori_s` does."""
+    picked = _pick(options, (*LORA_OPTIONS, *ATTENTION_OPTIONS, *FROZEN_A_OPTIONS))
+    config = MokaConfig(task_type="CAUSAL_LM", modalities=modalities, frozen_a=True, sparse_b=True, **picked)
+    return get_peft_model(llm, config)
+
+
 def _full(llm: nn.Module, modalities: list[str], options: dict[str, Any]) -> nn.Module:
     """Full fine-tuning: every parameter trains."""
     return llm.requires_grad_(True)
@@ -110,6 +146,10 @@ METHODS: dict[str, Callable[[nn.Module, list[str], dict[str, Any]], nn.Module]] 
     "lora": _lora,
     "dora": _dora,
     "hira": _hira,
+    "lori_d": _lori_d,
+    "lori_s": _lori_s,
+    "lori_moka_d": _lori_moka_d,
+    "lori_moka_s": _lori_moka_s,
     "full": _full,
     "none": _none,
 }
@@ -156,6 +196,19 @@ def _tell_of_experts(fused: list[str], method: str, targets: list[str]) -> None:
         names,
         how if method in EXPERT_METHODS else f"method {method} cannot, with adapter.method=lora {how}",
     )
+
+
+def fit(model: nn.Module, folder: Path, state: dict[str, Any]) -> None:
+    """Make a PeftModel ready for the tensors of an adapter's folder: a sparse B takes the masks from there.
+
+    Raises:
+        AdapterError: the folder was written by a newer mokamm, or its A is not this model's.
+    """
+    tuner, saved = cast(Any, model).base_model, PeftConfig.from_pretrained(str(folder))
+    if isinstance(tuner, FrozenATuner):
+        config = cast(Any, tuner.peft_config["default"])
+        check_same_a(config, saved)
+        tuner.before_load(model, config, "default", dict(state))
 
 
 def set_routing(model: nn.Module, routing: Routing | None) -> None:

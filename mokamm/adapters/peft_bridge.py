@@ -20,14 +20,16 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.hira.layer import Linear as HiraLinear  # noqa: F401  for hira.py
 from peft.tuners.lora.variants import _register_frozen_peft_weight
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import register_peft_method
-from torch import nn
+from torch import Tensor, nn
 
 from mokamm.routing import AdapterError
 
+PREFIX = "base_model.model."  # of a PeftModel's keys, before the names in the LLM
 
-def register_method(name: str, config_cls: type, tuner_cls: type) -> None:
+
+def register_method(name: str, config_cls: type, tuner_cls: type[Tuner]) -> None:
     """Makes `name` a PEFT method: `get_peft_model`, saving and `PeftModel.from_pretrained` know it from then on."""
     value = name.upper()
     if value not in PeftType.__members__:
@@ -39,7 +41,7 @@ def register_method(name: str, config_cls: type, tuner_cls: type) -> None:
         PeftType._value2member_map_[value] = member
         type.__setattr__(PeftType, value, member)
     if PeftType(value) not in PEFT_TYPE_TO_TUNER_MAPPING:
-        register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)
+        register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls, prefix=tuner_cls.prefix)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -197,6 +199,21 @@ def change_class(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -
     return model
 
 
+def freeze(layer: Any, adapter_name: str, weight_name: str) -> None:
+    """That weight (`lora_A`) of that adapter in a wrapped layer never trains, whatever `set_adapter` does later."""
+    _register_frozen_peft_weight(layer, adapter_name, weight_name)
+
+
+def saved_keys(model: Any, adapter_name: str = "default") -> set[str]:
+    """Which keys of a PeftModel's state dict are written into the adapter's folder, whether they train or not."""
+    config, keys = model.peft_config[adapter_name], {key: key for key in model.state_dict()}
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    kept = tuner._get_adapter_state_dict(
+        model=model, config=config, adapter_name=adapter_name, state_dict=cast(Any, keys), unwanted_adapter_names=[]
+    )
+    return set(cast("dict[str, str]", kept).values())
+
+
 class TunerLayer(nn.Module, BaseTunerLayer):
     """A wrapped linear module, before any adapter is added to it."""
 
@@ -214,13 +231,13 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """Adds the adapter's parameters to this layer, whose name in the model is `key`."""
         raise NotImplementedError
 
-    def freeze(self, adapter_name: str, weight_name: str) -> None:
-        """That weight of that adapter never trains, whatever `set_adapter` does later."""
-        _register_frozen_peft_weight(cast(Any, self), adapter_name, weight_name)
-
     def place(self, adapter_name: str) -> None:
         """Brings a new adapter to the device and dtype of the wrapped module."""
         self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """Which of these adapters (None: the active ones) are not merged yet."""
+        return check_adapters_to_merge(self, adapter_names)
 
 
 class Tuner(BaseTuner):
@@ -237,6 +254,30 @@ class Tuner(BaseTuner):
 
     def check_config(self, config: Any, names: list[str]) -> None:
         """A method's own checks, with the names of the modules that will be wrapped; before anything is changed."""
+
+    @classmethod
+    def to_save(cls, config: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of an adapter's tensors its folder holds; keys still hold the adapter's name."""
+        return state
+
+    @classmethod
+    def before_load(cls, model: nn.Module, config: Any, adapter_name: str, state: dict[str, Tensor]) -> None:
+        """Makes a model ready for the tensors of a folder (keys without the adapter's name), or adds to them."""
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict, unwanted_adapter_names: list[str]
+    ) -> dict:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return cls.to_save(config, found)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict
+    ) -> dict:
+        state = dict(state_dict)
+        cls.before_load(model, config, adapter_name, state)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.target_report: dict[str, dict[str, int]] = {}

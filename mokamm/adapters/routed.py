@@ -15,7 +15,8 @@ s = alpha/r, keys = values = the question's tokens through A_text, an independen
 2506.05191). Two variants are published, chosen by `scale_logits`: either s multiplies A's output before the attention
 (logits then carry s^2) or B's output (logits carry none). Both come to s B(u + lambda att(u)) with u = A x unscaled:
 only the scalar before the softmax differs, and that is how it is computed here. Further switches make the family:
-`shared_b=False` with `attention_weight=0` is one LoRA per modality, `frozen_a` is LoRI on MokA.
+`shared_b=False` with `attention_weight=0` is one LoRA per modality, `frozen_a` is LoRI on MokA, with `sparse_b` LoRI-S
+on MokA (`model.base_model.set_mask(mask)`; frozen_tuner.py, sparse_b.py).
 
 `fold_text` puts the text path into the frozen weight, W' = W + s B A_text, so that one set of weights prefills and
 decodes: text then costs nothing, a media token adds s B((A_m - A_text) x + lambda att), padding adds -s B A_text x.
@@ -35,10 +36,14 @@ import torch
 from peft import PeftConfig, PeftType
 from torch import Tensor, nn
 
-from mokamm.adapters.peft_bridge import Tuner, TunerLayer, first_match, register_method
+from mokamm.adapters.checks import check_format, check_lora_options, plain_weight
+from mokamm.adapters.frozen_a import VERSION
+from mokamm.adapters.frozen_tuner import FrozenATuner, new_a, new_b
+from mokamm.adapters.peft_bridge import TunerLayer, first_match, register_method
+from mokamm.adapters.sparse_b import dense_weight
 from mokamm.routing import AdapterError, Routing, RoutingContext
 
-PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FORMAT = 1
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as an element
 
 
@@ -65,16 +70,20 @@ class MokaConfig(PeftConfig):
     scale_logits: bool = field(default=True, metadata={"help": "True: s before the attention; False: s after B"})
     shared_b: bool = field(default=True, metadata={"help": "False: one B per modality"})
     frozen_a: bool = field(default=False, metadata={"help": "True: A stays at its random initialisation"})
+    sparse_b: bool = field(default=False, metadata={"help": "True: of B only the entries of a mask train"})
+    a_seed: int = field(default=0, metadata={"help": "a frozen A is drawn from it"})
+    a_version: int = field(default=VERSION, metadata={"help": "of the generator that draws a frozen A"})
+    a_hash: str | None = field(default=None, metadata={"help": "sha256 of a frozen A, set when the model is wrapped"})
+    store_a: bool = field(default=False, metadata={"help": "write a frozen A into the file instead of remaking it"})
+    format_version: int = FORMAT
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("MOKA")
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise AdapterError(f"r must be a whole number of at least 1; found {self.r!r}.")
-        if not self.lora_alpha > 0:
-            raise AdapterError(f"lora_alpha must be above 0; found {self.lora_alpha!r}.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise AdapterError(f"lora_dropout must be in [0, 1); found {self.lora_dropout!r}.")
+        check_format(self, FORMAT)
+        check_lora_options(self)
+        if self.sparse_b and not self.frozen_a:
+            raise AdapterError("sparse_b needs frozen_a: a mask belongs to the A that it was cut under.")
         names = self.modalities = list(self.modalities)
         if names[:1] != ["text"] or len(set(names)) < len(names):
             raise AdapterError(f"modalities must be distinct names, 'text' first; found {names}.")
@@ -123,12 +132,9 @@ class RoutedLinear(TunerLayer):
         logit_scale = (s if config.scale_logits else 1 / s) / math.sqrt(r)
         self.settings[name] = Settings(r, s, len(config.modalities), float(weight), logit_scale, config.shared_b)
         self.moka_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.moka_A[name] = nn.Linear(self.in_features, rows, bias=False)  # its own init is kaiming_uniform(a=sqrt 5)
-        self.moka_B[name] = B = nn.Linear(r if config.shared_b else rows, self.out_features, bias=False)
-        nn.init.zeros_(B.weight)
+        self.moka_A[name] = new_a(self, rows, config, key)  # kaiming_uniform(a=sqrt 5)
+        self.moka_B[name] = new_b(self, r if config.shared_b else rows, config)
         self.place(name)
-        if config.frozen_a:
-            self.freeze(name, "moka_A")
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -200,18 +206,8 @@ class RoutedLinear(TunerLayer):
 
     def check_foldable(self) -> None:
         """Raises AdapterError where the weight is not a plain, whole, floating-point matrix."""
-        weight = self.base_weight
-        plain = type(weight.data) is Tensor and weight.dtype in PLAIN_DTYPES
-        if not plain or sorted(weight.shape) != sorted((self.in_features, self.out_features)):
-            raise AdapterError(
-                f"The text path cannot be folded into a {type(self.get_base_layer()).__name__} whose weight is "
-                f"{tuple(weight.shape)} {weight.dtype}: it is quantized or sharded, and folding would round it to "
-                "nothing or miss parts. Decode without fold_text(), or load the LLM unquantized and whole."
-            )
-
-    @staticmethod
-    def _factor(factors: nn.ModuleDict, name: str) -> Tensor:
-        return cast(nn.Linear, factors[name]).weight.detach()
+        instead = "Decode without fold_text(), or load the LLM unquantized and whole."
+        plain_weight(self, "The text path cannot be folded into", instead)
 
     @torch.no_grad()
     def fold_text(self) -> None:
@@ -221,8 +217,8 @@ class RoutedLinear(TunerLayer):
             if name not in self.moka_A or name in self.folds or self.disable_adapters:
                 continue
             r, weight = self.settings[name].r, self.base_weight
-            b = self._factor(self.moka_B, name)[:, :r] * self.settings[name].scaling
-            a = self._factor(self.moka_A, name)[:r].clone()
+            b = dense_weight(self.moka_B[name])[:, :r] * self.settings[name].scaling
+            a = dense_weight(self.moka_A[name])[:r].clone()
             delta = self._text_delta(b, a, weight)
             folded = (weight.to(delta.dtype) + delta).to(weight.dtype)
             back, bits = (folded.to(delta.dtype) - delta).to(weight.dtype), BITS[weight.element_size()]
@@ -275,11 +271,12 @@ class RoutedLinear(TunerLayer):
         """Nothing to do: nothing is ever merged."""
 
 
-class MokaModel(Tuner):
+class MokaModel(FrozenATuner):
     """The tuner: holds the routing of the current batch for all of its layers."""
 
     prefix = "moka_"
     tuner_layer_cls = RoutedLinear
+    factors = ("moka_A", "moka_B")
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)

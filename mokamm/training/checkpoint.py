@@ -40,7 +40,7 @@ from mokamm.weights import (
     PROJECTORS,
     manifest_problems,
     save_weights,
-    saved_parameters,
+    saved_tensors,
     write_manifest,
 )
 
@@ -159,12 +159,12 @@ def _write_tensors(content: dict[str, Any], path: Path) -> None:
 
 
 def gathered(model: Any, engine: Engine, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """The saved parameters on the CPU of rank 0, gathered one by one; empty on other ranks."""
+    """The saved tensors on the CPU of rank 0, gathered one by one; empty on other ranks."""
     weights = {}
-    for name, parameter in saved_parameters(model):
-        with engine.gather([parameter]):
+    for name, tensor in saved_tensors(model):
+        with engine.gather([tensor]):
             if ranks.main:
-                weights[name] = parameter.detach().cpu().clone()
+                weights[name] = tensor.detach().cpu().clone()
     return weights
 
 

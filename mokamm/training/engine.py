@@ -38,7 +38,7 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, last: bool) -> None: ...
     def step(self, factor: float) -> float: ...
     def groups(self) -> list[dict[str, Any]]: ...
-    def gather(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]: ...
+    def gather(self, parameters: Iterable[Tensor]) -> AbstractContextManager[Any]: ...
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: dict[str, Any]) -> None: ...
 
@@ -60,7 +60,9 @@ class PlainEngine:
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], training: TrainingConfig, ranks: Ranks) -> None:
         self.name = "ddp" if ranks.world > 1 else "plain"
         self.world, self.max_norm = ranks.world, training.max_grad_norm
-        self.module: nn.Module = nn.parallel.DistributedDataParallel(model) if ranks.world > 1 else model
+        self.module: nn.Module = model
+        if ranks.world > 1:  # buffers (tables of positions, LoRI's masks) are equal everywhere and never change
+            self.module = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, **optimizer_arguments(training))
         self.autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=training.bf16)
@@ -89,7 +91,7 @@ class PlainEngine:
     def groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
-    def gather(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    def gather(self, parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def state(self) -> dict[str, Any]:
@@ -147,7 +149,7 @@ class DeepSpeedEngine:
     def groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
-    def gather(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    def gather(self, parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
         if self.stage < 3:
             return nullcontext()
         import deepspeed

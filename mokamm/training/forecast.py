@@ -29,6 +29,9 @@ from mokamm.training.watch import memory_gb
 
 COLUMNS = ("frozen", "trained", "gradients", "optimizer", "activations", "logits", "encoders", "buffers", "total")
 FIRST_READERS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # who reads the same input
+FAMILY = {  # methods that keep about what another one keeps; a frozen A keeps less, so that is an upper bound
+    "multi_lora": "moka", "lori_moka_d": "moka", "lori_moka_s": "moka", "lori_d": "lora", "lori_s": "lora"
+}  # fmt: skip
 AFTER_ATTENTION = ("o_proj", "out_proj")  # their input is kept as the attention's output
 
 
@@ -200,7 +203,7 @@ def network_of(model: Any, config: RunConfig) -> Network:
         vocabulary=shape.vocab_size,
         attention=config.model.llm.attention,
         gated=any("gate" in name.rpartition(".")[2] for name, _ in linear) or "gate_proj" in {n for n, _ in trained},
-        method={"multi_lora": "moka"}.get(method, method),
+        method=FAMILY.get(method, method),
         rank=adapter.r,
         modalities=len(config.model.modality_names),
         linears=len(trained) // count,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mokamm.config import RunConfig, SourceConfig, find_path
+from mokamm.lori_mask import read_mask
 from mokamm.training import checkpoint
 from mokamm.training.checkpoint import TrainerState
 from mokamm.training.corpus import Corpus
@@ -85,7 +86,8 @@ def common(config: RunConfig, shape: Plan) -> dict[str, Any]:
         "the DeepSpeed JSON": json.loads(deepspeed.read_text()) if deepspeed else None,
         "model.llm": llm.model_dump(mode="json", exclude={"path", "trust_remote_code"}),
         "the base's weights": fingerprint(base) if base.is_dir() else llm.path,
-        "adapter": config.adapter.model_dump(mode="json", exclude_none=True),
+        "adapter": config.adapter.model_dump(mode="json", exclude_none=True, exclude={"mask"}),
+        "adapter.mask": read_mask(find_path(config.adapter.mask)).digest() if config.adapter.mask else None,
         # pairs, because the order of the modalities counts
         "model.modalities": [[name, entry.model_dump(mode="json")] for name, entry in config.model.modalities.items()],
         "data.max_length": config.data.max_length,

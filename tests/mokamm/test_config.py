@@ -101,10 +101,10 @@ def test_names_known_without_torch_are_those_of_the_registries():
 
 
 def test_all_that_the_adapters_know_can_be_configured(write):
-    from mokamm.adapters import OPTIONS
+    from mokamm.adapters import OPTIONS, OTHER_OPTIONS
     from mokamm.config import AdapterConfig
 
-    assert set(AdapterConfig.model_fields) == {"method", *OPTIONS}
+    assert set(AdapterConfig.model_fields) == {"method", *OPTIONS, *OTHER_OPTIONS}
     section = "adapter: {method: moka, target_modules: '.*_proj', exclude_modules: [v_proj], shared_b: false}"
     config = load_config(write(GOOD.replace("adapter: {method: moka, r: 4}", section)))
     assert config.adapter.target_modules == ".*_proj"

@@ -1,6 +1,6 @@
 """Every method and stage under every ZeRO variant: train, save, resume, evaluate; compared with one plain process.
 
-    python -m tests.ranks.matrix [--ranks 2] [--out DIR] [--only moka] [--accumulation 1]
+    python -m tests.ranks.matrix [--ranks 2] [--out DIR] [--only moka] [--variants zero2 zero3] [--accumulation 1]
 
 Per method, in one launch of all variants: 20 steps on the mixed rows of tests/ranks/rows.py, then the same run once more
 from the checkpoint of step 10. Printed for each: the largest relative difference of the 20 losses from those of one
@@ -46,6 +46,9 @@ METHODS = {
     "lora+coto": {"adapter.method": "lora", "adapter.coto": True},
     "dora+coto": {"adapter.method": "dora", "adapter.coto": True},
     "hira+coto": {"adapter.method": "hira", "adapter.coto": True},
+    "lori_d": {"adapter.method": "lori_d"},
+    "lori_s": {"adapter.method": "lori_s"},  # both phases
+    "lori_moka_s": {"adapter.method": "lori_moka_s"},
     "full": {"adapter.method": "full"},
     "stage1": {"training.stage": 1, "training.init_from": None},
 }

@@ -1,0 +1,94 @@
+"""Adapters and masks from and to other formats:  mokamm convert SOURCE OUT [--to FORMAT] [--mask FILE] [--dry-run]
+
+    source                                              default result
+    a LORI_S run or folder                              lora     plain PEFT LoRA: any PEFT user loads it, identical logits
+    a LoRA folder whose B is mostly zero (published     lori_s   the entries that are not zero (or those of --mask), A stored
+      LoRI-S), with or without --mask
+    another LoRA folder (LoRI-D)                        lora     cleaned: the lora_ tensors alone
+    a published mask (masks/0.9_mask.pt)                mask     a mask file for adapter.mask
+
+An importer of another kind of source is one function `plan_...(source, options) -> Plan | None` in IMPORTERS: None where
+the source is not its own. `--dry-run` says what would be written. Nothing is overwritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.schema import UserError
+from mokamm.mistakes import is_users
+
+FORMATS = ("lora", "lori_s", "mask")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside SOURCE and OUT."""
+
+    to: str | None = None
+    mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """found: what the source is; result: a name of FORMATS; write(OUT) makes it; warnings: what is left out, and why."""
+
+    found: str
+    result: str
+    write: Callable[[Path], None]
+    warnings: list[str] = field(default_factory=list)
+
+
+def plan(source: Path, options: Options) -> Plan:
+    """Raises UserError or AdapterError where no importer knows the source, or it cannot become what is asked for."""
+    from mokamm.lori_convert import plan_adapter, plan_mask
+
+    importers: tuple[Callable[[Path, Options], Plan | None], ...] = (plan_mask, plan_adapter)
+    if not source.exists():
+        raise UserError(f"no such file or folder: {source} (working directory {Path.cwd()})")
+    for importer in importers:
+        if (found := importer(source, options)) is not None:
+            return found
+    raise UserError(f"{source} is none of: a run, a folder with adapter_config.json, a mask (*.pt, *.safetensors)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="mokamm convert", description="Adapters and masks from and to other formats.")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a run, an adapter's folder or a mask")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder (of a mask: the file) to write")
+    parser.add_argument("--to", choices=FORMATS, help="default: by what the source is")
+    parser.add_argument(
+        "--mask", type=Path, metavar="FILE", help="for a LoRI-S published as LoRA: which entries trained"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    try:
+        planned = plan(args.source, Options(args.to, args.mask))
+        if args.out.exists():
+            raise UserError(f"{args.out} is there already; nothing is overwritten. Choose another name")
+        if not args.dry_run:
+            planned.write(args.out)
+    except Exception as error:
+        if not is_users(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for warning in planned.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if args.json:
+        told = {"source": str(args.source), "found": planned.found, "to": planned.result, "out": str(args.out)}
+        print(json.dumps({**told, "written": not args.dry_run, "warnings": planned.warnings}))
+    else:
+        verb = "would be written" if args.dry_run else "written"
+        print(f"{args.source}: {planned.found}\n{args.out}: {verb} as {planned.result}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

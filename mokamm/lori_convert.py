@@ -1,0 +1,158 @@
+"""LoRI's adapters and masks between LORI_S, plain LoRA and the published forms; `mokamm convert` calls it.
+
+Published LoRI (arXiv 2504.07448) is plain PEFT LoRA: LoRI-S is known by the zeros of its B. Some folders also hold rows of
+embeddings for an added pad token, which never trained: they are left out with a warning, since a mokamm LLM gets no new
+words. Published masks are pickled dictionaries from `...lora_B.default.weight` to bool tensors, read as weights only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.schema import UserError
+from mokamm.adapter_folder import CONFIG, TENSORS, AdapterFolder, find_adapter
+from mokamm.adapters import LoriConfig
+from mokamm.adapters.masks import Mask, pack, unpack
+from mokamm.adapters.peft_bridge import PREFIX
+from mokamm.convert import Options, Plan
+from mokamm.lori_mask import read_mask, write_mask
+
+MOSTLY_ZERO = 0.5  # share of B's entries from which on a LoRA is taken for a LoRI-S
+COPIED = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "task_type",
+    "base_model_name_or_path",
+)
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def plan_mask(source: Path, options: Options) -> Plan | None:
+    if not source.is_file():
+        return None
+    if options.to not in (None, "mask"):
+        raise UserError(f"{source} is a mask; it cannot become {options.to}")
+    mask = any_mask(source)
+    found = f"a mask of {len(mask.bits)} layers, {mask.kept:,} of {mask.total:,} entries kept (sparsity {mask.sparsity:.4f})"
+    return Plan(found, "mask", lambda out: write_mask(mask, out, str(source)))
+
+
+def any_mask(path: Path) -> Mask:
+    """A mask file of ours, or a published one. Raises UserError."""
+    if path.suffix == ".safetensors":
+        return read_mask(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for what is no archive, or holds more than tensors
+        raise UserError(f"{path} cannot be read as a mask: {str(error).splitlines()[0]}") from error
+    return published_mask(state, path)
+
+
+def published_mask(state: Any, path: Path) -> Mask:
+    """From {"...lora_B.default.weight": bool (out_features, r)}."""
+    bits, shapes = {}, {}
+    for key, kept in state.items() if isinstance(state, dict) else ():
+        layer, found, _ = str(key).removeprefix(PREFIX).partition(".lora_B")
+        if not found or not isinstance(kept, Tensor) or kept.dim() != 2 or not bool(((kept == 0) | (kept == 1)).all()):
+            raise UserError(f"{path}: '{key}' is no mask of a lora_B (expected zeros and ones, out_features x r)")
+        bits[layer], shapes[layer] = pack(kept.bool()), (int(kept.shape[0]), int(kept.shape[1]))
+    if not bits:
+        raise UserError(f"{path} holds no masks; expected a dictionary from ...lora_B.default.weight to bool tensors")
+    return Mask(bits, shapes)
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def plan_adapter(source: Path, options: Options) -> Plan | None:
+    if not source.is_dir():
+        return None
+    folder = AdapterFolder.open(find_adapter(source))
+    if folder.kind == "MOKA":
+        raise UserError(
+            f"{source} is a MOKA adapter: its tokens take a path by their modality, which no LoRA can do. It loads with "
+            "PeftModel.from_pretrained once mokamm.adapters is imported"
+        )
+    layers, warnings = folder.layers, [_left_out(folder)] if folder.other else []
+    total = sum(B[0] * B[1] for _, B in layers.values())
+    kept = sum(int(folder.b(name).count_nonzero()) for name in layers)
+    sparse = folder.kind == "LORI_S" or options.mask is not None or kept < (1 - MOSTLY_ZERO) * total
+    what = "LORI_S" if folder.kind == "LORI_S" else "LoRA, known as LoRI-S by its zeros" if sparse else "LoRA"
+    found = f"{what}: {len(layers)} layers, r {folder.config['r']}, {kept:,} of {total:,} entries of B are not zero"
+    to = options.to or ("lori_s" if sparse and folder.kind == "LORA" else "lora")
+    if to == "mask":
+        mask = folder.mask()
+        return Plan(found, to, lambda out: write_mask(mask, out, str(source)), warnings)
+    if to == "lora":
+        return Plan(found, to, lambda out: write_lora(folder, out), warnings)
+    if folder.kind == "LORI_S":
+        raise UserError(f"{source} is a LORI_S folder already")
+    mask = folder.mask() if options.mask is None else any_mask(options.mask)
+    mask.check({name: B for name, (_, B) in layers.items()})
+    _check_zeros(folder, mask)
+    return Plan(found, to, lambda out: write_lori_s(folder, mask, out), warnings)
+
+
+def _left_out(folder: AdapterFolder) -> str:
+    shown = ", ".join(folder.other[:3]) + (", ..." if len(folder.other) > 3 else "")
+    return (
+        f"{len(folder.other)} tensors of {folder.folder} are not LoRA's and are left out: {shown}. Embedding rows of an "
+        "added pad token act on nothing here; if they are trained words, use the original folder instead"
+    )
+
+
+def _check_zeros(folder: AdapterFolder, mask: Mask) -> None:
+    for name, (_, shape) in folder.layers.items():
+        kept = unpack(mask.bits[name], shape[0] * shape[1]).view(shape)
+        if outside := int((folder.b(name)[~kept] != 0).sum()):
+            raise UserError(f"the mask is not this adapter's: {outside} entries of {name}'s B outside it are not zero")
+
+
+def write_lora(folder: AdapterFolder, out: Path) -> None:
+    """A plain PEFT LoRA folder."""
+    from peft import LoraConfig
+
+    if folder.kind == "LORA":
+        config = {key: value for key, value in folder.config.items() if key != "auto_mapping"}
+    else:
+        assert folder.a_hash  # checked while it is computed
+        config = LoraConfig(**{key: folder.config[key] for key in COPIED}).to_dict()
+        config["target_modules"] = sorted(folder.layers)  # all-linear would mean other modules to PEFT elsewhere
+    tensors = {}
+    for name in folder.layers:
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = folder.a(name)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = folder.b(name)
+    _write(out, {**config, "inference_mode": True}, tensors)
+
+
+def write_lori_s(folder: AdapterFolder, mask: Mask, out: Path) -> None:
+    """A LORI_S folder with A stored, since no generator of ours drew it."""
+    config = LoriConfig(**{key: folder.config[key] for key in COPIED}, store_a=True).to_dict()
+    config["target_modules"] = sorted(folder.layers)
+    tensors = {}
+    for name, (shape_a, shape_b) in folder.layers.items():
+        A, B = f"{PREFIX}{name}.lori_A", f"{PREFIX}{name}.lori_B"
+        tensors[f"{A}.weight"], tensors[f"{A}.shape"] = folder.a(name), torch.tensor(shape_a, dtype=torch.int32)
+        tensors[f"{B}.mask"], tensors[f"{B}.shape"] = mask.bits[name], torch.tensor(shape_b, dtype=torch.int32)
+        if len(values := folder.b(name).flatten()[unpack(mask.bits[name], shape_b[0] * shape_b[1])]):
+            tensors[f"{B}.values"] = values
+    _write(out, {**config, "inference_mode": True}, tensors)
+
+
+def _write(out: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, out / TENSORS, metadata={"format": "pt"})
+    lists = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (out / CONFIG).write_text(json.dumps(lists, indent=2, sort_keys=True))

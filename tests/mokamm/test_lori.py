@@ -1,0 +1,387 @@
+"""LoRI-D and LoRI-S as adapters: numbers against dense masked LoRA, and everything that PEFT does with them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from mokamm.adapters import AdapterError, LoriConfig, MokaConfig, wrap
+from mokamm.adapters.frozen_a import draw
+from mokamm.adapters.masks import Mask, keep_top, pack
+from mokamm.adapters.sparse_b import SparseB
+from mokamm.adapters.start import Source, adopt_a, factors, start_b
+from tests.mokamm.toy_lori import (
+    IDS,
+    OPTIONS,
+    cut,
+    dense_twin,
+    kept,
+    logits,
+    lori_s,
+    random_b,
+    small_llm,
+)
+
+# ---- LoRI-D ----------------------------------------------------------------------------------------------------------
+
+
+def test_lori_d_is_plain_lora_with_a_frozen(tmp_path: Path) -> None:
+    model = wrap(small_llm(), "lori_d", ["text", "vision"], {**OPTIONS, "a_seed": 3})
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 14
+    assert all(".lora_B." in name for name in trained)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    assert torch.equal(layer.lora_A["default"].weight.float(), draw("model.layers.0.mlp.up_proj", (4, 16), 3))
+    for _, B in factors(model).values():
+        nn.init.normal_(B.weight)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    model.set_adapter("default")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    expected = logits(model)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # plain PEFT reads it without a word
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        again = PeftModel.from_pretrained(small_llm(), tmp_path)
+    torch.testing.assert_close(again(input_ids=IDS).logits, expected, rtol=0, atol=1e-12)
+
+
+# ---- LoRI-S against dense masked LoRA --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lori_s", "lori_moka_s"])
+def test_outputs_and_gradients_are_those_of_a_dense_masked_b(method: str) -> None:
+    model, mask = lori_s(method)
+    twin = dense_twin(model, method)
+    assert not torch.allclose(logits(model), small_llm()(input_ids=IDS).logits)
+    for one in (model, twin):
+        logits(one).square().sum().backward()
+    torch.testing.assert_close(logits(model), logits(twin), rtol=1e-10, atol=1e-10)
+    values = 0
+    for name, (A, B) in factors(twin).items():
+        where, own = kept(mask, name), factors(model)[name][1]
+        assert A.weight.grad is None
+        if own.values is not None:
+            torch.testing.assert_close(own.values.grad, B.weight.grad[where], rtol=1e-10, atol=1e-10)
+            values += own.values.numel()
+    assert values == mask.kept == round(0.2 * mask.total)
+    assert model.get_nb_trainable_parameters()[0] == mask.kept
+
+
+def test_a_product_by_hand() -> None:
+    """Every entry by loops, with frozen entries beside the trained ones; gradients by finite differences."""
+    torch.manual_seed(0)
+    B = SparseB(3, 5).double()
+    dense = torch.randn(5, 3, dtype=torch.float64)
+    where = torch.rand(5, 3) < 0.4
+    B.set_mask(pack(where))
+    B.start(dense)
+    z = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    expected = torch.tensor(
+        [
+            [[sum(z[b, t, r].item() * dense[d, r].item() for r in range(3)) for d in range(5)] for t in range(4)]
+            for b in range(2)
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(B(z), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(B.dense(), dense)
+    assert B.values is not None
+    assert B.values.numel() == int(where.sum())
+
+    def function(z: Tensor, values: Tensor) -> Tensor:
+        return torch.func.functional_call(B, {"values": values}, (z,))
+
+    assert torch.autograd.gradcheck(function, (z, B.values.detach().clone().requires_grad_()))
+
+
+def test_nothing_dense_is_kept_for_the_backward_pass() -> None:
+    model, mask = lori_s(dtype=torch.float32)
+    shapes: list[tuple[int, ...]] = []
+
+    def packed(tensor: Tensor) -> Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(packed, lambda tensor: tensor):
+        layer(x)
+    assert (24, 4) not in shapes
+    assert (96,) not in shapes
+    assert (2, 5, 16) not in shapes  # A has no gradient, so that its input is not kept
+    assert (int(kept(mask, "model.layers.0.mlp.up_proj").sum()),) in shapes
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model, _ = lori_s(lora_dropout=0.0)
+        model.train()
+        model.enable_input_require_grads()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model(input_ids=IDS).logits.square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_bf16_autocast_is_close_to_float64() -> None:
+    model, _ = lori_s(dtype=torch.float32)
+    exact, _ = lori_s()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(model)
+    found.float().square().sum().backward()
+    logits(exact).square().sum().backward()
+    assert (found - logits(exact)).norm() / logits(exact).norm() < 2e-2
+    own, expected = (
+        torch.cat([B.values.grad.double() for _, B in factors(m).values() if B.values is not None])
+        for m in (model, exact)
+    )
+    assert (own - expected).norm() / expected.norm() < 5e-2
+
+
+def test_an_optimizer_step_moves_only_what_is_kept() -> None:
+    model, mask = lori_s()
+    before = {name: B.dense() for name, (_, B) in factors(model).items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    logits(model).square().sum().backward()
+    optimizer.step()
+    for name, (_, B) in factors(model).items():
+        where = kept(mask, name)
+        assert torch.equal(B.dense()[~where], before[name][~where])
+        assert (B.dense()[where] != before[name][where]).all()
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lori_s", "lori_moka_s", "lori_moka_d"])
+@pytest.mark.parametrize("store_a", [False, True])
+def test_save_and_reload_on_the_plain_llm(tmp_path: Path, method: str, store_a: bool) -> None:
+    if method == "lori_moka_d":
+        model = wrap(small_llm(), method, ["text", "vision", "audio"], {**OPTIONS, "a_seed": 6, "store_a": store_a})
+        for _, B in factors(model).values():
+            nn.init.normal_(B.weight)
+    else:
+        model, _ = lori_s(method, a_seed=6, store_a=store_a)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(key.endswith("_A.weight") for key in saved) == store_a
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # nothing is missing
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        for lean in (False, True):
+            again = PeftModel.from_pretrained(small_llm(), tmp_path, low_cpu_mem_usage=lean)
+            torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-12)
+            assert not any(p.requires_grad for p in again.parameters())
+    trainable = PeftModel.from_pretrained(small_llm(), tmp_path, is_trainable=True)
+    assert {n for n, p in trainable.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    again.save_pretrained(tmp_path / "twice")
+    twice = load_file(tmp_path / "twice" / "adapter_model.safetensors")
+    assert twice.keys() == saved.keys()
+    assert all(torch.equal(twice[key], saved[key]) for key in saved)
+
+
+def test_merging_is_plain_addition() -> None:
+    model, _ = lori_s()
+    expected, base = logits(model), small_llm()
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    A, B = layer.lori_A["default"].weight, layer.lori_B["default"].dense()
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(
+        layer.base_layer.weight, base.model.layers[0].mlp.up_proj.weight + 2.0 * B @ A, rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(logits(model), expected, rtol=1e-10, atol=1e-10)
+    with model.disable_adapter():  # which takes it out first
+        torch.testing.assert_close(logits(model), base(input_ids=IDS).logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-10, atol=1e-10)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-10, atol=1e-10)
+    plain = model.merge_and_unload()
+    assert type(plain) is LlamaForCausalLM
+    torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_several_adapters_pickle_and_deepcopy() -> None:
+    model, _ = lori_s()
+    first = logits(model)
+    model.add_adapter("other", LoriConfig(r=3, lora_alpha=3, target_modules=["q_proj", "up_proj"], a_seed=9))
+    where = {name: torch.ones(B.out_features, B.in_features).bool() for name, (_, B) in factors(model, "other").items()}
+    model.base_model.set_mask(
+        Mask({n: pack(w) for n, w in where.items()}, {n: tuple(w.shape) for n, w in where.items()}), "other"
+    )
+    for _, B in factors(model, "other").values():
+        nn.init.normal_(B.values)
+    assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    second = logits(model)
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"other"}
+    model.base_model.set_adapter(["default", "other"])
+    assert not torch.equal(logits(model), second)
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), first)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), small_llm()(input_ids=IDS).logits)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), first)
+
+
+def test_the_text_path_of_a_sparse_moka_folds() -> None:
+    model, _ = lori_s("lori_moka_s")
+    expected = logits(model.eval())
+    model.base_model.fold_text()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-10, atol=1e-10)
+    model.base_model.unfold_text()
+    assert torch.equal(logits(model), expected)
+
+
+# ---- going on from an adapter ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lori_d", "lori_s"])
+def test_going_on_keeps_what_lies_outside_the_mask(tmp_path: Path, method: str) -> None:
+    model = wrap(small_llm(), method, ["text"], OPTIONS)
+    before = random_b(model, seed=4)
+    source = Source("safety", {n: ((4, A.in_features), tuple(before[n].shape)) for n, (A, _) in factors(model).items()}, 2.0,
+                    lambda name: draw(name, source.shapes[name][0], 77), before.__getitem__)  # fmt: skip
+    adopt_a(model, source)
+    if method == "lori_s":
+        assert model.peft_config["default"].store_a  # no seed of this adapter's gives that A
+        mask = cut(random_b(model, seed=5))
+        model.base_model.set_mask(mask)
+    start_b(model, source)
+    for name, (A, B) in factors(model).items():
+        assert torch.equal(A.weight.float(), source.a(name))
+        assert torch.equal(B.dense() if method == "lori_s" else B.weight, before[name])
+    if method == "lori_d":
+        return
+    assert model.get_nb_trainable_parameters()[0] == mask.kept
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    logits(model).square().sum().backward()
+    optimizer.step()
+    expected = logits(model)
+    for name, (_, B) in factors(model).items():
+        where = kept(mask, name)
+        assert torch.equal(B.dense()[~where], before[name][~where])
+        assert (B.dense()[where] != before[name][where]).all()
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(small_llm(), tmp_path)), expected, rtol=0, atol=1e-12)
+
+
+def test_what_cannot_be_gone_on_from() -> None:
+    model = wrap(small_llm(), "lori_s", ["text"], OPTIONS)
+    shapes = {name: (tuple(A.weight.shape), B.size) for name, (A, B) in factors(model).items()}
+    first = next(iter(shapes))
+    wrong = {**shapes, first: ((8, 16), (16, 8)), "model.layers.9.x": ((4, 16), (16, 4))}
+    with pytest.raises(AdapterError, match=r"safety cannot be gone on from") as error:
+        adopt_a(model, Source("safety", wrong, 1.0, lambda name: draw(name, (4, 16), 0), None))  # type: ignore[arg-type]
+    assert "model.layers.9.x is adapted there and not here" in str(error.value)
+    assert f"{first}: A and B are" in str(error.value)
+    assert "lora_alpha / r is 1 there and 2 here" in str(error.value)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_masks_of_other_models_are_refused() -> None:
+    model = wrap(small_llm(), "lori_s", ["text"], OPTIONS)
+    wider = wrap(small_llm(width=32), "lori_s", ["text"], OPTIONS)
+    with pytest.raises(AdapterError, match="belongs to another model, rank or choice of modules") as error:
+        model.base_model.set_mask(cut(random_b(wider)))
+    assert "model.layers.0.self_attn.q_proj: B is (16, 4), the mask is for (32, 4)" in str(error.value)
+    fewer = wrap(small_llm(), "lori_s", ["text"], {**OPTIONS, "target_modules": ["q_proj"]})
+    with pytest.raises(AdapterError, match="the mask does not know it"):
+        model.base_model.set_mask(cut(random_b(fewer)))
+    with pytest.raises(AdapterError, match="the model does not adapt it"):
+        fewer.base_model.set_mask(cut(random_b(model)))
+    with pytest.raises(AdapterError, match="trained with another A"):
+        model.base_model.set_mask(cut(random_b(model), a_hash="0" * 64))
+    with pytest.raises(AdapterError, match="B is dense: a mask needs lori_s"):
+        wrap(small_llm(), "moka", ["text"], OPTIONS).base_model.set_mask(cut(random_b(model)))
+    assert not any(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.5, 2.0, float("nan")])
+def test_sparsities_outside_their_range(sparsity: float) -> None:
+    with pytest.raises(AdapterError, match="sparsity must lie between 0 and 1"):
+        keep_top({"x": (2, 2)}, lambda name: torch.ones(2, 2), sparsity)
+
+
+def test_another_a_is_refused_on_load(tmp_path: Path) -> None:
+    model, _ = lori_s()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    stored = json.loads(path.read_text())
+    for change, message in (
+        ({"a_seed": 1}, "A cannot be remade: drawn from seed 1"),
+        ({"a_version": 2}, "generator version 2"),
+        ({"format_version": 2, "invented_later": 1}, "LORI_S adapter has format 2, written by a newer mokamm"),
+        ({"store_a": True}, "its A is stored"),
+        ({"r": 0}, "r must be a whole number"),
+    ):
+        path.write_text(json.dumps({**stored, **change}))
+        with pytest.raises(AdapterError, match=message):
+            PeftModel.from_pretrained(small_llm(), tmp_path)
+    path.write_text(json.dumps(stored))
+    with pytest.raises(AdapterError, match="A cannot be remade"):
+        PeftModel.from_pretrained(small_llm(width=32), tmp_path)
+
+
+def test_a_newer_moka_is_refused(tmp_path: Path) -> None:
+    wrap(small_llm(), "moka", ["text"], OPTIONS).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
+    with pytest.raises(AdapterError, match="MOKA adapter has format 2, written by a newer mokamm"):
+        PeftModel.from_pretrained(small_llm(), tmp_path)
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    model, _ = lori_s()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    whole = load_file(path)
+    key = next(key for key in whole if key.endswith("0.mlp.up_proj.lori_B.mask"))
+    for tensors, message in (
+        ({k: t for k, t in whole.items() if k != key}, "holds no .*lori_B.mask"),
+        ({**whole, key: whole[key][:-1].clone()}, "its mask .* is not one of a B"),
+        (
+            {**whole, key.replace("_B.mask", "_A.shape"): torch.tensor([9, 9], dtype=torch.int32)},
+            "A is .9, 9. in the folder",
+        ),
+    ):
+        save_file(tensors, path)
+        with pytest.raises(AdapterError, match=message):
+            PeftModel.from_pretrained(small_llm(), tmp_path)
+
+
+def test_quantized_weights_are_not_merged() -> None:
+    model, _ = lori_s()
+    layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    layer.base_layer.weight = nn.Parameter(torch.zeros(192, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(AdapterError, match="cannot be merged into a Linear whose weight is"):
+        model.merge_adapter()
+
+
+def test_a_sparse_b_needs_a_frozen_a() -> None:
+    with pytest.raises(AdapterError, match="sparse_b needs frozen_a"):
+        MokaConfig(sparse_b=True)
