@@ -46,8 +46,8 @@ class ToyLM(nn.Module):
 
         shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
         llm = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=128, **shape))
-        self.llm = wrap(llm, method, ["text", "vision"], {"r": 4, "lora_alpha": 16, "lora_dropout": dropout})
         self.projectors = nn.ModuleDict({"vision": nn.Sequential(nn.Linear(VOCABULARY, 32), nn.Linear(32, 32))})
+        self.llm = wrap(llm, method, ["text", "vision"], {"r": 4, "lora_alpha": 16, "lora_dropout": dropout})
         self.processor = None
         self.draws = draws
 
