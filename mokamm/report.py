@@ -27,9 +27,7 @@ def write_report(run: str | Path) -> Path:
     """Write report/ and return the path of report.md. UserError where the run has no metrics yet."""
     run = Path(run)
     records = read_metrics(run / "metrics.jsonl")
-    train = [r for r in records if r["kind"] == "train"]
-    validation = [r for r in records if r["kind"] == "validation"]
-    bad_steps = sum(r["kind"] == "bad_step" for r in records)
+    train, validation = _of(records, "train"), _of(records, "validation")
     if not train:
         raise UserError(
             f"{run}/metrics.jsonl holds no training step: give the folder of a run that has logged at least one"
@@ -41,8 +39,12 @@ def write_report(run: str | Path) -> Path:
     plot_speed(train, folder / "speed.png")
     if results or validation:
         plot_accuracy(results, validation, folder / "accuracy.png")
-    (folder / "report.md").write_text("\n".join(_page(run, train, validation, results, bad_steps)) + "\n")
+    (folder / "report.md").write_text("\n".join(_page(run, records, results)) + "\n")
     return folder / "report.md"
+
+
+def _of(records: list[dict], kind: str) -> list[dict]:
+    return [record for record in records if record["kind"] == kind]
 
 
 def read_results(run: Path) -> list[Result]:
@@ -107,8 +109,9 @@ def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{100 * value:.1f} %" if 0 <= value <= 1 else f"{value:.3g}"
 
 
-def _page(run: Path, train: list[dict], validation: list[dict], results: list[Result], bad_steps: int) -> list[str]:
-    last = train[-1]
+def _page(run: Path, records: list[dict], results: list[Result]) -> list[str]:
+    train, validation, first = (_of(records, kind) for kind in ("train", "validation", "calibration"))
+    last, bad_steps = train[-1], len(_of(records, "bad_step"))
     seconds = sum(r["seconds"] for r in train)
     speed = sum(r["tokens_per_second"] * r["seconds"] for r in train) / max(seconds, 1e-9)
     lines = [f"# {run.name}", "", "![loss](loss_plot.png)", ""]
@@ -117,6 +120,10 @@ def _page(run: Path, train: list[dict], validation: list[dict], results: list[Re
         f"| steps | {last['step']} ({last['epoch']:.2f} epochs) |",
         f"| loss, last logged | {last['loss']:.4f} |",
         f"| time in steps | {duration(seconds)} |",
+        *(
+            f"| before it, {r['run']}, from which the mask was cut | {r['steps']} steps, {duration(r['seconds'])} |"
+            for r in first
+        ),
         f"| speed | {short(speed)} tokens/s, {100 * sum(r['data_wait_share'] for r in train) / len(train):.1f} % "
         f"waiting for data |",
         f"| padding | {100 * sum(r['padding_share'] for r in train) / len(train):.1f} % of all places |",

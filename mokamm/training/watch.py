@@ -5,6 +5,7 @@ metrics.jsonl, one object a line:
      "padding_share", "data_wait_share", "memory_gb", "seconds"}
     {"kind": "validation", "step", "epoch", "loss", "accuracy", "samples", "missing"}
     {"kind": "bad_step", "step", "epoch", "reason", "micro_batches": [{"loss", "rows": [{"source", "row", "id"}]}]}
+    {"kind": "calibration", "step": 0, "epoch", "steps", "seconds", "loss", "run"}    the first line, of two_phase.py
 
 Each step stands there once, in order: a resumed run drops what lies beyond its checkpoint before it writes. While a run
 is interrupted, the last line may be cut; `read_metrics` leaves it out.
