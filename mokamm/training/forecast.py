@@ -183,11 +183,15 @@ def network_of(model: Any, config: RunConfig) -> Network:
     method = "none" if config.training.stage == 1 else adapter.method
     heads = shape.num_attention_heads
     linear = [(name, m) for name, m in llm.named_modules() if isinstance(m, nn.Linear)]
+    outputs = changed = 0
     if method == "full":
         trained = [(n.rpartition(".")[2], m.in_features) for n, m in linear if m is not llm.get_output_embeddings()]
     else:
         layers = [(n.rpartition(".")[2], m) for n, m in llm.named_modules() if isinstance(m, BaseTunerLayer)]
         trained = [(name, int(cast(Any, m).in_features)) for name, m in layers]
+        outputs = sum(int(cast(Any, m).out_features) for _, m in layers)
+        if method == "hira" and (adapter.one_matmul is False or adapter.lora_dropout):
+            changed = sum(int(cast(Any, m).in_features * cast(Any, m).out_features) for _, m in layers)
     once = [
         (name, width)
         for name, width in trained
@@ -209,6 +213,8 @@ def network_of(model: Any, config: RunConfig) -> Network:
         linears=len(trained) // count,
         inputs=sum(width for _, width in trained) // count,
         distinct_inputs=sum(width for _, width in once) // count,
+        outputs=outputs // count,
+        changed=changed // count,
         dropout=adapter.lora_dropout > 0,
         linear_elements=sum(m.weight.numel() for _, m in linear),
         weight_bytes=llm.get_input_embeddings().weight.element_size(),

@@ -52,6 +52,7 @@ class Network:
 
     inputs, distinct_inputs: the widths of what the trained Linears of a layer read, summed over all of them, and with
     what several read at once (q, k and v; gate and up) or what is kept anyway (the attention's output) counted once.
+    outputs: what they write. changed: elements of their weights, where changed copies are kept (HiRA as PEFT has it).
     """
 
     layers: int
@@ -62,12 +63,14 @@ class Network:
     vocabulary: int
     attention: str = "sdpa"
     gated: bool = True
-    method: str = "moka"  # "moka", "lora", "full" or "none"
+    method: str = "moka"  # "moka", "lora", "dora", "hira", "full" or "none"
     rank: int = 0
     modalities: int = 1
     linears: int = 0  # adapted ones, of a layer
     inputs: int = 0
     distinct_inputs: int = 0
+    outputs: int = 0
+    changed: int = 0
     dropout: bool = False
     linear_elements: int = 0  # of all Linear weights, with the head
     weight_bytes: int = 4  # of an element of the LLM
@@ -217,10 +220,9 @@ def _inputs(network: Network, setting: Setting) -> float:
     a = (2 if autocast else 4) if cast else e
     kept = network.inputs if cast or network.dropout else network.distinct_inputs
     mask = network.inputs * (a if setting.on_cpu else 1) if network.dropout else 0
-    wide = network.rank
-    if network.method == "moka":
-        wide = network.rank * (network.modalities + 2) + setting.keys
-    return float(places * (kept * a + mask + network.linears * wide * a))
+    wide = {"moka": network.rank * (network.modalities + 2) + setting.keys, "hira": 0}.get(network.method, network.rank)
+    lengths = 2 * network.outputs if network.method == "dora" else 0  # both parts of what a length multiplies
+    return float(places * (kept * a + mask + (network.linears * wide + lengths) * a) + network.changed * a)
 
 
 def _compute(network: Network, setting: Setting) -> int:
