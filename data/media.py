@@ -114,7 +114,8 @@ class MediaLoader:
     def _check_inside(self, path: Path, name: str) -> None:
         if Path(name).is_absolute():
             raise MediaError(
-                f"{name!r} is an absolute path; expected one relative to data.media_dir = {self.media_dir}; {_ALLOW}"
+                f"{name!r} is an absolute path; expected one relative to data.media_dir = {self.media_dir}; take its "
+                f"front off by the source's options: {{strip_prefix: {Path(name).parent}}}, {_ALLOW}"
             )
         if ".." in Path(name).parts:
             raise MediaError(

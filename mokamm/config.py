@@ -20,7 +20,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data.schema import UserError, nearest
-from data.sources import SOURCES
+from data.sources import SOURCES, is_there
 from encoders import ENCODERS
 from mokamm import names
 from mokamm.config_file import ConfigError, apply_overrides, explain, listed, read_yaml
@@ -307,7 +307,8 @@ class RunConfig(Section):
         if media_dir is None:
             return path, path.parent
         inside = Path(media_dir) / path
-        return (inside if inside.exists() or not path.exists() else path), Path(media_dir)
+        elsewhere = path.exists() or (isinstance(entry, SourceConfig) and SOURCES[entry.source].hub)  # as given
+        return (inside if inside.exists() or not elsewhere else path), Path(media_dir)
 
     def check_files(self, world_is_made: bool = False) -> None:
         """Raise ConfigError naming every local file that the configuration promises and that is not there.
@@ -325,7 +326,7 @@ class RunConfig(Section):
                 path, _ = self.locate(entry)
                 if made and made in path.resolve().parents:
                     continue
-                if not path.is_file():
+                if not (is_there(entry.source, path) if isinstance(entry, SourceConfig) else path.is_file()):
                     problems.append(f"{key}.{i}.path: no such file: {path}")
         if self.training.deepspeed:
             problems += _json_problems("training.deepspeed", find_path(self.training.deepspeed))
