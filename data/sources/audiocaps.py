@@ -34,7 +34,9 @@ def read(path: Path, file: str = "{youtube_id}.wav", prompt: str = PROMPT, audio
     for name in _COLUMNS:
         if name not in header:
             raise UserError(f"{path}: has no column '{name}' ({columns_of(dict.fromkeys(header), name)})")
-    rows = Rows(path, found.without_first(), partial(_parse, header=header, file=file, prompt=prompt, audio_as=audio_as))
+    rows = Rows(
+        path, found.without_first(), partial(_parse, header=header, file=file, prompt=prompt, audio_as=audio_as)
+    )
     if not len(rows):
         raise UserError(f"{path}: holds no rows below its header")
     return rows

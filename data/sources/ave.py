@@ -84,9 +84,7 @@ def _parse(
         raise BadSample(f"the event's range is empty: from {start:g} to {end:g} seconds")
     return Sample(
         id=f"{video_id}-{index}",
-        messages=ask(
-            clip(video_id, video_dir, audio_dir), question, format_event(category, start, end), instruction
-        ),
+        messages=ask(clip(video_id, video_dir, audio_dir), question, format_event(category, start, end), instruction),
         source="ave",
         row=index,
         meta={"category": category, "start": start, "end": end, "video_id": video_id},

@@ -12,13 +12,19 @@ question and one answer a row, with media, from the columns that `columns` names
 The rows are memory mapped: they cost no memory, and are read in any order. A run needs that, and their number: a place
 in the epoch is a function of the seed, a resume goes on in the middle. So nothing is trained from an endless stream;
 `stream: N` fetches the first N rows of the hub's stream, without downloading the rest, into an Arrow file in the cache
-of `datasets`, and reads them from there. Media are paths in columns; columns that hold their bytes are refused.
+of `datasets`, and reads them from there.
+
+Media are paths in columns. A column that holds their bytes (what `datasets` makes of pictures and sounds) wants the option
+`extract: FOLDER`: a row's media are written below media_dir/FOLDER, named by their content, when it is first read.
 
 Cost: conversations are counted in one pass over their columns (about 20 us a row); `columns` needs none.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,12 +52,18 @@ _COLUMNS = {"question": "question", "answer": "answer", "instruction": "", "id":
 
 
 class _Table(Sequence[tuple[dict[str, Any], int]]):
-    """(row, turn) of every answer of a `datasets.Dataset`, which is pickled as references to its files."""
+    """(row, turn) of every answer of a `datasets.Dataset`, which is pickled as references to its files.
 
-    def __init__(self, table: Any, layout: Layout | None) -> None:
-        self.table = table
-        counts = array("I", (max(1, count_answers(row, layout)) for row in table)) if layout else None
-        self.row = None if counts is None else np.repeat(np.arange(len(table)), counts)
+    extract: (media_dir, folder in it) that bytes of media are written to.
+    """
+
+    def __init__(self, table: Any, layout: Layout | None, extract: tuple[Path, str] | None) -> None:
+        self.table, self.extract = table, extract
+        self.row = None
+        if layout is not None:
+            light = table.remove_columns([name for name in table.column_names if _is_media(table.features[name])])
+            counts = array("I", (max(1, count_answers(row, layout)) for row in light))
+            self.row = np.repeat(np.arange(len(table)), counts)
 
     def __len__(self) -> int:
         return len(self.table) if self.row is None else len(self.row)
@@ -59,36 +71,56 @@ class _Table(Sequence[tuple[dict[str, Any], int]]):
     def __getitem__(self, index: Any) -> Any:
         row = int(index if self.row is None else self.row[index])
         turn = 0 if self.row is None else int(index - np.searchsorted(self.row, row))
-        return self.table[row], turn
+        return {name: self._as_files(value) for name, value in self.table[row].items()}, turn
+
+    def _as_files(self, value: Any) -> Any:
+        """Structs of bytes as the paths of files that hold them; anything else as it is."""
+        if isinstance(value, list):
+            return [self._as_files(entry) for entry in value]
+        if self.extract is None or not isinstance(value, dict) or not isinstance(value.get("bytes"), bytes):
+            return value
+        suffix = re.search(r"\.[A-Za-z0-9]{1,5}$", value.get("path") or "")
+        name = hashlib.sha256(value["bytes"]).hexdigest()[:32] + (suffix[0].lower() if suffix else "")
+        base, folder = self.extract
+        target = base / folder / name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f"{name}.{os.getpid()}")
+            temporary.write_bytes(value["bytes"])
+            temporary.replace(target)
+        return f"{folder}/{name}"
 
 
 def read(
     path: Path,
+    media_dir: Path | None = None,
     split: str | None = None,
     name: str | None = None,
     revision: str | None = None,
     layout: str = "columns",
     columns: dict[str, str] | None = None,
     stream: int | None = None,
+    extract: str | None = None,
 ) -> Rows:
     """Rows of a data set, one sample an answer.
 
-    split: needed where there are several; name, revision: the hub's configuration and version; layout, columns, stream:
-    see above. UserError: no such data set, split or column, the package `datasets` is not there.
+    split: needed where there are several; name, revision: the hub's configuration and version; layout, columns, stream,
+    extract: see above. UserError: no such data set, split or column, the package `datasets` is not there.
     """
     if layout != "columns" and layout not in _LAYOUTS:
         raise UserError(f"data source 'hf': unknown layout '{layout}'{nearest(layout, ['columns', *_LAYOUTS])}")
     table = _without_decoding(_opened(path, split, name, revision, stream))
     if not len(table):
         raise UserError(f"{path}: holds no rows")
+    to = _extraction(extract, media_dir or path.parent)
     if layout == "columns":
         names = chosen("columns", columns, _COLUMNS)
         _check_columns(path, table, {**names, "id": ""})
-        return Rows(path, _Table(table, None), partial(_parse_columns, names=names))
+        return Rows(path, _Table(table, None, to), partial(_parse_columns, names=names))
     if columns:
         raise UserError(f"data source 'hf': `columns` belongs to layout: columns, found layout: {layout}")
     chosen_layout = _LAYOUTS[layout]()
-    return Rows(path, _Table(table, chosen_layout), partial(_parse_talk, layout=layout))
+    return Rows(path, _Table(table, chosen_layout, to), partial(_parse_talk, layout=layout))
 
 
 def _opened(path: Path, split: str | None, name: str | None, revision: str | None, stream: int | None) -> Any:
@@ -151,11 +183,26 @@ def _each(rows: Any) -> Any:
     yield from rows
 
 
+def _extraction(folder: str | None, media_dir: Path) -> tuple[Path, str] | None:
+    if folder is None:
+        return None
+    if Path(folder).is_absolute() or ".." in Path(folder).parts:
+        raise UserError(f"data source 'hf': extract must be a folder below media_dir, found {folder!r}")
+    return media_dir, folder.rstrip("/")
+
+
+def _is_media(feature: Any) -> bool:
+    """Whether a column holds media, or lists of them, as `datasets` knows them: pictures, sounds, videos."""
+    return hasattr(getattr(feature, "feature", feature), "decode")
+
+
 def _without_decoding(table: Any) -> Any:
     """Media columns as {"path", "bytes"}: files are decoded by data/media.py, in one way for all formats."""
     for column, feature in (table.features or {}).items():
-        if hasattr(feature, "decode"):
-            table = table.cast_column(column, type(feature)(decode=False))
+        if _is_media(feature):
+            inner = getattr(feature, "feature", None)
+            plain = type(inner or feature)(decode=False)
+            table = table.cast_column(column, plain if inner is None else type(feature)(plain))
     return table
 
 
@@ -188,5 +235,3 @@ def _parse_columns(record: tuple[dict[str, Any], int], index: int, names: dict[s
         row=index,
         meta={key: value for key, value in row.items() if key not in names.values()},
     )
-
-

@@ -32,10 +32,14 @@ def read(
     extension: of the recordings. UserError where the folder does not lie in media_dir, or holds no transcripts."""
     base = (media_dir or path.parent).resolve()
     if not path.resolve().is_relative_to(base):
-        raise UserError(f"{path}: the recordings do not lie in media_dir = {base}; set the source's media_dir above them")
+        raise UserError(
+            f"{path}: the recordings do not lie in media_dir = {base}; set the source's media_dir above them"
+        )
     records = lines(sorted(path.rglob(TRANSCRIPTS)))
     if not len(records):
-        raise UserError(f"{path}: holds no {TRANSCRIPTS}; expected LibriSpeech, or a folder in it such as train-clean-100")
+        raise UserError(
+            f"{path}: holds no {TRANSCRIPTS}; expected LibriSpeech, or a folder in it such as train-clean-100"
+        )
     below = path.resolve().relative_to(base)
     parse = partial(
         _parse, folder=path, below=below, prompt=prompt, lower=lower, extension=extension, audio_as=audio_as

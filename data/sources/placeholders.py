@@ -37,8 +37,8 @@ def path_of(entry: Any, column: str) -> str:
     path = entry.get("path") if isinstance(entry, dict) else entry
     if isinstance(entry, dict) and entry.get("bytes") is not None:
         raise BadSample(
-            f"'{column}' holds the bytes of a medium; media are read from files: write them to data.media_dir and put "
-            "their paths into the column"
+            f"'{column}' holds the bytes of a medium, and media are read from files: write it below data.media_dir (source "
+            "hf: options: {extract: FOLDER} does so), and name it by its path"
         )
     if not isinstance(path, str) or not path:
         raise BadSample(f"'{column}' must hold paths of media, found {describe(path)}")
@@ -64,7 +64,9 @@ def _check_counts(turns: list[Turn], media: Mapping[Kind, list[Media]]) -> None:
                 f"{_ELSEWHERE}"
             )
         if wrong := [role for role in places if role != "user"]:
-            raise BadSample(f"<{kind}> stands in the {wrong[0]}'s message; media may be in the user's only {_ELSEWHERE}")
+            raise BadSample(
+                f"<{kind}> stands in the {wrong[0]}'s message; media may be in the user's only {_ELSEWHERE}"
+            )
 
 
 def _parts(text: str, queues: Mapping[Kind, Iterator[Media]]) -> Iterator[Text | Media]:

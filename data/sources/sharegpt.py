@@ -1,7 +1,9 @@
 """ShareGPT and OpenAI conversations with media columns, as LLaMA-Factory reads them (JSON array or jsonl):
 
-    {"conversations": [{"from": "human", "value": "<image>Who?"}, {"from": "gpt", "value": "A cat."}], "images": ["a.png"]}
-    {"messages": [{"role": "user", "content": "<audio>What?"}, {"role": "assistant", "content": "Rain."}], "audios": ["a.wav"]}
+    {"conversations": [{"from": "human", "value": "<image>Who?"}, {"from": "gpt", "value": "A cat."}],
+     "images": ["a.png"]}
+    {"messages": [{"role": "user", "content": "<audio>What?"}, {"role": "assistant", "content": "Rain."}],
+     "audios": ["a.wav"]}
 
 `system` may be a column or the first message. Files with other names: the `columns` and `tags` of LLaMA-Factory's
 dataset_info.json are taken as they are.

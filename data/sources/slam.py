@@ -1,6 +1,6 @@
 """SLAM-LLM's jsonl: a recording, what is to be written, and perhaps what is asked.
 
-    {"key": "1034-121119-0000", "source": "wav/1034-121119-0000.flac", "target": "the law of friendship"}
+{"key": "1034-121119-0000", "source": "wav/1034-121119-0000.flac", "target": "the law of friendship"}
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_a_broken_array_is_told_where_json_tells_it(tmp_path_factory, values, da
     try:
         expected = json.loads(broken)
     except json.JSONDecodeError:
-        with pytest.raises(UserError, match="line [0-9]+, column [0-9]+: is not JSON|expected a JSON array"):
+        with pytest.raises(UserError, match=r"line [0-9]+, column [0-9]+: is not JSON|expected a JSON array"):
             list(elements(path, window))
     else:
         if isinstance(expected, list):

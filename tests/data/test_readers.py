@@ -99,9 +99,18 @@ def test_llava_lists_text_alone_and_a_placeholder_at_the_end(tmp_path):
 
 
 def test_video_llava_stage_1(tmp_path):
-    valley = {"id": "v_0", "video": "valley/000/0001.mp4", "conversations": talk("Describe it.\n<video>", "A dog runs.")}
+    valley = {
+        "id": "v_0",
+        "video": "valley/000/0001.mp4",
+        "conversations": talk("Describe it.\n<video>", "A dog runs."),
+    }
     older = {"id": "v_1", "video": "valley/000/0002.mp4", "conversations": talk("<image>\nDescribe it.", "A cat.")}
-    mixed = {"id": "v_2", "video": ["v.mp4"], "image": ["i.jpg"], "conversations": talk("<video><image>\nBoth?", "Yes.")}
+    mixed = {
+        "id": "v_2",
+        "video": ["v.mp4"],
+        "image": ["i.jpg"],
+        "conversations": talk("<video><image>\nBoth?", "Yes."),
+    }
     rows = open_source("llava", write(tmp_path / "valley.json", [valley, older, mixed]))
     assert rows[0].messages == (user("Describe it.", video("valley/000/0001.mp4")), said("A dog runs."))
     assert rows[1].messages[0] == user(video("valley/000/0002.mp4"), "Describe it.")
@@ -111,7 +120,10 @@ def test_video_llava_stage_1(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"conversations": talk("<image><image>\nWhat?", "A.")}, "the texts hold 2 <image>, but the row names 1 images"),
+        (
+            {"conversations": talk("<image><image>\nWhat?", "A.")},
+            "the texts hold 2 <image>, but the row names 1 images",
+        ),
         ({"conversations": talk("What?", "A.")}, "the texts hold 0 <image>, but the row names 1 images"),
         ({"image": ["a.jpg", "b.jpg"]}, "the texts hold 1 <image>, but the row names 2 images"),
         ({"image": None}, "the texts hold 1 <image>, but the row names 0 images"),
@@ -122,7 +134,10 @@ def test_video_llava_stage_1(tmp_path):
         ({"conversations": "x"}, "'conversations' must be a list of messages, found a string"),
         ({"conversations": talk(5, "A.")}, "message 0: must be a text, found a number"),
         ({"conversations": [{"from": "humn", "value": "x"}]}, "message 0: unknown role 'humn'; did you mean 'human'"),
-        ({"conversations": [{"from": "human", "text": "x"}]}, r"message 0: 'value' is missing \(the row has: from, text"),
+        (
+            {"conversations": [{"from": "human", "text": "x"}]},
+            r"message 0: 'value' is missing \(the row has: from, text",
+        ),
         ({"conversations": talk("<image>", " ")}, "message 1: the answer is empty"),
     ],
 )
@@ -295,7 +310,7 @@ def test_audiocaps_as_published(tmp_path):
 
 
 def test_audiocaps_broken_files_and_rows(tmp_path):
-    with pytest.raises(UserError, match="has no column 'caption' .* is 'caption' called 'captions' there"):
+    with pytest.raises(UserError, match=r"has no column 'caption' .* is 'caption' called 'captions' there"):
         open_source("audiocaps", write(tmp_path / "a.csv", AUDIOCAPS.replace("caption\n", "captions\n")))
     with pytest.raises(UserError, match="holds no rows below its header"):
         open_source("audiocaps", write(tmp_path / "b.csv", AUDIOCAPS.split("\n")[0]))
@@ -329,9 +344,7 @@ def test_librispeech_as_unpacked(librispeech):
     rows = open_source("librispeech", librispeech, media_dir=librispeech.parent)
     assert [sample.id for sample in rows] == ["1272-128104-0000", "1272-128104-0001", "1688-142285-0000"]
     assert rows[1].messages == (
-        user(
-            audio("LibriSpeech/dev-clean/1272/128104/1272-128104-0001.flac", "speech"), "Transcribe speech to text."
-        ),
+        user(audio("LibriSpeech/dev-clean/1272/128104/1272-128104-0001.flac", "speech"), "Transcribe speech to text."),
         said("NOR IS MISTER QUILTER'S MANNER"),
     )
     subset = open_source("librispeech", librispeech / "dev-clean", media_dir=librispeech, lower=True, prompt="Write.")
@@ -416,7 +429,12 @@ def test_media_of_another_kind_than_declared(tmp_path, write_video):
     Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
     soundfile.write(tmp_path / "s.wav", np.zeros(1600), 16_000)
     write_video(tmp_path / "v.mp4", [0, 1, 2])
-    row = {"messages": openai("<image><video><audio>?", "x"), "images": ["v.mp4"], "videos": ["s.wav"], "audios": ["p.png"]}
+    row = {
+        "messages": openai("<image><video><audio>?", "x"),
+        "images": ["v.mp4"],
+        "videos": ["s.wav"],
+        "audios": ["p.png"],
+    }
     picture, film, sound = open_source("swift", jsonl(tmp_path / "a.jsonl", row))[0].media
     loader = MediaLoader(tmp_path)
     with pytest.raises(MediaError, match=r"v\.mp4: cannot be read as an image .*of another kind"):

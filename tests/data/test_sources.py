@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.schema import BadSample, Media, Message, Text, UserError
-from data.sources import SOURCES, open_source
+from data.sources import open_source
 from data.sources.ave import format_event, parse_event
 
 AVQA = {
