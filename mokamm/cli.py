@@ -32,7 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0 if arguments else 2)
-    words = 2 if any(name.startswith(f"{arguments[0]} ") for name in COMMANDS) else 1
+    words = 2 if any(name.startswith(f"{arguments[0]} ") for name in COMMANDS) else 1  # `mokamm data check`
+    if words == 2 and arguments[1:2] in ([], ["-h"], ["--help"]):
+        print(usage())
+        sys.exit(0 if arguments[1:] else 2)
     command = " ".join(arguments[:words])
     if command not in COMMANDS:
         print(f"error: unknown command '{command}'{nearest(command, COMMANDS)}", file=sys.stderr)

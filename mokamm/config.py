@@ -149,6 +149,13 @@ class SourceConfig(Section):
     limit: Positive | None = None
     options: dict[str, Any] = {}
 
+    @field_validator("options")
+    @classmethod
+    def _no_keys_of_its_own(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if own := [name for name in options if name in cls.model_fields]:
+            raise ValueError(f"'{own[0]}' is a key beside `options`, not one of them")
+        return options
+
 
 class WorldConfig(Section):
     """The miniature world, generated where DIR/SPLIT is not there yet. train, validation, test: numbers of scenes."""

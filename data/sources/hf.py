@@ -95,7 +95,7 @@ def read(
     path: Path,
     media_dir: Path | None = None,
     split: str | None = None,
-    name: str | None = None,
+    subset: str | None = None,
     revision: str | None = None,
     layout: str = "columns",
     columns: dict[str, str] | None = None,
@@ -104,12 +104,12 @@ def read(
 ) -> Rows:
     """Rows of a data set, one sample an answer.
 
-    split: needed where there are several; name, revision: the hub's configuration and version; layout, columns, stream,
+    split: needed where there are several; subset, revision: the hub's configuration and version; layout, columns, stream,
     extract: see above. UserError: no such data set, split or column, the package `datasets` is not there.
     """
     if layout != "columns" and layout not in _LAYOUTS:
         raise UserError(f"data source 'hf': unknown layout '{layout}'{nearest(layout, ['columns', *_LAYOUTS])}")
-    table = _without_decoding(_opened(path, split, name, revision, stream))
+    table = _without_decoding(_opened(path, split, subset, revision, stream))
     if not len(table):
         raise UserError(f"{path}: holds no rows")
     to = _extraction(extract, media_dir or path.parent)
@@ -123,7 +123,7 @@ def read(
     return Rows(path, _Table(table, chosen_layout, to), partial(_parse_talk, layout=layout))
 
 
-def _opened(path: Path, split: str | None, name: str | None, revision: str | None, stream: int | None) -> Any:
+def _opened(path: Path, split: str | None, subset: str | None, revision: str | None, stream: int | None) -> Any:
     try:
         import datasets
     except ImportError:
@@ -135,7 +135,7 @@ def _opened(path: Path, split: str | None, name: str | None, revision: str | Non
         if kind == "saved":
             found = datasets.load_from_disk(str(path))
         else:
-            wanted = {"data_files": files} if files else {"name": name, "revision": revision}
+            wanted = {"data_files": files} if files else {"name": subset, "revision": revision}
             source = kind or path.as_posix()
             found = datasets.load_dataset(source, split=split, streaming=stream is not None, **wanted)
     except Exception as error:  # of many kinds: no such file, no network, a broken file, an unknown split

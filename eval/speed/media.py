@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,8 @@ def cases(folder: Path) -> dict[str, dict[str, Decode]]:
         write_sound(path, rate, channels)
         media = Media("audio", path.name, "audio")
         found[name] = {
-            "ours": lambda media=media: loader.windows(media, SEGMENTS, 1.0, whole=False),
-            "soundfile": lambda path=path: plain_sound(path),
+            "ours": partial(loader.windows, media, SEGMENTS, 1.0, whole=False),
+            "soundfile": partial(plain_sound, path),
         }
     return found
 

@@ -10,8 +10,10 @@ import pytest
 import soundfile
 
 from data.media import MediaLoader
-from data.schema import BadSample, Media, MediaError, Message, Text, UserError
-from data.sources import SOURCES, annotation_files, is_there, open_source
+from data.schema import BadSample, Media, MediaError, Message, Sample, Text, UserError
+from data.sources import SOURCES, Source, annotation_files, is_there, open_source
+from data.sources.index import lines
+from data.sources.rows import Rows, ask
 
 
 def write(path, value):
@@ -411,6 +413,21 @@ def test_every_source_takes_strip_prefix_and_tells_unknown_options(tmp_path):
             continue
         with pytest.raises(UserError, match=r"unknown option 'strip_prefx'; did you mean 'strip_prefix'"):
             open_source(source, write(tmp_path / "a.json", "[1]"), strip_prefx="x")
+
+
+def test_adding_a_format_is_one_function_and_one_line(tmp_path, monkeypatch):
+    def parse(raw, index):
+        question, _, answer = raw.text.decode().partition("|")
+        return Sample(f"q{index}", ask((), question, answer), source="pipes", row=index)
+
+    def read(path, upper: bool = False):
+        return Rows(path, lines([path]), parse)
+
+    monkeypatch.setitem(SOURCES, "pipes", Source(read))
+    rows = open_source("pipes", write(tmp_path / "a.txt", "1+1?|2\n\n2+2?|4\n"))
+    assert [sample.answer for sample in rows] == ["2", "4"]
+    with pytest.raises(UserError, match="unknown option 'uper'; did you mean 'upper'"):
+        open_source("pipes", tmp_path / "a.txt", uper=True)
 
 
 def test_what_is_there(tmp_path, librispeech):
