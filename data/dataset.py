@@ -52,7 +52,7 @@ class MultimodalDataset(torch.utils.data.Dataset[Example]):
         self.process, self.ledger, self.seed = process, ledger, seed
         self._check()
         rows = [_repeats(len(part.rows), part.weight, seed, k) for k, part in enumerate(self.parts)]
-        self._part = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+        self._part = np.repeat(np.arange(len(rows), dtype=np.uint16), [len(r) for r in rows])
         self._row = np.concatenate(rows)
         if not len(self._row):
             raise UserError("data.train: no rows are left; raise the weights or limits of the sources")

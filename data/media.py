@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from data.decode import SAMPLE_RATE, MediaLimits, check_file, picture, sound_track, video_frames
-from data.schema import Media, MediaError
+from data.schema import Media, MediaError, MissingMedia
 
 __all__ = ["SAMPLE_RATE", "MediaLimits", "MediaLoader", "Windows", "cut_windows"]
 
@@ -114,7 +114,8 @@ class MediaLoader:
     def _check_inside(self, path: Path, name: str) -> None:
         if Path(name).is_absolute():
             raise MediaError(
-                f"{name!r} is an absolute path; expected one relative to data.media_dir = {self.media_dir}; {_ALLOW}"
+                f"{name!r} is an absolute path; expected one relative to data.media_dir = {self.media_dir}; take its "
+                f"front off by the source's options: {{strip_prefix: {Path(name).parent}}}, {_ALLOW}"
             )
         if ".." in Path(name).parts:
             raise MediaError(
@@ -132,18 +133,18 @@ class MediaLoader:
         if path.is_dir():
             raise MediaError(f"{path}: is a folder; the row must name a media file")
         if self.media_dir is not None and not self.media_dir.is_dir():
-            raise MediaError(
+            raise MissingMedia(
                 f"{name!r}: data.media_dir = {self.media_dir} does not exist; correct it or fetch the media"
             )
         if not path.parent.is_dir():
-            raise MediaError(
+            raise MissingMedia(
                 f"{path}: not found, nor is its folder; check data.media_dir and the row's path, or fetch the media"
             )
         with os.scandir(path.parent) as entries:
             known = [entry.name for entry, _ in zip(entries, range(10_000), strict=False)]
         close = difflib.get_close_matches(path.name, known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"the folder holds {len(known)} other files."
-        raise MediaError(f"{path}: not found; {hint} Check the row's path or fetch the file")
+        raise MissingMedia(f"{path}: not found; {hint} Check the row's path or fetch the file")
 
 
 def cut_windows(samples_S: Tensor, segments: int, seconds: float, whole: bool, path: Path | str = "sound") -> Windows:

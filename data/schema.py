@@ -43,6 +43,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint} known: {', '.join(names)}"
 
 
+class MissingMedia(MediaError):
+    """There is no such media file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """A piece of text. `question` marks the span whose tokens are the keys of the cross-modal attention."""

@@ -1,6 +1,7 @@
 """From a checked config to a model: tokenizer, LLM, frozen encoders, projectors, adapter, and weights to begin with.
 
     build_model(config, device, for_training) -> MultimodalLM      a new model, from `training.init_from` if set
+    build_processor(config)                   -> what lays out samples, without the LLM
     load_run(run, base, device)               -> MultimodalLM      a trained one, ready to answer
     build_outline(config)                     -> Outline           its shape alone: no weight of the LLM is read
     trainable_parts(model)                    -> named parameters by part, for a learning rate each
@@ -13,7 +14,7 @@ Cost: reading the weights.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from mokamm.lori_mask import read_mask
 from mokamm.model import MultimodalLM
 from mokamm.names import LORI
 from mokamm.perception import Perception, Sense
-from mokamm.processor import Processor
+from mokamm.processor import Lookup, Processor
 from mokamm.projectors import Projector, build_projector
 from mokamm.weights import (
     ADAPTER,
@@ -75,15 +76,37 @@ def build_model(
         begin_lori(llm, config)
     cache = config.data.cache
     perception = Perception(encoders, FeatureCache(cache.dir, cache.max_gb) if cache else None)
-    senses = {name: Sense.of(name, m, encoders[name], projectors[name]) for name, m in modalities.items()}
-    loader = media_loader(config.data.media_dir, config.data.limits, config.data.allow_outside)
-    processor = Processor(tokenizer, senses, loader, perception.lookup, config.data.max_length, config.adapter.keys)
+    processor = _processor(config, tokenizer, encoders, projectors, perception.lookup)
     model = MultimodalLM(llm, projectors, perception, processor)
     model.config = config
     if init and config.training.init_folders:
         load_init(model, config.training.init_folders)
     perception.to(device)
     return model.to(device).train(for_training)
+
+
+def build_processor(config: RunConfig) -> tuple[Processor, dict[str, Encoder]]:
+    """What lays out the samples of a config, and its encoders, without the LLM; no feature cache is looked into.
+
+    Of the projectors only the numbers of tokens are needed: they have no memory. Raises as `build_model` does.
+    """
+    encoders = {name: _encoder(modality) for name, modality in config.model.modalities.items()}
+    tokenizer = _from_pretrained("AutoTokenizer", config.model.llm)
+    with torch.device("meta"):
+        projectors = {name: _projector(m, encoders[name], 8) for name, m in config.model.modalities.items()}
+    return _processor(config, tokenizer, encoders, projectors, None), encoders
+
+
+def _processor(
+    config: RunConfig,
+    tokenizer: Any,
+    encoders: Mapping[str, Encoder],
+    projectors: Mapping[str, Projector],
+    lookup: Lookup | None,
+) -> Processor:
+    senses = {n: Sense.of(n, m, encoders[n], projectors[n]) for n, m in config.model.modalities.items()}
+    loader = media_loader(config.data.media_dir, config.data.limits, config.data.allow_outside)
+    return Processor(tokenizer, senses, loader, lookup, config.data.max_length, config.adapter.keys)
 
 
 class Outline(nn.Module):

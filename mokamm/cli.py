@@ -23,12 +23,13 @@ COMMANDS = {
         "cut a LoRI mask from a trained LoRI-D: RUN_OR_ADAPTER --sparsity 0.9 --out FILE",
     ),
     "convert": ("mokamm.convert", "adapters and masks from and to other formats: SOURCE OUT [--to lora|lori_s]"),
-    "data": ("data.miniworld", "make the miniature world: --out DIR --split train --num N"),
+    "data check": ("mokamm.datacheck", "walk a config's data without training: CONFIG [--limit N] [key=value ...]"),
+    "data make": ("data.miniworld", "make the miniature world: --out DIR --split train --num N"),
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:9} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: mokamm COMMAND ...", *lines, "`mokamm COMMAND --help` says more."])
 
 
@@ -37,12 +38,16 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0 if arguments else 2)
-    command = arguments[0]
+    words = 2 if any(name.startswith(f"{arguments[0]} ") for name in COMMANDS) else 1  # `mokamm data check`
+    if words == 2 and arguments[1:2] in ([], ["-h"], ["--help"]):
+        print(usage())
+        sys.exit(0 if arguments[1:] else 2)
+    command = " ".join(arguments[:words])
     if command not in COMMANDS:
         print(f"error: unknown command '{command}'{nearest(command, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     before = sys.argv
-    sys.argv = [f"mokamm {command}", *arguments[1:]]
+    sys.argv = [f"mokamm {command}", *arguments[words:]]
     try:
         runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=False)
     finally:

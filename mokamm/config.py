@@ -20,7 +20,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data.schema import UserError, nearest
-from data.sources import SOURCES
+from data.sources import SOURCES, is_there
 from encoders import ENCODERS
 from mokamm import names
 from mokamm.config_file import ConfigError, apply_overrides, explain, listed, read_yaml
@@ -199,6 +199,13 @@ class SourceConfig(Section):
     limit: Positive | None = None
     options: dict[str, Any] = {}
 
+    @field_validator("options")
+    @classmethod
+    def _no_keys_of_its_own(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if own := [name for name in options if name in cls.model_fields]:
+            raise ValueError(f"'{own[0]}' is a key beside `options`, not one of them")
+        return options
+
 
 class WorldConfig(Section):
     """The miniature world, generated where DIR/SPLIT is not there yet. train, validation, test: numbers of scenes."""
@@ -366,7 +373,8 @@ class RunConfig(Section):
         if media_dir is None:
             return path, path.parent
         inside = Path(media_dir) / path
-        return (inside if inside.exists() or not path.exists() else path), Path(media_dir)
+        elsewhere = path.exists() or (isinstance(entry, SourceConfig) and SOURCES[entry.source].hub)  # as given
+        return (inside if inside.exists() or not elsewhere else path), Path(media_dir)
 
     def check_files(self, world_is_made: bool = False) -> None:
         """Raise ConfigError naming every local file that the configuration promises and that is not there.
@@ -384,7 +392,7 @@ class RunConfig(Section):
                 path, _ = self.locate(entry)
                 if made and made in path.resolve().parents:
                     continue
-                if not path.is_file():
+                if not (is_there(entry.source, path) if isinstance(entry, SourceConfig) else path.is_file()):
                     problems.append(f"{key}.{i}.path: no such file: {path}")
         if self.training.deepspeed:
             problems += _json_problems("training.deepspeed", find_path(self.training.deepspeed))

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.schema import BadSample, Message, Sample, Text, UserError
+from data.schema import BadSample, Sample, UserError
+from data.sources.index import Raw, Spans, array_rows, first_character, lines
 from data.sources.music_avqa import clip
-from data.sources.rows import Rows, describe, read_array, read_text, text_of
+from data.sources.rows import Rows, ask, describe, text_of, utf8, value_of
 
 QUESTION = "Which event is seen and heard together, and when?"
 _COLUMNS = "Category&VideoID&Quality&StartTime&EndTime"
@@ -48,39 +49,42 @@ def read(
     instruction: str | None = None,
 ) -> Rows:
     """Rows of [video, sound, question] -> event and range. Options as in music_avqa.read, and the question's text."""
-    text = read_text(path)
-    as_json = text.lstrip()[:1] in ("[", "{")
-    records = read_array(path, text) if as_json else _lines(path, text)
-    parse = partial(_parse, video_dir=video_dir, audio_dir=audio_dir, question=question, instruction=instruction)
+    as_json = first_character(path) in ("[", "{")
+    records = array_rows(path) if as_json else _lines(path)
+    parse = partial(
+        _parse, as_json=as_json, video_dir=video_dir, audio_dir=audio_dir, question=question, instruction=instruction
+    )
     return Rows(path, records, parse)
 
 
-def _lines(path: Path, text: str) -> list[str]:
-    lines = [line for line in text.splitlines() if line.strip()]
-    if lines and lines[0].replace(" ", "").lower().startswith("category&"):
-        lines = lines[1:]
-    if not lines:
+def _lines(path: Path) -> Spans:
+    found = lines([path], skip=_is_header)
+    if not len(found):
         raise UserError(f"{path}: holds no annotations; expected lines of {_COLUMNS}")
-    if lines[0].count("&") < 4:
+    first = found[0].text
+    if first.count(b"&") < 4:
         raise UserError(
-            f"{path}: is neither JSON nor AVE's annotations; expected lines of {_COLUMNS}, found {lines[0][:60]!r}"
+            f"{path}: is neither JSON nor AVE's annotations; expected lines of {_COLUMNS}, found "
+            f"{first.decode(errors='replace')[:60]!r}"
         )
-    return lines
+    return found
+
+
+def _is_header(line: bytes) -> bool:
+    return line.replace(b" ", b"").lower().startswith(b"category&videoid&")
 
 
 def _parse(
-    record: Any, index: int, video_dir: str, audio_dir: str | None, question: str, instruction: str | None
+    raw: Raw, index: int, as_json: bool, video_dir: str, audio_dir: str | None, question: str, instruction: str | None
 ) -> Sample:
-    row = _fields(record) if isinstance(record, str) else record
+    row = value_of(raw) if as_json else _fields(utf8(raw))
     category, video_id = text_of(row, "category").strip(), text_of(row, "video_id").strip()
     start, end = _seconds(row, "start"), _seconds(row, "end")
     if not start < end:
         raise BadSample(f"the event's range is empty: from {start:g} to {end:g} seconds")
-    before = (Text(f"{instruction}\n"),) if instruction else ()
-    content = (*clip(video_id, video_dir, audio_dir), *before, Text(question, question=True))
     return Sample(
         id=f"{video_id}-{index}",
-        messages=(Message("user", content), Message("assistant", (Text(format_event(category, start, end)),))),
+        messages=ask(clip(video_id, video_dir, audio_dir), question, format_event(category, start, end), instruction),
         source="ave",
         row=index,
         meta={"category": category, "start": start, "end": end, "video_id": video_id},
@@ -88,7 +92,7 @@ def _parse(
 
 
 def _fields(line: str) -> dict[str, str]:
-    values = line.rstrip("\r\n").split("&")
+    values = line.split("&")
     if len(values) != 5:
         raise BadSample(f"expected the 5 fields {_COLUMNS}, found {len(values)}: {line[:80]!r}")
     category, video_id, _quality, start, end = values

@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.schema import BadSample, Media, Message, Sample, Text
-from data.sources.rows import Rows, read_array, read_text, text_of
+from data.schema import BadSample, Media, Sample
+from data.sources.index import Raw, array_rows
+from data.sources.rows import Rows, ask, text_of, value_of
 
 _PLACEHOLDER = re.compile(r"<[^<>]+>")
 
@@ -29,7 +30,7 @@ def read(path: Path, video_dir: str = "videos", audio_dir: str | None = None, in
     clip's own track when audio_dir is not given. `instruction` is put before the question, and is not among its keys.
     """
     parse = partial(_parse, video_dir=video_dir, audio_dir=audio_dir, instruction=instruction)
-    return Rows(path, read_array(path, read_text(path)), parse)
+    return Rows(path, array_rows(path), parse)
 
 
 def clip(video_id: str, video_dir: str, audio_dir: str | None) -> tuple[Media, Media]:
@@ -40,16 +41,15 @@ def clip(video_id: str, video_dir: str, audio_dir: str | None) -> tuple[Media, M
     )
 
 
-def _parse(row: Any, index: int, video_dir: str, audio_dir: str | None, instruction: str | None) -> Sample:
+def _parse(raw: Raw, index: int, video_dir: str, audio_dir: str | None, instruction: str | None) -> Sample:
+    row = value_of(raw)
     video_id = text_of(row, "video_id")
     question = _fill(text_of(row, "question_content"), _list(row, "templ_values"))
     answer = text_of(row, "anser" if "anser" in row else "answer", where="the row has no answer: ").strip()
-    before = (Text(f"{instruction}\n"),) if instruction else ()
-    content = (*clip(video_id, video_dir, audio_dir), *before, Text(question, question=True))
     question_id = row.get("question_id", index)
     return Sample(
         id=f"{video_id}-{question_id}",
-        messages=(Message("user", content), Message("assistant", (Text(answer),))),
+        messages=ask(clip(video_id, video_dir, audio_dir), question, answer, instruction),
         source="music_avqa",
         row=index,
         meta={"question_type": _list(row, "type"), "question_id": question_id, "video_id": video_id},

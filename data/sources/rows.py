@@ -1,13 +1,15 @@
-"""What all readers share: lazily parsed rows, and a message for every way in which a file can be wrong."""
+"""What all readers share: lazily parsed rows, and a message for every way in which a file or a row can be wrong."""
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.schema import BadSample, Sample, Text, UserError, nearest
+from data.schema import BadSample, Media, Message, Sample, Text, UserError, nearest
 
 Parse = Callable[[Any, int], Sample]
 
@@ -16,11 +18,13 @@ class Rows:
     """The samples of one file: `records` hold the raw rows, `parse(record, i)` makes the i-th Sample on demand.
 
     parse is a module's function or a functools.partial of one, so that Rows can be pickled to spawned workers.
+    strip_prefix: folders that are taken off the front of media paths, which then count from media_dir.
     """
 
     def __init__(self, path: Path, records: Sequence[Any], parse: Parse) -> None:
         self.path, self._records, self._parse = path, records, parse
         self._count = len(records)
+        self.strip_prefix: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self._count
@@ -31,7 +35,7 @@ class Rows:
             raise IndexError(index)
         index %= self._count
         try:
-            return _whole(self._parse(self._records[index], index))
+            return _whole(without_prefix(self._parse(self._records[index], index), self.strip_prefix))
         except BadSample as error:
             raise BadSample(f"{self.path}, row {index}: {error}") from None
 
@@ -43,13 +47,31 @@ class Rows:
         if limit < 1:
             raise UserError(f"{self.path}: limit must be at least 1, found {limit}")
         rows = Rows(self.path, self._records, self._parse)
+        rows.strip_prefix = self.strip_prefix
         rows._count = min(limit, self._count)
         return rows
 
 
-def existing(path: Path, source: str) -> Path:
-    """The path, if it is a file; otherwise a UserError with the nearest name in its folder."""
-    if path.is_file():
+def without_prefix(sample: Sample, prefixes: Iterable[str]) -> Sample:
+    """The sample with the first prefix that fits a medium's path taken off it; whole folders only.
+
+    What remains is relative, and is checked against media_dir like any other path (`..`, links).
+    """
+    folders = [prefix.rstrip("/") + "/" for prefix in prefixes]
+    if not any(media.path.startswith(tuple(folders)) for media in sample.media):
+        return sample
+
+    def stripped(part: Text | Media) -> Text | Media:
+        found = next((f for f in folders if isinstance(part, Media) and part.path.startswith(f)), None)
+        return replace(part, path=part.path[len(found) :].lstrip("/")) if isinstance(part, Media) and found else part
+
+    messages = tuple(replace(m, content=tuple(stripped(part) for part in m.content)) for m in sample.messages)
+    return replace(sample, messages=messages)
+
+
+def existing(path: Path, source: str, folder: bool = False) -> Path:
+    """The path, if it is a file (or, with `folder`, a folder); else a UserError with the nearest name in its folder."""
+    if path.is_file() or (folder and path.is_dir()):
         return path
     if path.is_dir():
         raise UserError(f"{path}: is a folder; data source '{source}' wants the annotation file in it")
@@ -74,19 +96,6 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_array(path: Path, text: str) -> list[Any]:
-    """The rows of a JSON array; UserError with line and column where it is not one."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, {not_json(error)}") from None
-    if not isinstance(value, list):
-        raise UserError(f"{path}: expected a JSON array of rows, found {describe(value)}")
-    if not value:
-        raise UserError(f"{path}: the JSON array holds no rows")
-    return value
-
-
 def not_json(error: json.JSONDecodeError, line: int | None = None) -> str:
     """Where and why a text is not JSON. `line`: its number in the file when the text is one line of it."""
     lines = error.doc.splitlines() or [""]
@@ -108,6 +117,14 @@ def describe(value: Any) -> str:
     return f"{name} with keys {', '.join(map(str, list(value)[:8]))}" if isinstance(value, dict) else name
 
 
+def chosen(option: str, given: dict[str, str] | None, known: dict[str, str]) -> dict[str, str]:
+    """The names that a file has for `known` ones: those given, else the usual. UserError for an unknown one."""
+    for name in given or {}:
+        if name not in known:
+            raise UserError(f"option '{option}': unknown name '{name}'{nearest(name, known)}")
+    return {**known, **(given or {})}
+
+
 def text_of(row: Any, key: str, *, where: str = "") -> str:
     """A field that must be a text with something in it. Numbers are taken as text, as published answers have them."""
     if not isinstance(row, dict):
@@ -117,10 +134,44 @@ def text_of(row: Any, key: str, *, where: str = "") -> str:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise BadSample(
-            f"{where}'{key}' is missing or empty; expected a text, found {value!r} (the row has: "
-            f"{', '.join(map(str, row))})"
+            f"{where}'{key}' is missing or empty; expected a text, found {value!r} ({columns_of(row, key)})"
         )
     return value
+
+
+def columns_of(row: dict[str, Any], missing: str) -> str:
+    """What a row has, and which of its names may have been meant by one that it has not."""
+    names = [str(name) for name in row]
+    close = [] if missing in row else difflib.get_close_matches(missing, names, n=1)
+    return f"the row has: {', '.join(names)}" + (f"; is '{missing}' called '{close[0]}' there?" if close else "")
+
+
+def value_of(raw: Any) -> Any:
+    """The JSON value of an index.Raw. BadSample where it is none."""
+    where = f"line {raw.line}: " if raw.line else ""
+    try:
+        return json.loads(raw.text)
+    except json.JSONDecodeError as error:
+        raise BadSample(not_json(error, raw.line or None)) from None
+    except UnicodeDecodeError:
+        raise BadSample(f"{where}is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, a thousand brackets
+        raise BadSample(f"{where}cannot be read as JSON ({error})") from None
+
+
+def utf8(raw: Any) -> str:
+    """The text of an index.Raw. BadSample where it is no UTF-8."""
+    try:
+        return raw.text.decode()
+    except UnicodeDecodeError:
+        raise BadSample(f"line {raw.line}: is not UTF-8 text") from None
+
+
+def ask(media: Iterable[Media], question: str, answer: str, instruction: str | None = None) -> tuple[Message, Message]:
+    """One turn: media, an instruction (no part of the keys), the question; and its answer."""
+    before = (Text(f"{instruction}\n"),) if instruction else ()
+    content = (*media, *before, Text(question, question=True))
+    return Message("user", content), Message("assistant", (Text(answer),))
 
 
 def _whole(sample: Sample) -> Sample:

@@ -66,7 +66,7 @@ def open_parts(
     for i, entry in enumerate(entries):
         path, media_dir = config.locate(entry)
         try:
-            rows = open_source(entry.source, path, limit=entry.limit, **entry.options)
+            rows = open_source(entry.source, path, limit=entry.limit, media_dir=media_dir, **entry.options)
         except UserError as error:
             raise type(error)(f"{key}.{i}: {error}") from None
         name = prefix + (entry.name or path.stem)

@@ -109,7 +109,7 @@ def _example(config: RunConfig) -> str:
     if config.data.world:  # the same file of the split that training has not seen
         test = Path(config.data.world.dir) / "test"
         path, media_dir = (test / path.name, test) if (test / path.name).is_file() else (path, media_dir)
-    sample = open_source(entry.source, path, limit=1, **entry.options)[0]
+    sample = open_source(entry.source, path, limit=1, media_dir=media_dir, **entry.options)[0]
     options: list[str] = []
     words: list[str] = []
     for part in (p for message in sample.prompt for p in message.content):

@@ -5,11 +5,13 @@ begin --find--> checkpoint | None --compare `common`--> TrainerState, or a refus
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from data.sources import annotation_files
 from mokamm.config import RunConfig, SourceConfig, find_path
 from mokamm.lori_mask import read_mask
 from mokamm.training import checkpoint
@@ -101,5 +103,10 @@ def common(config: RunConfig, shape: Plan) -> dict[str, Any]:
 def _described(config: RunConfig, entry: SourceConfig) -> dict[str, Any]:
     """A source by the content of its annotation file, wherever it lies, and by its options."""
     path, _ = config.locate(entry)
-    file = f"sha256 {sha256(path)}" if path.is_file() else entry.path
-    return {**entry.model_dump(mode="json", exclude={"media_dir"}), "path": file}
+    content = [sha256(file) for file in annotation_files(entry.source, path)]
+    return {**entry.model_dump(mode="json", exclude={"media_dir"}), "path": _digest(content) if content else entry.path}
+
+
+def _digest(content: list[str]) -> str:
+    """One file's sha256, or that of the list of several."""
+    return f"sha256 {content[0] if len(content) == 1 else hashlib.sha256(' '.join(content).encode()).hexdigest()}"

@@ -64,7 +64,7 @@ class MicroBatches:
         self, plan: Plan, seed: int, rank: int, first_step: int = 0, length: Callable[[int], int] | None = None
     ) -> None:
         self.plan, self.seed, self.rank, self.first_step, self.length = plan, seed, rank, first_step, length
-        self._order = lru_cache(maxsize=2)(lambda epoch: list(epoch_order(plan.rows, epoch, seed)))
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(plan.rows, epoch, seed))
         self._block = lru_cache(maxsize=1)(self._grouped)
 
     def __len__(self) -> int:

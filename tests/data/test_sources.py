@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.schema import BadSample, Media, Message, Text, UserError
-from data.sources import SOURCES, open_source
+from data.sources import open_source
 from data.sources.ave import format_event, parse_event
 
 AVQA = {
@@ -243,7 +243,8 @@ GOOD = {"messages": [user(QUESTION), said("A.")]}
     [
         ('{"messages": [', r"line 3, column 15: is not JSON \(Expecting value\); found '\{\"messages\": \['"),
         ("[1]", 'expected {"messages".*found an array'),
-        ({"text": "x"}, "found an object with keys text"),
+        ({"text": "x"}, r"there is no 'messages' \(the row has: text\)"),
+        ({"mesages": []}, "there is no 'messages' .*is 'messages' called 'mesages' there"),
         ({"messages": []}, "the row has no answer"),
         ({"messages": [user(QUESTION)]}, "the row has no answer: its last message must be the assistant's"),
         ({"messages": [user(QUESTION), said(" ")]}, "message 1: the answer is empty"),
@@ -329,7 +330,6 @@ def test_unknown_names_and_missing_files(tmp_path):
         open_source("music_avqa", tmp_path)
     with pytest.raises(UserError, match="limit must be at least 1"):
         open_source("music_avqa", path, limit=0)
-    assert set(SOURCES) == {"music_avqa", "ave", "messages"}
     with pytest.raises(IndexError):
         open_source("music_avqa", path)[1]
 

@@ -21,7 +21,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_usage_names_every_command(capsys):
-    for arguments, code in (([], 2), (["--help"], 0)):
+    for arguments, code in (([], 2), (["--help"], 0), (["data"], 2), (["data", "--help"], 0)):
         with pytest.raises(SystemExit) as end:
             cli.main(arguments)
         assert end.value.code == code
@@ -34,6 +34,9 @@ def test_an_unknown_command_is_answered_with_the_nearest(capsys):
         cli.main(["infre"])
     assert end.value.code == 2
     assert "unknown command 'infre'; did you mean 'infer'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["data", "chek", "x.yaml"])
+    assert "unknown command 'data chek'; did you mean 'data check'?" in capsys.readouterr().err
 
 
 def test_commands_are_programs_of_this_repository():

@@ -195,6 +195,29 @@ def test_files_are_located_in_the_media_folder_first(write, tmp_path):
     assert config.locate(config.data.train[0]) == (tmp_path / "train.json", tmp_path)
 
 
+def test_folders_and_names_of_the_hub_are_located_too(write, tmp_path):
+    config = load_config(
+        write(GOOD), ["data.train=[{source: librispeech, path: dev-clean}, {source: hf, path: user/rows}]"]
+    )
+    config.data.media_dir, config.data.validation, config.evaluation.benchmarks = str(tmp_path), [], []
+    (tmp_path / "dev-clean").mkdir()
+    speech, hub = config.data.train
+    assert config.locate(speech) == (tmp_path / "dev-clean", tmp_path)
+    assert config.locate(hub) == (Path("user/rows"), tmp_path)
+    config.training.deepspeed = config.training.init_from = None
+    config.check_files()
+    (tmp_path / "dev-clean").rmdir()
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.path: no such file: .*dev-clean"):
+        config.check_files()
+    (tmp_path / "user" / "rows").mkdir(parents=True)
+    assert config.locate(hub)[0] == tmp_path / "user" / "rows"
+
+
+def test_the_keys_of_a_source_are_none_of_its_options(write):
+    with pytest.raises(ConfigError, match="'limit' is a key beside `options`, not one of them"):
+        load_config(write(GOOD), ["data.train=[{source: slam, path: a.jsonl, options: {limit: 3}}]"])
+
+
 def test_missing_files_are_all_named(write, tmp_path):
     overrides = ["training.deepspeed=configs/deepspeed/zero22.json", f"training.init_from={tmp_path}/none"]
     config = load_config(write(GOOD), overrides)

@@ -1,0 +1,237 @@
+"""Hugging Face `datasets`: a folder of save_to_disk, parquet or arrow files, or a data set of the hub.
+
+    path: saved/                     a folder that `save_to_disk` wrote
+    path: rows.parquet               a .parquet or .arrow file, or a folder of such
+    path: user/name                  the hub (its cache is used where it was downloaded before)
+
+A row is read by `layout`: that of a conversation format (messages, llava, sharegpt, alpaca, swift), or `columns`: one
+question and one answer a row, with media, from the columns that `columns` names:
+
+    options: {columns: {question: prompt, answer: label, image: file, instruction: task}}
+
+The rows are memory mapped: they cost no memory, and are read in any order. A run needs that, and their number: a place
+in the epoch is a function of the seed, a resume goes on in the middle. So nothing is trained from an endless stream;
+`stream: N` fetches the first N rows of the hub's stream, without downloading the rest, into an Arrow file in the cache
+of `datasets`, and reads them from there.
+
+Media are paths in columns. A column that holds their bytes (what `datasets` makes of pictures and sounds) wants the option
+`extract: FOLDER`: a row's media are written below media_dir/FOLDER, named by their content, when it is first read.
+
+Cost: conversations are counted in one pass over their columns (about 20 us a row); `columns` needs none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from array import array
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.schema import Media, Sample, UserError, nearest
+from data.sources import alpaca, llava, messages, sharegpt, swift
+from data.sources.conversations import Layout, count_answers, sample_of
+from data.sources.placeholders import path_of
+from data.sources.rows import Rows, ask, chosen, columns_of, text_of
+
+_LAYOUTS: dict[str, Callable[[], Layout]] = {
+    "messages": lambda: messages.LAYOUT,
+    "llava": llava.layout,
+    "sharegpt": sharegpt.layout,
+    "alpaca": alpaca.layout,
+    "swift": swift.layout,
+}
+_MEDIA = {"video": ("video", "vision"), "image": ("image", "vision"), "audio": ("audio", "audio"),
+          "speech": ("audio", "speech")}  # fmt: skip
+_COLUMNS = {"question": "question", "answer": "answer", "instruction": "", "id": "id"} | dict.fromkeys(_MEDIA, "")
+
+
+class _Table(Sequence[tuple[dict[str, Any], int]]):
+    """(row, turn) of every answer of a `datasets.Dataset`, which is pickled as references to its files.
+
+    extract: (media_dir, folder in it) that bytes of media are written to.
+    """
+
+    def __init__(self, table: Any, layout: Layout | None, extract: tuple[Path, str] | None) -> None:
+        self.table, self.extract = table, extract
+        self.row = None
+        if layout is not None:
+            light = table.remove_columns([name for name in table.column_names if _is_media(table.features[name])])
+            counts = array("I", (max(1, count_answers(row, layout)) for row in light))
+            self.row = np.repeat(np.arange(len(table)), counts)
+
+    def __len__(self) -> int:
+        return len(self.table) if self.row is None else len(self.row)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = int(index if self.row is None else self.row[index])
+        turn = 0 if self.row is None else int(index - np.searchsorted(self.row, row))
+        return {name: self._as_files(value) for name, value in self.table[row].items()}, turn
+
+    def _as_files(self, value: Any) -> Any:
+        """Structs of bytes as the paths of files that hold them; anything else as it is."""
+        if isinstance(value, list):
+            return [self._as_files(entry) for entry in value]
+        if self.extract is None or not isinstance(value, dict) or not isinstance(value.get("bytes"), bytes):
+            return value
+        suffix = re.search(r"\.[A-Za-z0-9]{1,5}$", value.get("path") or "")
+        name = hashlib.sha256(value["bytes"]).hexdigest()[:32] + (suffix[0].lower() if suffix else "")
+        base, folder = self.extract
+        target = base / folder / name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f"{name}.{os.getpid()}")
+            temporary.write_bytes(value["bytes"])
+            temporary.replace(target)
+        return f"{folder}/{name}"
+
+
+def read(
+    path: Path,
+    media_dir: Path | None = None,
+    split: str | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
+    layout: str = "columns",
+    columns: dict[str, str] | None = None,
+    stream: int | None = None,
+    extract: str | None = None,
+) -> Rows:
+    """Rows of a data set, one sample an answer.
+
+    split: needed where there are several; subset, revision: the hub's configuration and version; layout, columns, stream,
+    extract: see above. UserError: no such data set, split or column, the package `datasets` is not there.
+    """
+    if layout != "columns" and layout not in _LAYOUTS:
+        raise UserError(f"data source 'hf': unknown layout '{layout}'{nearest(layout, ['columns', *_LAYOUTS])}")
+    table = _without_decoding(_opened(path, split, subset, revision, stream))
+    if not len(table):
+        raise UserError(f"{path}: holds no rows")
+    to = _extraction(extract, media_dir or path.parent)
+    if layout == "columns":
+        names = chosen("columns", columns, _COLUMNS)
+        _check_columns(path, table, {**names, "id": ""})
+        return Rows(path, _Table(table, None, to), partial(_parse_columns, names=names))
+    if columns:
+        raise UserError(f"data source 'hf': `columns` belongs to layout: columns, found layout: {layout}")
+    chosen_layout = _LAYOUTS[layout]()
+    return Rows(path, _Table(table, chosen_layout, to), partial(_parse_talk, layout=layout))
+
+
+def _opened(path: Path, split: str | None, subset: str | None, revision: str | None, stream: int | None) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            "data source 'hf' needs the package `datasets`: uv sync --extra datasets (or pip install datasets)"
+        ) from None
+    kind, files = _files(path)
+    try:
+        if kind == "saved":
+            found = datasets.load_from_disk(str(path))
+        else:
+            wanted = {"data_files": files} if files else {"name": subset, "revision": revision}
+            source = kind or path.as_posix()
+            found = datasets.load_dataset(source, split=split, streaming=stream is not None, **wanted)
+    except Exception as error:  # of many kinds: no such file, no network, a broken file, an unknown split
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{path}: `datasets` cannot open it ({reason}); expected a folder of save_to_disk, .parquet or .arrow files, "
+            "or a data set's name on the hub (which needs the network, or a downloaded copy)"
+        ) from error
+    found = _one_split(path, found, split)
+    return found if stream is None else _fetched(found, stream)
+
+
+def _files(path: Path) -> tuple[str, list[str]]:
+    """How `datasets` calls what lies at a path, and its files: ('', []) for nothing local."""
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        return "saved", []
+    for kind in ("parquet", "arrow"):
+        files = [path] if path.suffix == f".{kind}" else sorted(path.rglob(f"*.{kind}")) if path.is_dir() else []
+        if files:
+            return kind, [str(file) for file in files]
+    if path.exists():
+        raise UserError(f"{path}: is neither a folder of save_to_disk nor a .parquet or .arrow file, nor holds such")
+    return "", []
+
+
+def _one_split(path: Path, found: Any, split: str | None) -> Any:
+    if not isinstance(found, dict):
+        return found
+    if split is None and len(found) == 1:
+        return next(iter(found.values()))
+    if split not in found:
+        raise UserError(f"{path}: set the option `split`; found '{split}'{nearest(str(split), found)}")
+    return found[split]
+
+
+def _fetched(stream: Any, rows: int) -> Any:
+    """The first rows of a stream as a table on disk."""
+    import datasets
+
+    taken = stream.take(rows)
+    return datasets.Dataset.from_generator(_each, gen_kwargs={"rows": taken}, features=taken.features)
+
+
+def _each(rows: Any) -> Any:
+    yield from rows
+
+
+def _extraction(folder: str | None, media_dir: Path) -> tuple[Path, str] | None:
+    if folder is None:
+        return None
+    if Path(folder).is_absolute() or ".." in Path(folder).parts:
+        raise UserError(f"data source 'hf': extract must be a folder below media_dir, found {folder!r}")
+    return media_dir, folder.rstrip("/")
+
+
+def _is_media(feature: Any) -> bool:
+    """Whether a column holds media, or lists of them, as `datasets` knows them: pictures, sounds, videos."""
+    return hasattr(getattr(feature, "feature", feature), "decode")
+
+
+def _without_decoding(table: Any) -> Any:
+    """Media columns as {"path", "bytes"}: files are decoded by data/media.py, in one way for all formats."""
+    for column, feature in (table.features or {}).items():
+        if _is_media(feature):
+            inner = getattr(feature, "feature", None)
+            plain = type(inner or feature)(decode=False)
+            table = table.cast_column(column, plain if inner is None else type(feature)(plain))
+    return table
+
+
+def _check_columns(path: Path, table: Any, names: dict[str, str]) -> None:
+    for known, column in names.items():
+        if column and column not in table.column_names:
+            raise UserError(
+                f"{path}: has no column '{column}' ({columns_of(dict.fromkeys(table.column_names), column)}); set "
+                f"options: {{columns: {{{known}: ...}}}}"
+            )
+
+
+def _parse_talk(record: tuple[dict[str, Any], int], index: int, layout: str) -> Sample:
+    row, turn = record
+    return sample_of(row, index, turn, str(index), _LAYOUTS[layout]())
+
+
+def _parse_columns(record: tuple[dict[str, Any], int], index: int, names: dict[str, str]) -> Sample:
+    row, _ = record
+    media = []
+    for name, (kind, modality) in _MEDIA.items():
+        value = row.get(names[name]) if names[name] else None
+        entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
+        media += [Media(kind, path_of(entry, names[name]), modality) for entry in entries]  # type: ignore[arg-type]
+    instruction = text_of(row, names["instruction"]) if names["instruction"] else None
+    return Sample(
+        id=str(row.get(names["id"], index)),
+        messages=ask(media, text_of(row, names["question"]), text_of(row, names["answer"]), instruction),
+        source="hf",
+        row=index,
+        meta={key: value for key, value in row.items() if key not in names.values()},
+    )

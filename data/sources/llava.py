@@ -1,0 +1,50 @@
+"""LLaVA's conversations, also as Video-LLaVA and Valley write them: a JSON array (jsonl is read too) of
+
+    {"id": "v1", "video": "valley/0001.mp4", "conversations": [{"from": "human", "value": "<video>\\nWhat happens?"},
+                                                               {"from": "gpt", "value": "A dog runs."}]}
+
+`image`, `video` and `audio` hold a path or a list of paths; see data/sources/placeholders.py for their places in the
+text. In a row that has videos and no image, `<image>` means the video, as in Valley's files.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data.schema import Kind, Message, Role
+from data.sources.conversations import Layout, Turn, conversation_rows, system_turn, turns_of
+from data.sources.placeholders import media_of, place
+from data.sources.rows import Rows
+
+ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_COLUMNS: dict[Kind, str] = {"image": "image", "video": "video", "audio": "audio"}
+
+
+def read(path: Path, audio_as: str = "audio") -> Rows:
+    """Rows of conversations, one sample an answer. audio_as: the modality that perceives the column `audio`."""
+    return conversation_rows(path, layout(audio_as))
+
+
+def layout(audio_as: str = "audio") -> Layout:
+    return Layout(
+        name="llava",
+        shape='{"image" or "video": path, "conversations": [{"from": "human", "value": ...}, ...]}',
+        talk=_talk,
+        build=partial(_build, audio_as=audio_as),
+        uses=frozenset({"conversations", "system", *_COLUMNS.values()}),
+    )
+
+
+def _talk(row: dict[str, Any]) -> list[Turn]:
+    return system_turn(row) + turns_of(row, "conversations", "from", "value", {**ROLES, "system": "system"})
+
+
+def _build(row: dict[str, Any], turns: list[Turn], audio_as: str) -> list[Message]:
+    media = media_of(row, _COLUMNS, audio_as)
+    if media["video"] and not media["image"]:
+        turns = [
+            Turn(role, text.replace("<image>", "<video>") if isinstance(text, str) else text) for role, text in turns
+        ]
+    return place(turns, media)

@@ -1,0 +1,98 @@
+"""What the feature cache saves, and what it takes:  python eval/speed/cache.py [CONFIG] [--limit 100] [--json]
+
+The first rows of a configuration's training sources are laid out and their media encoded, as the training does before
+the LLM: without a cache, with an empty one, and with a full one. Overrides as for training; the LLM is not loaded.
+
+    seconds      of each pass, decoding and encoding in this process (a training spreads the decoding over workers)
+    predicted    the cache's bytes as `mokamm data check` tells them before anything is encoded
+    true         the bytes of its files
+
+The result is also written to eval/speed/results/cache.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.printing import stdout_kept_clean
+from mokamm.config import RunConfig, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "eval" / "speed" / "results"
+BATCH = 8
+
+
+def one_pass(parts: Sequence[Any], limit: int, perception: Any) -> tuple[float, int]:
+    """Seconds, and rows."""
+    from data.collate import collate
+
+    rows = [(part, row) for part in parts for row in range(min(limit, len(part.rows)))]
+    began = time.perf_counter()
+    for first in range(0, len(rows), BATCH):
+        examples = [part.process(part.rows[row]) for part, row in rows[first : first + BATCH]]
+        perception.fill(collate(examples, 0))
+    return time.perf_counter() - began, len(rows)
+
+
+def predicted(parts: Sequence[Any], encoders: Any, limit: int) -> int:
+    from mokamm.datacheck.walk import Walk
+
+    walk = Walk(parts, encoders)
+    rows = [index for index in range(len(walk)) if walk._row[index] < limit]
+    found = [walk[index] for index in rows]
+    return sum({item.name: item.feature_bytes for finding in found for item in finding.items}.values())
+
+
+def measure(config: RunConfig, limit: int) -> dict[str, float]:
+    from encoders.cache import FeatureCache
+    from mokamm.build import build_processor
+    from mokamm.perception import Perception
+    from mokamm.training.corpus import open_parts
+
+    processor, encoders = build_processor(config)
+    config.data.cache = None
+    with tempfile.TemporaryDirectory() as folder:
+        cache = FeatureCache(folder, 100.0)
+        result: dict[str, float] = {}
+        for name, used in (("none", None), ("empty", cache), ("full", cache)):
+            perception = Perception(encoders, used)
+            processor.lookup = perception.lookup
+            parts = open_parts(config, config.data.train, processor, "data.train")
+            seconds, result["rows"] = one_pass(parts, limit, perception)
+            result[f"seconds_{name}"] = round(seconds, 2)
+        processor.lookup = None
+        parts = open_parts(config, config.data.train, processor, "data.train")
+        result["predicted_bytes"], result["true_bytes"] = predicted(parts, encoders, limit), cache.total_bytes()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default=str(ROOT / "configs" / "quickstart.yaml"))
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--limit", type=int, default=100, help="rows of each source")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with stdout_kept_clean(args.json):
+        result = measure(load_config(args.config, args.overrides), args.limit)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "cache.json").write_text(json.dumps(result, indent=1) + "\n")
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{result['rows']} rows: {result['seconds_none']} s without a cache, {result['seconds_empty']} s filling one, "
+        f"{result['seconds_full']} s from it; {result['predicted_bytes']:,} bytes predicted, {result['true_bytes']:,} true"
+    )
+
+
+if __name__ == "__main__":
+    main()

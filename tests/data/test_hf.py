@@ -1,0 +1,169 @@
+"""Hugging Face data sets that `datasets` itself wrote, without a network."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+from PIL import Image
+
+from data.media import MediaLoader
+from data.schema import BadSample, Media, Message, Text, UserError
+from data.sources import annotation_files, hf, open_source
+
+datasets = pytest.importorskip("datasets")
+
+ROWS = [
+    {"id": f"r{k}", "prompt": f"What is {k}?", "label": str(k), "file": f"{k}.png", "task": "Answer briefly."}
+    for k in range(5)
+]
+COLUMNS = {"question": "prompt", "answer": "label", "image": "file", "instruction": "task"}
+TALK = [
+    {
+        "messages": [{"role": "user", "content": "<audio>Hi"}, {"role": "assistant", "content": "Ho"}],
+        "audios": ["a.wav"],
+    },
+    {
+        "messages": [
+            {"role": r, "content": c}
+            for r, c in (("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two"))
+        ],
+        "audios": [],
+    },
+]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def expected(k):
+    content = (Media("image", f"{k}.png", "vision"), Text("Answer briefly.\n"), Text(f"What is {k}?", question=True))
+    return Message("user", content), Message("assistant", (Text(str(k)),))
+
+
+def test_a_saved_folder_and_parquet_files_with_columns_of_ones_own(saved, tmp_path):
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "folder").mkdir()
+    datasets.Dataset.from_list(ROWS[:2]).to_parquet(tmp_path / "folder" / "0.parquet")
+    datasets.Dataset.from_list(ROWS[2:]).to_parquet(tmp_path / "folder" / "1.parquet")
+    for path in (saved, tmp_path / "rows.parquet", tmp_path / "folder"):
+        rows = open_source("hf", path, columns=COLUMNS)
+        assert [sample.messages for sample in rows] == [expected(k) for k in range(5)]
+        assert rows[3].id == "r3"
+        assert [sample.id for sample in rows.head(2)] == ["r0", "r1"]
+        assert pickle.loads(pickle.dumps(rows))[4] == rows[4]
+    assert any(file.suffix == ".arrow" for file in annotation_files("hf", saved))
+
+
+@pytest.mark.parametrize("layout", ["swift", "sharegpt"])
+def test_conversations_become_a_sample_an_answer(tmp_path, layout):
+    datasets.Dataset.from_list(TALK).save_to_disk(tmp_path / "talk")
+    rows = open_source("hf", tmp_path / "talk", layout=layout)
+    (tmp_path / "talk.json").write_text(json.dumps(TALK))
+    plain = open_source(layout, tmp_path / "talk.json")
+    assert [s.messages for s in rows] == [s.messages for s in plain]
+    assert [s.answer for s in rows] == ["Ho", "one", "two"]
+    assert pickle.loads(pickle.dumps(rows))[2].answer == "two"
+
+
+def test_several_splits(tmp_path):
+    parts = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    assert len(open_source("hf", tmp_path / "both", split="test", columns=COLUMNS)) == 1
+    with pytest.raises(UserError, match="set the option `split`; found 'tset'; did you mean 'test'"):
+        open_source("hf", tmp_path / "both", split="tset", columns=COLUMNS)
+    with pytest.raises(UserError, match="set the option `split`"):
+        open_source("hf", tmp_path / "both", columns=COLUMNS)
+
+
+def test_a_stream_is_fetched_in_part_and_read_in_any_order(tmp_path):
+    stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+    table = hf._fetched(stream, 3)
+    assert [table[k]["id"] for k in (2, 0, 1)] == ["r2", "r0", "r1"]
+    assert len(table) == 3
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    rows = open_source("hf", tmp_path / "rows.parquet", split="train", columns=COLUMNS, stream=2)
+    assert [sample.messages for sample in rows] == [expected(0), expected(1)]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A column of pictures, one of lists of them; `datasets` puts the files' bytes into its own."""
+    folder = tmp_path / "given"
+    folder.mkdir()
+    for k in range(3):
+        Image.new("RGB", (8, 8), (100 * k, 0, 0)).save(folder / f"{k}.png")
+    row = [{"question": "?", "answer": f"a{k}", "image": str(folder / f"{k}.png")} for k in range(3)]
+    table = datasets.Dataset.from_list(row).cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "pictures")
+    talk = [{"messages": TALK[1]["messages"], "images": [str(folder / "0.png"), str(folder / "1.png")]}]
+    lists = datasets.Dataset.from_list(talk).cast_column("images", datasets.List(datasets.Image()))
+    lists.save_to_disk(tmp_path / "lists")
+    return tmp_path / "pictures", tmp_path / "lists"
+
+
+def test_bytes_of_media_are_refused_or_written_to_files(pictures, tmp_path):
+    single, lists = pictures
+    with pytest.raises(BadSample, match=r"row 0: 'image' holds the bytes .*extract: FOLDER"):
+        open_source("hf", single, columns={"image": "image"})[0]
+    options = {"extract": "extracted", "media_dir": tmp_path}
+    rows = open_source("hf", single, columns={"image": "image"}, **options)
+    assert not (tmp_path / "extracted").exists()  # as rows are read
+    loader = MediaLoader(tmp_path)
+    for k in (2, 0, 2):
+        path = rows[k].media[0]
+        assert path.path.startswith("extracted/")
+        assert path.path.endswith(".png")
+        assert loader.frames(path, 1)[0, 0, 4, 4] == 100 * k
+    assert len(list((tmp_path / "extracted").iterdir())) == 2
+    talk = open_source("hf", lists, layout="swift", **options)
+    assert len(talk[0].media) == 2
+    assert talk[1].answer == "two"
+    assert len(list((tmp_path / "extracted").iterdir())) == 3
+    for folder in ("../x", "/x"):
+        with pytest.raises(UserError, match="extract must be a folder below media_dir"):
+            open_source("hf", single, columns={"image": "image"}, extract=folder)
+
+
+def test_a_column_of_paths_is_left_alone(tmp_path):
+    rows = [{"question": "?", "answer": "a", "audio": {"path": "a.wav", "bytes": None}}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "sound")
+    found = open_source("hf", tmp_path / "sound", columns={"speech": "audio"})
+    assert found[0].media == [Media("audio", "a.wav", "speech")]
+
+
+def test_wrong_names(saved, tmp_path):
+    with pytest.raises(UserError, match=r"has no column 'promt' .*is 'promt' called 'prompt' there"):
+        open_source("hf", saved, columns=COLUMNS | {"question": "promt"})
+    with pytest.raises(UserError, match=r"no column 'question' .*columns: \{question: \.\.\.\}"):
+        open_source("hf", saved)
+    with pytest.raises(UserError, match="option 'columns': unknown name 'picture'"):
+        open_source("hf", saved, columns={"picture": "file"})
+    with pytest.raises(UserError, match="unknown layout 'lava'; did you mean 'llava'"):
+        open_source("hf", saved, layout="lava")
+    with pytest.raises(UserError, match="`columns` belongs to layout: columns"):
+        open_source("hf", saved, layout="llava", columns=COLUMNS)
+    with pytest.raises(BadSample, match="row 0: there is no 'conversations'"):
+        open_source("hf", saved, layout="llava")[0]
+    (tmp_path / "text").mkdir()
+    with pytest.raises(UserError, match="is neither a folder of save_to_disk nor"):
+        open_source("hf", tmp_path / "text", columns=COLUMNS)
+    (tmp_path / "x.parquet").write_text("no parquet")
+    with pytest.raises(UserError, match=r"x\.parquet: `datasets` cannot open it"):
+        open_source("hf", tmp_path / "x.parquet", columns=COLUMNS)
+
+
+def test_a_name_on_the_hub_without_a_network(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"nobody/nothing: `datasets` cannot open it .*on the hub \(which needs the"):
+        open_source("hf", "nobody/nothing", columns=COLUMNS)

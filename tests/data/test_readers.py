@@ -1,0 +1,462 @@
+"""Every format as it is published, in small files of its true layout, and the ways in which its rows can be wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+
+from data.media import MediaLoader
+from data.schema import BadSample, Media, MediaError, Message, Sample, Text, UserError
+from data.sources import SOURCES, Source, annotation_files, is_there, open_source
+from data.sources.index import lines
+from data.sources.rows import Rows, ask
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def jsonl(path, *rows):
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def user(*parts):
+    """A user's message; texts of the turn that is asked are the question."""
+    return Message("user", tuple(Text(p, question=True) if isinstance(p, str) else p for p in parts))
+
+
+def told(*parts):
+    """A user's message in the history."""
+    return Message("user", tuple(Text(p) if isinstance(p, str) else p for p in parts))
+
+
+def said(text):
+    return Message("assistant", (Text(text),))
+
+
+def image(path):
+    return Media("image", path, "vision")
+
+
+def video(path):
+    return Media("video", path, "vision")
+
+
+def audio(path, modality="audio"):
+    return Media("audio", path, modality)
+
+
+def talk(*texts, keys=("from", "value"), names=("human", "gpt")):
+    return [{keys[0]: names[k % 2], keys[1]: text} for k, text in enumerate(texts)]
+
+
+def openai(*texts):
+    return talk(*texts, keys=("role", "content"), names=("user", "assistant"))
+
+
+def reason(source, tmp_path, row, good=None, **options):
+    """Why a row is bad, in a file where it does not stand alone."""
+    rows = open_source(source, write(tmp_path / "rows.json", [row]), **options)
+    with pytest.raises(BadSample) as error:
+        rows[0]
+    return str(error.value)
+
+
+# --- LLaVA, Video-LLaVA, Valley
+
+
+LLAVA = {
+    "id": "000000033471",
+    "image": "coco/train2017/000000033471.jpg",
+    "conversations": talk("<image>\nWhat are the colors of the bus?", "White and red.", "Is it moving?", "No."),
+}
+
+
+def test_llava_as_published(tmp_path):
+    rows = open_source("llava", write(tmp_path / "llava_v1_5_mix665k.json", [LLAVA]))
+    bus = image("coco/train2017/000000033471.jpg")
+    assert [sample.id for sample in rows] == ["000000033471#0", "000000033471#1"]
+    assert rows[0].messages == (user(bus, "What are the colors of the bus?"), said("White and red."))
+    assert rows[1].messages == (
+        told(bus, "What are the colors of the bus?"), said("White and red."), user("Is it moving?"), said("No."),
+    )  # fmt: skip
+    assert list(pickle.loads(pickle.dumps(rows))) == list(rows)
+
+
+def test_llava_lists_text_alone_and_a_placeholder_at_the_end(tmp_path):
+    both = {"id": 1, "image": ["a.jpg", "b.jpg"], "conversations": talk("<image>\n<image>\nCompare.", "Alike.")}
+    alone = {"id": "t", "model": "x", "conversations": talk("Hi", "Ho")}
+    late = {"id": "l", "image": "a.jpg", "conversations": talk("What is this?\n<image>", "A cup.")}
+    rows = open_source("llava", jsonl(tmp_path / "a.jsonl", both, alone, late))
+    assert rows[0].messages[0] == user(image("a.jpg"), image("b.jpg"), "Compare.")
+    assert (rows[0].id, rows[1].meta) == ("1", {"model": "x"})
+    assert rows[1].messages == (user("Hi"), said("Ho"))
+    assert rows[2].messages[0] == user("What is this?", image("a.jpg"))
+
+
+def test_video_llava_stage_1(tmp_path):
+    valley = {
+        "id": "v_0",
+        "video": "valley/000/0001.mp4",
+        "conversations": talk("Describe it.\n<video>", "A dog runs."),
+    }
+    older = {"id": "v_1", "video": "valley/000/0002.mp4", "conversations": talk("<image>\nDescribe it.", "A cat.")}
+    mixed = {
+        "id": "v_2",
+        "video": ["v.mp4"],
+        "image": ["i.jpg"],
+        "conversations": talk("<video><image>\nBoth?", "Yes."),
+    }
+    rows = open_source("llava", write(tmp_path / "valley.json", [valley, older, mixed]))
+    assert rows[0].messages == (user("Describe it.", video("valley/000/0001.mp4")), said("A dog runs."))
+    assert rows[1].messages[0] == user(video("valley/000/0002.mp4"), "Describe it.")
+    assert rows[2].messages[0] == user(video("v.mp4"), image("i.jpg"), "Both?")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"conversations": talk("<image><image>\nWhat?", "A.")},
+            "the texts hold 2 <image>, but the row names 1 images",
+        ),
+        ({"conversations": talk("What?", "A.")}, "the texts hold 0 <image>, but the row names 1 images"),
+        ({"image": ["a.jpg", "b.jpg"]}, "the texts hold 1 <image>, but the row names 2 images"),
+        ({"image": None}, "the texts hold 1 <image>, but the row names 0 images"),
+        ({"conversations": talk("Look.", "<image> is it")}, "<image> stands in the assistant's message"),
+        ({"conversations": talk("<image>\nWhat?", "A.", "<video>", "B.")}, "the texts hold 1 <video>, but .* 0 videos"),
+        ({"image": 7}, "'image' must hold paths of media, found a number"),
+        ({"image": {"bytes": "x", "path": "a.jpg"}}, "'image' holds the bytes of a medium"),
+        ({"conversations": "x"}, "'conversations' must be a list of messages, found a string"),
+        ({"conversations": talk(5, "A.")}, "message 0: must be a text, found a number"),
+        ({"conversations": [{"from": "humn", "value": "x"}]}, "message 0: unknown role 'humn'; did you mean 'human'"),
+        (
+            {"conversations": [{"from": "human", "text": "x"}]},
+            r"message 0: 'value' is missing \(the row has: from, text",
+        ),
+        ({"conversations": talk("<image>", " ")}, "message 1: the answer is empty"),
+    ],
+)
+def test_llava_broken_rows(tmp_path, change, message):
+    rows = open_source("llava", write(tmp_path / "rows.json", [LLAVA, LLAVA | change, LLAVA]))
+    assert rows[0].answer == "White and red."
+    assert rows[len(rows) - 1].answer == "No."
+    with pytest.raises(BadSample, match=rf"rows\.json, row 2: .*{message}"):
+        rows[2]
+
+
+def test_a_wrong_column_is_answered_with_the_nearest(tmp_path):
+    row = {"id": "a", "image": "a.jpg", "conversation": talk("<image>", "x")}
+    assert "there is no 'conversations' (the row has: id, image, conversation; is 'conversations' called " in reason(
+        "llava", tmp_path, row
+    )
+    row = {"imagess": ["a.jpg"], "mesages": openai("<image>", "x")}
+    assert "is 'messages' called 'mesages' there?" in reason("swift", tmp_path, row)
+    assert "'source' is missing or empty" in (found := reason("slam", tmp_path, {"sourse": "a.wav", "target": "x"}))
+    assert "is 'source' called 'sourse' there?" in found
+    assert "is 'output' called 'outputs' there?" in reason("alpaca", tmp_path, {"instruction": "x", "outputs": "y"})
+
+
+# --- ShareGPT, OpenAI and alpaca, as LLaMA-Factory reads them
+
+
+def test_sharegpt_as_published(tmp_path):
+    row = {"conversations": talk("Hi", "Ho", "And?", "So."), "system": "Be brief.", "tools": "[]"}
+    media = {
+        "messages": openai("<image>Who are they?\n<video><audio>", "Kane and Goretzka."),
+        "images": ["mllm_demo_data/1.jpg"],
+        "videos": ["mllm_demo_data/1.mp4"],
+        "audios": ["mllm_demo_data/1.mp3"],
+    }
+    first = {"messages": [{"role": "system", "content": "Be kind."}, *openai("Hi", "Ho")]}
+    rows = open_source("sharegpt", write(tmp_path / "mllm_demo.json", [row, media, first]), audio_as="speech")
+    assert rows[1].messages == (
+        Message("system", (Text("Be brief."),)), told("Hi"), said("Ho"), user("And?"), said("So."),
+    )  # fmt: skip
+    assert rows[1].meta == {"tools": "[]"}
+    assert rows[2].messages[0] == user(
+        image("mllm_demo_data/1.jpg"), "Who are they?", video("mllm_demo_data/1.mp4"),
+        audio("mllm_demo_data/1.mp3", "speech"),
+    )  # fmt: skip
+    assert rows[3].messages[0] == Message("system", (Text("Be kind."),))
+
+
+def test_sharegpt_takes_the_columns_and_tags_of_dataset_info(tmp_path):
+    row = {"dialog": [{"who": "Q", "says": "<image>What?"}, {"who": "A", "says": "A cup."}], "pictures": "a.jpg"}
+    path = write(tmp_path / "a.json", [row])
+    columns = {"messages": "dialog", "images": "pictures"}
+    tags = {"role_tag": "who", "content_tag": "says", "user_tag": "Q", "assistant_tag": "A"}
+    rows = open_source("sharegpt", path, columns=columns, tags=tags)
+    assert rows[0].messages == (user(image("a.jpg"), "What?"), said("A cup."))
+    assert rows[0].meta == {}
+    with pytest.raises(UserError, match="option 'columns': unknown name 'image'; did you mean 'images'"):
+        open_source("sharegpt", path, columns={"image": "pictures"})
+    with pytest.raises(UserError, match="option 'tags': unknown name 'role'; did you mean 'role_tag'"):
+        open_source("sharegpt", path, tags={"role": "who"})
+    with pytest.raises(BadSample, match="unknown role 'Q'"):
+        open_source("sharegpt", path, columns=columns, tags={"role_tag": "who", "content_tag": "says"})[0]
+
+
+def test_tool_calls_are_bad_rows(tmp_path):
+    row = {"conversations": [*talk("Hi"), {"from": "function_call", "value": "{}"}, *talk("x", "y")]}
+    assert "message 1: unknown role 'function_call'" in reason("sharegpt", tmp_path, row)
+
+
+def test_alpaca_as_published(tmp_path):
+    row = {
+        "instruction": "<audio>What is heard?",
+        "input": "Answer with one word.",
+        "output": "Rain",
+        "system": "Listen.",
+        "history": [["Hi", "Ho"], ["And", "So"]],
+        "audios": ["a.wav"],
+    }
+    rows = open_source("alpaca", write(tmp_path / "a.json", [row, {"instruction": "1+1?", "output": 2}]))
+    assert [sample.answer for sample in rows] == ["Ho", "So", "Rain", "2"]
+    assert rows[2].messages[-2:] == (user(audio("a.wav"), "What is heard?\nAnswer with one word."), said("Rain"))
+    assert rows[2].messages[:2] == (Message("system", (Text("Listen."),)), told("Hi"))
+    renamed = write(tmp_path / "b.json", [{"question": "1+1?", "answer": "2"}])
+    columns = {"prompt": "question", "response": "answer"}
+    assert open_source("alpaca", renamed, columns=columns)[0].messages == (user("1+1?"), said("2"))
+    assert "'history' 0: must be a pair" in reason("alpaca", tmp_path, row | {"history": ["Hi"]})
+
+
+# --- ms-swift
+
+
+def test_swift_as_published(tmp_path):
+    rows = open_source(
+        "swift",
+        jsonl(
+            tmp_path / "swift.jsonl",
+            {"messages": openai("<image><image>What differs?", "The ears."), "images": ["/xxx/x.jpg", "/xxx/x.png"]},
+            {"messages": openai("What did it say?", "Hello."), "audios": ["/xxx/x.mp3"]},
+            {"query": "And now?", "response": "Blue.", "history": [["<video>What?", "Red."]], "videos": ["/xxx/x.mp4"]},
+            {"system": "Be brief.", "conversation": [{"human": "Hi", "assistant": "Ho"}]},
+        ),
+        strip_prefix="/xxx",
+    )
+    assert rows[0].messages == (user(image("x.jpg"), image("x.png"), "What differs?"), said("The ears."))
+    assert rows[1].messages[0] == user(audio("x.mp3"), "What did it say?")  # put in front, as ms-swift does
+    assert rows[2].messages == (user(video("x.mp4"), "What?"), said("Red."))
+    assert rows[3].messages == (told(video("x.mp4"), "What?"), said("Red."), user("And now?"), said("Blue."))
+    assert rows[4].messages == (Message("system", (Text("Be brief."),)), user("Hi"), said("Ho"))
+
+
+def test_swift_broken_rows(tmp_path):
+    row = {"messages": openai("<image>Which?", "The left."), "images": ["a.jpg", "b.jpg"]}
+    assert "the texts hold 1 <image>, but the row names 2 images" in reason("swift", tmp_path, row)
+    assert "its last message must be" in reason("swift", tmp_path, {"messages": openai("Hi")})
+    assert "there is no 'messages', no 'response' and no 'conversation'" in reason("swift", tmp_path, {"text": "x"})
+    alone = {"messages": [{"role": "assistant", "content": "I love music"}]}
+    assert "expected the user as turn 0" in reason("swift", tmp_path, alone)
+
+
+# --- text that looks like a placeholder
+
+
+def test_typed_content_leaves_placeholders_alone(tmp_path):
+    content = [{"type": "image", "path": "a.jpg"}, {"type": "text", "text": "What does <image> mean in <video>?"}]
+    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "<audio> nothing"}]}
+    sample = open_source("messages", jsonl(tmp_path / "a.jsonl", row))[0]
+    assert sample.messages == (user(image("a.jpg"), "What does <image> mean in <video>?"), said("<audio> nothing"))
+
+
+# --- speech and sound
+
+
+def test_slam_llm(tmp_path):
+    rows = [
+        {"key": "1034-121119-0000", "source": "/nfs/data/LibriSpeech/dev/1034.flac", "target": "the law of friendship"},
+        {"key": "k2", "source": "b.wav", "target": "ein Hund", "prompt": "Translate into German.", "lang": "de"},
+    ]
+    path = jsonl(tmp_path / "librispeech_train_960h.jsonl", *rows)
+    found = open_source("slam", path, strip_prefix=["/nfs/other", "/nfs/data/"])
+    assert found[0].id == "1034-121119-0000"
+    assert found[0].messages == (
+        user(audio("LibriSpeech/dev/1034.flac", "speech"), "Transcribe speech to text."),
+        said("the law of friendship"),
+    )
+    assert found[1].messages[0] == user(audio("b.wav", "speech"), "Translate into German.")
+    assert found[1].meta == {"lang": "de"}
+    assert open_source("slam", path, prompt="Write.", audio_as="audio")[1].messages[0] == user(audio("b.wav"), "Write.")
+
+
+AUDIOCAPS = (
+    "audiocap_id,youtube_id,start_time,caption\n"
+    '91139,r1nicOVtvkQ,130,"A woman talks nearby, as ""water"" pours"\n'
+    "58146,_9mgOkzm-xg,30,Multiple clanging sounds\n"
+)
+
+
+def test_audiocaps_as_published(tmp_path):
+    path = write(tmp_path / "train.csv", AUDIOCAPS)
+    rows = open_source("audiocaps", path)
+    assert len(rows) == 2
+    assert rows[0].messages == (
+        user(audio("r1nicOVtvkQ.wav"), "Describe the sound."),
+        said('A woman talks nearby, as "water" pours'),
+    )
+    assert (rows[0].id, rows[0].meta) == ("91139", {"youtube_id": "r1nicOVtvkQ", "start_time": "130"})
+    named = open_source("audiocaps", path, file="train/Y{youtube_id}_{start_time}.flac", prompt="What?")
+    assert named[1].messages[0] == user(audio("train/Y_9mgOkzm-xg_30.flac"), "What?")
+    assert pickle.loads(pickle.dumps(named))[1] == named[1]
+    with pytest.raises(UserError, match="file: unknown column 'youtubeid'; did you mean 'youtube_id'"):
+        open_source("audiocaps", path, file="{youtubeid}.wav")
+
+
+def test_audiocaps_broken_files_and_rows(tmp_path):
+    with pytest.raises(UserError, match=r"has no column 'caption' .* is 'caption' called 'captions' there"):
+        open_source("audiocaps", write(tmp_path / "a.csv", AUDIOCAPS.replace("caption\n", "captions\n")))
+    with pytest.raises(UserError, match="holds no rows below its header"):
+        open_source("audiocaps", write(tmp_path / "b.csv", AUDIOCAPS.split("\n")[0]))
+    with pytest.raises(UserError, match="is empty"):
+        open_source("audiocaps", write(tmp_path / "c.csv", "\n"))
+    rows = open_source("audiocaps", write(tmp_path / "d.csv", AUDIOCAPS + '1,2\n1,2,3,"open\n1,,3,x\n'))
+    with pytest.raises(BadSample, match="row 2: line 4: expected 4 fields, found 2"):
+        rows[2]
+    with pytest.raises(BadSample, match="line 5: is no line of csv"):
+        rows[3]
+    with pytest.raises(BadSample, match="'youtube_id' is missing or empty"):
+        rows[4]
+
+
+@pytest.fixture
+def librispeech(tmp_path):
+    """Two chapters of two subsets, with true recordings."""
+    for subset, name, texts in (
+        ("dev-clean", "1272-128104", ["MISTER QUILTER IS THE APOSTLE", "NOR IS MISTER QUILTER'S MANNER"]),
+        ("test-other", "1688-142285", ["THERE'S IRON THEY SAY"]),
+    ):
+        folder = tmp_path / "LibriSpeech" / subset / name.replace("-", "/")
+        lines = [f"{name}-{k:04} {text}" for k, text in enumerate(texts)]
+        write(folder / f"{name}.trans.txt", "\n".join(lines) + "\n")
+        for k in range(len(texts)):
+            soundfile.write(folder / f"{name}-{k:04}.flac", np.zeros(1600), 16_000)
+    return tmp_path / "LibriSpeech"
+
+
+def test_librispeech_as_unpacked(librispeech):
+    rows = open_source("librispeech", librispeech, media_dir=librispeech.parent)
+    assert [sample.id for sample in rows] == ["1272-128104-0000", "1272-128104-0001", "1688-142285-0000"]
+    assert rows[1].messages == (
+        user(audio("LibriSpeech/dev-clean/1272/128104/1272-128104-0001.flac", "speech"), "Transcribe speech to text."),
+        said("NOR IS MISTER QUILTER'S MANNER"),
+    )
+    subset = open_source("librispeech", librispeech / "dev-clean", media_dir=librispeech, lower=True, prompt="Write.")
+    assert len(subset) == 2
+    assert subset[0].messages == (
+        user(audio("dev-clean/1272/128104/1272-128104-0000.flac", "speech"), "Write."),
+        said("mister quilter is the apostle"),
+    )
+    for found, base in ((rows, librispeech.parent), (subset, librispeech)):
+        assert MediaLoader(base).resolve(found[0].media[0]).is_file()
+    assert MediaLoader(librispeech.parent).resolve(open_source("librispeech", librispeech)[0].media[0]).is_file()
+    assert pickle.loads(pickle.dumps(rows))[2] == rows[2]
+    assert [file.name for file in annotation_files("librispeech", librispeech)] == [
+        "1272-128104.trans.txt", "1688-142285.trans.txt",
+    ]  # fmt: skip
+
+
+def test_librispeech_broken(librispeech, tmp_path):
+    with pytest.raises(UserError, match="do not lie in media_dir"):
+        open_source("librispeech", librispeech, media_dir=librispeech / "dev-clean")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no \*\.trans\.txt"):
+        open_source("librispeech", tmp_path / "empty")
+    with pytest.raises(UserError, match=r"LibriSpech: the annotation file .* did you mean 'LibriSpeech'"):
+        open_source("librispeech", tmp_path / "LibriSpech")
+    write(librispeech / "x" / "x.trans.txt", "x-0000\n../../x-0001 HELLO\n")
+    rows = open_source("librispeech", librispeech / "x")
+    for k in (0, 1):
+        with pytest.raises(BadSample, match=rf"x\.trans\.txt, line {k + 1}: expected the recording's name"):
+            rows[k]
+
+
+# --- absolute paths, links, media of another kind
+
+
+def test_strip_prefix_is_safe(tmp_path):
+    media = tmp_path / "media"
+    media.mkdir()
+    (tmp_path / "secret.wav").write_bytes(b"x")
+    (media / "a.wav").write_bytes(b"x")
+    (media / "out.wav").symlink_to(tmp_path / "secret.wav")
+    sources = ["/old/media/a.wav", "/old/media2/a.wav", "/old/media/../secret.wav", "/old/media//etc/passwd",
+               "/old/media/out.wav", "/old/media"]  # fmt: skip
+    path = jsonl(tmp_path / "a.jsonl", *({"source": source, "target": "x"} for source in sources))
+    rows = open_source("slam", path, strip_prefix="/old/media")
+    loader = MediaLoader(media)
+    found = [row.media[0] for row in rows]
+    assert [m.path for m in found[:2]] == ["a.wav", "/old/media2/a.wav"]  # whole folders only
+    assert loader.resolve(found[0]) == media / "a.wav"
+    for medium, message in zip(
+        found[1:],
+        [r"is an absolute path; .*strip_prefix: /old/media2", "climbs with '..'", "not found", "is a link that leads out",
+         "is an absolute path"],
+        strict=True,
+    ):  # fmt: skip
+        with pytest.raises(MediaError, match=message):
+            loader.resolve(medium)
+    assert [sample.media[0].path for sample in rows.head(1)] == ["a.wav"]
+
+
+def test_every_source_takes_strip_prefix_and_tells_unknown_options(tmp_path):
+    for source in SOURCES:
+        if source in ("librispeech", "hf"):
+            continue
+        with pytest.raises(UserError, match=r"unknown option 'strip_prefx'; did you mean 'strip_prefix'"):
+            open_source(source, write(tmp_path / "a.json", "[1]"), strip_prefx="x")
+
+
+def test_adding_a_format_is_one_function_and_one_line(tmp_path, monkeypatch):
+    def parse(raw, index):
+        question, _, answer = raw.text.decode().partition("|")
+        return Sample(f"q{index}", ask((), question, answer), source="pipes", row=index)
+
+    def read(path, upper: bool = False):
+        return Rows(path, lines([path]), parse)
+
+    monkeypatch.setitem(SOURCES, "pipes", Source(read))
+    rows = open_source("pipes", write(tmp_path / "a.txt", "1+1?|2\n\n2+2?|4\n"))
+    assert [sample.answer for sample in rows] == ["2", "4"]
+    with pytest.raises(UserError, match="unknown option 'uper'; did you mean 'upper'"):
+        open_source("pipes", tmp_path / "a.txt", uper=True)
+
+
+def test_what_is_there(tmp_path, librispeech):
+    path = write(tmp_path / "a.json", "[1]")
+    assert is_there("llava", path)
+    assert not is_there("llava", tmp_path)
+    assert is_there("librispeech", librispeech)
+    assert not is_there("librispeech", tmp_path / "nothing")
+    assert is_there("hf", tmp_path / "user" / "name")
+    assert annotation_files("hf", tmp_path / "user" / "name") == []
+
+
+def test_media_of_another_kind_than_declared(tmp_path, write_video):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+    soundfile.write(tmp_path / "s.wav", np.zeros(1600), 16_000)
+    write_video(tmp_path / "v.mp4", [0, 1, 2])
+    row = {
+        "messages": openai("<image><video><audio>?", "x"),
+        "images": ["v.mp4"],
+        "videos": ["s.wav"],
+        "audios": ["p.png"],
+    }
+    picture, film, sound = open_source("swift", jsonl(tmp_path / "a.jsonl", row))[0].media
+    loader = MediaLoader(tmp_path)
+    with pytest.raises(MediaError, match=r"v\.mp4: cannot be read as an image .*of another kind"):
+        loader.frames(picture, 2)
+    with pytest.raises(MediaError, match=r"s\.wav: has no picture track \(it has: audio\)"):
+        loader.frames(film, 2)
+    with pytest.raises(MediaError, match=r"p\.png: cannot be read as a media file .*of another kind"):
+        loader.windows(sound, 2, 1.0, whole=False)
