@@ -1,0 +1,52 @@
+"""Whisper's text normaliser (Radford et al. 2022, appendix C), as transformers carries it.
+
+English texts go through EnglishTextNormalizer: contractions, numbers as digits, British spellings as American ones,
+no fillers (`uh`), no brackets with what stands in them; other languages through BasicTextNormalizer: lower case, no
+punctuation or diacritics. whisper_spelling.json is the table of spellings that OpenAI publishes with Whisper
+(github.com/openai/whisper, whisper/normalizers/english.json, MIT License, Copyright (c) 2022 OpenAI).
+
+The normaliser's own patterns take time that grows with the square of some inputs (a million spaces, brackets that never
+close), and it fails on numbers of thousands of digits. So: white space is joined first, brackets that never close
+become spaces, words are cut after LONGEST letters, and those after the first MOST are lower-cased only: exact for
+anything that was spoken in one breath.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+MOST = 2000  # words
+LONGEST = 100  # letters of a word
+
+
+@lru_cache(maxsize=1)
+def _normalisers() -> tuple[Callable[[str], str], Callable[[str], str]]:
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    spelling = json.loads(Path(__file__).with_name("whisper_spelling.json").read_text(encoding="utf-8"))
+    return EnglishTextNormalizer(spelling), BasicTextNormalizer()
+
+
+@lru_cache(maxsize=16384)
+def whisper_normalised(text: str, english: bool = True) -> str:
+    """The text as Whisper's word error rates see it."""
+    words = _closed(text).split()
+    head = " ".join(word[:LONGEST] for word in words[:MOST])
+    tail = [word.lower() for word in words[MOST:]]
+    normaliser = _normalisers()[0 if english else 1]
+    try:
+        head = normaliser(head)
+    except (ValueError, ArithmeticError):  # a number that it cannot build
+        head = _normalisers()[1](head)
+    return " ".join([*head.split(), *tail])
+
+
+def _closed(text: str) -> str:
+    """The text with brackets that no later one closes made spaces, as the normaliser makes all symbols in the end."""
+    square = max(text.rfind(">"), text.rfind("]")) + 1
+    text = text[:square] + text[square:].replace("<", " ").replace("[", " ")
+    round_ = text.rfind(")") + 1
+    return text[:round_] + text[round_:].replace("(", " ")
