@@ -71,9 +71,11 @@ def score(name: str, predictions: Path, annotations: Path | None = None, against
     """All figures of a predictions file; UserError for a benchmark or file that is not there."""
     benchmark = find_benchmark(name)
     found = read(predictions)
-    truths = None if annotations is None else benchmark.load(annotations)
+    truths = None if annotations is None else benchmark.load(annotations, options=benchmark.truth_options)
     collected = collect(benchmark, found, truths)
     figures = benchmark.score(collected.rows, collected.filed)
+    if not figures["parsed"]:
+        collected.problems.append(f"no answer could be parsed; are these rows of {benchmark.name}?")
     del figures["metrics"]  # those of rules.strict
     result = {
         **figures,

@@ -27,6 +27,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -64,6 +65,7 @@ class Earned(NamedTuple):
     group: str = ""
 
 
+@lru_cache(maxsize=65536)
 def normalise(text: str) -> str:
     """Lower case, no punctuation or symbols, single spaces; letters of every script stay; don't becomes dont."""
     text = unicodedata.normalize("NFKC", text).casefold().replace("'", "").replace("\u2019", "")
@@ -98,16 +100,18 @@ def total(earned: Iterable[Earned]) -> float:
 
 
 class Benchmark(ABC):
-    """name: as on the command line. source, options: the reader of the annotation file. measure: what `score` is.
+    """name: as on the command line. source, options: the reader of the annotation file.
 
-    scale: "share" (0 to 1) or "points". home: where the data come from and where to put them. separated_by: what a
-    published row must carry to be told from another one ("media", "question"). all_splits: the annotation file may cover
-    more than the split that was asked, so that rows without a prediction are not always missing.
+    truth_options: further options where only the true answers are wanted. measure: what `score` is. scale: "share" (0
+    to 1) or "points". home: where the data come from and where to put them. separated_by: what a published row must
+    carry to be told from another one ("media", "question"). all_splits: the annotation file may cover more than the
+    split that was asked, so that rows without a prediction are not always missing.
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
     options: ClassVar[dict[str, Any]] = {}
+    truth_options: ClassVar[dict[str, Any]] = {}
     measure: ClassVar[str] = "accuracy"
     scale: ClassVar[str] = "share"
     home: ClassVar[str] = ""

@@ -17,9 +17,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 ORDERS = (1, 2, 3, 4)
 SIGMA = 6.0
+TOO_LONG = 250  # bigrams more than the longest reference: exp(-250^2 / 72) is 0 in float64
 _WORD = re.compile(r"[^\W_]+(?:[-_.][^\W_]+)*|'(?:s|m|d|re|ve|ll)\b")
 _NEGATION = re.compile(r"(?<=[a-z])n't\b")
 _CLITIC = re.compile(r"(?<=\w)'(?=(?:s|m|d|re|ve|ll)\b)")
@@ -27,11 +29,12 @@ _CLITIC = re.compile(r"(?<=\w)'(?=(?:s|m|d|re|ve|ll)\b)")
 Grams = Counter[tuple[str, ...]]
 
 
-def tokens(caption: str) -> list[str]:
+@lru_cache(maxsize=65536)
+def tokens(caption: str) -> tuple[str, ...]:
     """`It's a dog, barking.` -> it 's a dog barking."""
     text = caption.lower().replace("\u2019", "'")
     text = _CLITIC.sub(" '", _NEGATION.sub(" n_t", text))
-    return [word.replace("n_t", "n't") if word == "n_t" else word for word in _WORD.findall(text)]
+    return tuple("n't" if word == "n_t" else word for word in _WORD.findall(text))
 
 
 def grams(words: Sequence[str]) -> Grams:
@@ -48,8 +51,12 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> l
     vectors = [[Vector(caption, weights, whole) for caption in captions] for captions in told]
     scores = []
     for candidate, own in zip(candidates, vectors, strict=True):
-        said = Vector(grams(tokens(candidate)), weights, whole)
-        scores.append(10 * sum(said.likeness(reference) for reference in own) / len(own) if own else 0.0)
+        words = tokens(candidate)
+        if not own or len(words) - max(reference.length for reference in own) > TOO_LONG:
+            scores.append(0.0)
+            continue
+        said = Vector(grams(words), weights, whole)
+        scores.append(10 * sum(said.likeness(reference) for reference in own) / len(own))
     return scores
 
 

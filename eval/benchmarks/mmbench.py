@@ -42,18 +42,22 @@ class MmBench(MultipleChoice):
         "the path; its folder is the media folder"
     )
 
+    truth_options: ClassVar[dict[str, Any]] = {"pictures": False}
+
     def open(self, path: Path, circular: bool = False, **options: Any) -> Rows:
         records = read_table(path, "\t", ("index", "question", "A", "B", "answer", "image"))
         if circular:
             records = [moved for record in records for moved in _passes(record)]
         return Rows(path, records, partial(self.prompt, folder=path.parent, stem=path.stem, **options))
 
-    def prompt(self, record: Any, index: int, folder: Path = Path(), stem: str = "mmbench") -> Sample:
+    def prompt(
+        self, record: Any, index: int, folder: Path = Path(), stem: str = "mmbench", pictures: bool = True
+    ) -> Sample:
         choices = _choices(record)
         hint = (record.get("hint") or "").strip()
         question = text_of(record, "question")
         question = question if hint in ("", "nan") else f"{hint}\n{question}"
-        image = _picture(record, folder, stem)
+        image = _picture(record, folder, stem, pictures)
         meta = {key: record[key] for key in ("category", "l2-category") if record.get(key)}
         meta |= {"index": int(record["index"]), "image_path": image}
         media = [Media("image", image, "vision")]
@@ -94,7 +98,7 @@ def _choices(record: dict[str, Any]) -> list[str]:
 def _passes(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The passes of CircularEval: in pass k option j is the first pass's option j + k."""
     try:
-        choices, index = _choices(record), int(record["index"])
+        choices, index = _choices(record), int(str(record.get("index")))
     except (BadSample, ValueError):
         return [record]  # stays once; prompt tells what is wrong with it
     letter = true_letter(record.get("answer") or "", choices)
@@ -108,17 +112,17 @@ def _passes(record: dict[str, Any]) -> list[dict[str, Any]]:
     return passes
 
 
-def _picture(record: dict[str, Any], folder: Path, stem: str) -> str:
-    """The picture's path in `folder`; written there from the cell's base64 where it is not yet."""
+def _picture(record: dict[str, Any], folder: Path, stem: str, write: bool) -> str:
+    """The picture's path in `folder`; if told to, written there from the cell's base64 where it is not yet."""
     try:
-        index = int(record.get("image_index") or record["index"]) % PASS
+        index = int(str(record.get("image_index") or record.get("index"))) % PASS
     except ValueError:
-        raise BadSample(f"'index' must be a number, found {record['index']!r}") from None
+        raise BadSample(f"'index' must be a number, found {record.get('index')!r}") from None
     cell = (record.get("image") or "").strip()
     if cell.isdigit() and len(cell) < 12:  # the row that holds the picture
         return f"{stem}.images/{int(cell) % PASS}.jpg"
     path = folder / f"{stem}.images" / f"{index}.jpg"
-    if not path.is_file():
+    if write and not path.is_file():
         try:
             content = base64.b64decode(cell, validate=True)
         except (binascii.Error, ValueError):

@@ -6,9 +6,9 @@ punctuation or diacritics. whisper_spelling.json is the table of spellings that 
 (github.com/openai/whisper, whisper/normalizers/english.json, MIT License, Copyright (c) 2022 OpenAI).
 
 The normaliser's own patterns take time that grows with the square of some inputs (a million spaces, brackets that never
-close), and it fails on numbers of thousands of digits. So: white space is joined first, brackets that never close
-become spaces, words are cut after LONGEST letters, and those after the first MOST are lower-cased only: exact for
-anything that was spoken in one breath.
+close), and it fails on numbers of thousands of digits. So white space is joined first, brackets that never close become
+spaces, the English rules apply to the first MOST words (the longest utterances that Whisper hears have some 150), and a
+text that they fail on gets the basic ones.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-MOST = 2000  # words
-LONGEST = 100  # letters of a word
+MOST = 2000
 
 
 @lru_cache(maxsize=1)
@@ -34,14 +33,13 @@ def _normalisers() -> tuple[Callable[[str], str], Callable[[str], str]]:
 def whisper_normalised(text: str, english: bool = True) -> str:
     """The text as Whisper's word error rates see it."""
     words = _closed(text).split()
-    head = " ".join(word[:LONGEST] for word in words[:MOST])
-    tail = [word.lower() for word in words[MOST:]]
-    normaliser = _normalisers()[0 if english else 1]
+    told, plain = _normalisers() if english else (_normalisers()[1],) * 2
     try:
-        head = normaliser(head)
+        head = told(" ".join(words[:MOST]))
     except (ValueError, ArithmeticError):  # a number that it cannot build
-        head = _normalisers()[1](head)
-    return " ".join([*head.split(), *tail])
+        head = plain(" ".join(words[:MOST]))
+    tail = plain(" ".join(words[MOST:])) if len(words) > MOST else ""
+    return " ".join([*head.split(), *tail.split()])
 
 
 def _closed(text: str) -> str:
