@@ -204,13 +204,15 @@ class Lookup:
             return [place for place in by_id if place in near] or ([] if near and fields.media else by_id)
         if self.media_suffices or not near:
             return near
+        if len(near) == 1 and not fields.question and not fields.id:
+            return near
         return self._asked(near, normalise(fields.question))
 
     def _asked(self, near: list[int], question: str) -> list[int]:
         """Those whose question it is, word for word or as part of a prompt."""
         equal = [place for place in near if self.questions[place] == question]
         part = [place for place in near if self.questions[place] and self.questions[place] in question]
-        return equal or part or (near if len(near) == 1 and not question else [])
+        return equal or part
 
 
 def _question(row: Row) -> str:

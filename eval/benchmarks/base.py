@@ -65,12 +65,23 @@ class Earned(NamedTuple):
     group: str = ""
 
 
+class _Kept(dict[int, str]):
+    """For str.translate: punctuation, symbols, separators and control characters become spaces; the rest stays."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        self[code] = " " if unicodedata.category(letter)[0] in "PSCZ" else letter
+        return self[code]
+
+
+_KEPT = _Kept()
+
+
 @lru_cache(maxsize=65536)
 def normalise(text: str) -> str:
     """Lower case, no punctuation or symbols, single spaces; letters of every script stay; don't becomes dont."""
     text = unicodedata.normalize("NFKC", text).casefold().replace("'", "").replace("\u2019", "")
-    kept = (" " if unicodedata.category(letter)[0] in "PSCZ" else letter for letter in text)
-    return " ".join("".join(kept).split())
+    return " ".join(text.translate(_KEPT).split())
 
 
 def unit_of(sample: Sample) -> str:

@@ -4,7 +4,7 @@ strict, the first that holds (options, where their number is not known, are A to
     0. the whole text is one option's text, and longer than a letter
     1. a letter alone at the beginning: "B", "(B)", "B.", "B) a cat", "B a cat", "b: a cat"; but not the article of
        "a cat", and not where a second letter follows ("A or B")
-    2. "answer is B", "answer: (B)", "option B", "choice B", where all such places name one letter
+    2. "answer is B", "answer: (B)", "option B", "choice B" ("a" as above), where all such places name one letter
     3. one letter in brackets, "... is (B)", where no other one stands in brackets
     4. the text of one option and of no other, where the options are known
 else it is unparsed.
@@ -52,14 +52,18 @@ def _leading(text: str) -> str | None:
     if match is None:
         return None
     letter, rest = match[1], text[match.end() :][:60]
-    article = letter == "a" and match.start(1) == 0 and re.match(r"\s+\w", rest)
-    if article or _SECOND.match(rest):
+    if _article(match, text) or _SECOND.match(rest):
         return None
     return letter.upper()
 
 
+def _article(match: re.Match[str], text: str) -> bool:
+    """Whether the letter that was matched is the `a` of "a cat"."""
+    return match[1] == "a" and re.match(r"\s+\w", text[match.end() : match.end() + 60]) is not None
+
+
 def _only(pattern: re.Pattern[str], text: str) -> str | None:
-    found = {letter.upper() for letter in pattern.findall(text)}
+    found = {match[1].upper() for match in pattern.finditer(text) if not _article(match, text)}
     return found.pop() if len(found) == 1 else None
 
 

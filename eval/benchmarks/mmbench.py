@@ -102,7 +102,7 @@ def _passes(record: dict[str, Any]) -> list[dict[str, Any]]:
     except (BadSample, ValueError):
         return [record]  # stays once; prompt tells what is wrong with it
     letter = true_letter(record.get("answer") or "", choices)
-    if index >= PASS or letter is None:
+    if index >= PASS or letter is None or letter not in LETTERS[: len(choices)]:
         return [record]
     passes = []
     for k in range(len(choices)):

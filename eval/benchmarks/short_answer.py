@@ -23,7 +23,7 @@ class ShortAnswer(Benchmark):
 
     def points(self, row: Row) -> tuple[float, float]:
         truth = normalise(row.answer)
-        right = row.error is None and truth != "" and self.parse(row.prediction) == truth
+        right = truth != "" and self.reading(row) == truth
         return float(right), 1.0
 
     def details(self, rows: Sequence[Row]) -> dict[str, Any]:
