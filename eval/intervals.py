@@ -1,36 +1,73 @@
 """95 % intervals by bootstrap over independent units.
 
 Questions about one clip stand or fall together, so clips are drawn anew, not questions (Efron and Tibshirani 1993,
-chapter 13: the percentile interval). The seed is fixed: the same predictions give the same interval. Cost: DRAWS x
-units, in blocks of draws.
+chapter 13: the percentile interval). A score may be a sum of ratios over groups of rows (MME's subtasks): units are
+then drawn within the groups that they belong to, so that no group changes its size. The seed is fixed: the same
+predictions give the same interval. Cost: DRAWS x (units + groups), in blocks of draws.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 DRAWS = 1000
 BLOCK = 50  # draws held in memory at once
 
+Array = NDArray[np.float64]
+
 
 def bootstrap_interval(
-    earned: Sequence[tuple[float, float]], units: Sequence[str], level: float = 0.95, seed: int = 0
+    earned: Sequence[tuple[float, float]],
+    units: Sequence[str],
+    level: float = 0.95,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> list[float] | None:
-    """The interval of sum(points) / sum(of) over rows grouped by unit; None where there are fewer than two units."""
-    names, group = np.unique(np.asarray(units, dtype=object).astype(str), return_inverse=True)
-    if len(names) < 2:
+    """The interval of sum over groups of (sum of points / sum of `of`), rows taken together by unit.
+
+    None where there are fewer than two units. groups: of each row; default: all rows are one group.
+    """
+    if len(set(units)) < 2:
         return None
-    table = np.asarray(earned, dtype=np.float64)
-    points, of = (np.bincount(group, weights=table[:, column], minlength=len(names)) for column in (0, 1))
     generator = np.random.default_rng(seed)
-    equal = np.full(len(names), 1 / len(names))
-    scores = []
-    for start in range(0, DRAWS, BLOCK):
-        counts = generator.multinomial(len(names), equal, size=min(BLOCK, DRAWS - start))
-        whole = counts @ of
-        scores.append(np.divide(counts @ points, whole, out=np.zeros_like(whole), where=whole > 0))
+    strata = _strata(earned, units, groups or [""] * len(units))
+    points, of = defaultdict[str, Array](lambda: np.zeros(DRAWS)), defaultdict[str, Array](lambda: np.zeros(DRAWS))
+    for names, table in strata.items():
+        drawn = _draw(table, generator)
+        for column, name in enumerate(names):
+            points[name] += drawn[:, 2 * column]
+            of[name] += drawn[:, 2 * column + 1]
+    ratios = [np.divide(points[g], of[g], out=np.zeros(DRAWS), where=of[g] > 0) for g in points]
     tail = (1 - level) / 2
-    low, high = np.quantile(np.concatenate(scores), [tail, 1 - tail])
+    low, high = np.quantile(np.sum(ratios, axis=0), [tail, 1 - tail])
     return [float(low), float(high)]
+
+
+def _strata(
+    earned: Sequence[tuple[float, float]], units: Sequence[str], groups: Sequence[str]
+) -> dict[tuple[str, ...], Array]:
+    """Units that earn in the same groups -> a table (units, 2 * groups) of points and `of`."""
+    by_unit: dict[str, dict[str, list[float]]] = {}
+    for (points, of), unit, group in zip(earned, units, groups, strict=True):
+        cell = by_unit.setdefault(unit, {}).setdefault(group, [0.0, 0.0])
+        cell[0] += points
+        cell[1] += of
+    strata: dict[tuple[str, ...], list[list[float]]] = defaultdict(list)
+    for _, cells in sorted(by_unit.items()):
+        names = tuple(sorted(cells))
+        strata[names].append([number for name in names for number in cells[name]])
+    return {names: np.asarray(rows) for names, rows in strata.items()}
+
+
+def _draw(table: Array, generator: np.random.Generator) -> Array:
+    """Sums of the table's columns over as many units drawn with replacement, (DRAWS, columns)."""
+    units = len(table)
+    equal = np.full(units, 1 / units)
+    sums = [
+        generator.multinomial(units, equal, size=min(BLOCK, DRAWS - start)) @ table for start in range(0, DRAWS, BLOCK)
+    ]
+    return np.concatenate(sums)

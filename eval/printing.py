@@ -1,14 +1,15 @@
-"""Metrics as tables for people; programs get the same as one JSON object. Floats are shares, shown in per cent."""
+"""Metrics as tables for people; programs get the same as one JSON object. Shares are shown in per cent, points as such."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 COUNTS = ("rows", "unparsed", "bad")
+FILE_COUNTS = ("rows", "parsed", "unparsed", "bad", "duplicates", "missing", "extra")
 WIDTH = 110  # where standard output is no terminal
 
 
@@ -33,23 +34,56 @@ def stdout_kept_clean(keep: bool) -> Iterator[None]:
 
 def print_metrics(results: Mapping[str, dict[str, Any]], title: str) -> None:
     """One table over all benchmarks, then the details of each."""
-    from rich.console import Console
     from rich.table import Column, Table
 
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    table = Table(Column("benchmark", no_wrap=True), "score %", "95 % interval", *COUNTS, "measure", title=title)
+    console = _console()
+    scores = ("score %", "95 % interval", "official %")
+    table = Table(Column("benchmark", no_wrap=True), *scores, *COUNTS, "measure", title=title)
     for name, metrics in results.items():
-        interval = metrics["interval"]
-        between = f"{cell(interval[0])} - {cell(interval[1])}" if interval else "-"
+        scale = metrics["scale"]
+        shown = (cell(metrics["score"], scale), between(metrics["interval"], scale))
+        official = cell(metrics["rules"]["official"]["score"], scale)
         counts = (str(metrics[key]) for key in COUNTS)
-        table.add_row(name, cell(metrics["score"]), between, *counts, metrics["measure"])
+        table.add_row(name, *shown, official, *counts, metrics["measure"])
     console.print(table)
     for name, metrics in results.items():
-        for detail in detail_tables(name, metrics["metrics"]):
+        for detail in detail_tables(name, metrics["metrics"], metrics["scale"]):
             console.print(detail)
 
 
-def detail_tables(name: str, figures: Mapping[str, Any]) -> list[Any]:
+def print_rules(result: Mapping[str, Any]) -> None:
+    """A scored predictions file: both rules side by side, then each rule's tables and the paired test."""
+    from rich.table import Table
+
+    console, scale, rules = _console(), result["scale"], result["rules"]
+    counts = ", ".join(f"{result[key]} {key}" for key in FILE_COUNTS if result[key] or key in COUNTS)
+    unit = " (%)" if scale == "share" else ""
+    table = Table(f"{result['measure']}{unit}", *rules, title=f"{result['benchmark']}: {counts}")
+    table.add_row("score", *(cell(rule["score"], scale) for rule in rules.values()))
+    table.add_row("95 % interval", *(between(rule["interval"], scale) for rule in rules.values()))
+    for key in ("rows", "parsed", "unparsed"):
+        table.add_row(key, *(str(rule[key]) for rule in rules.values()))
+    console.print(table)
+    for name, rule in rules.items():
+        details = {key: value for key, value in rule.items() if key not in ("score", "interval")}
+        for detail in detail_tables(name, details, scale):
+            console.print(detail)
+    if "against" in result:
+        test = result["against"]
+        change = f"{cell(test['difference'], scale)} ({between(test['interval'], scale)})"
+        console.print(
+            f"against {test['predictions']}: {cell(test['score'], scale)} there, difference {change}, "
+            f"p = {test['p_value']:.4g} over {test['units']} units"
+        )
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
+
+
+def detail_tables(name: str, figures: Mapping[str, Any], scale: str = "share") -> list[Any]:
     """Single floats together in one table; every mapping of mappings as a table of its own."""
     from rich.table import Table
 
@@ -57,19 +91,26 @@ def detail_tables(name: str, figures: Mapping[str, Any]) -> list[Any]:
     single |= {f"baseline: {key}": value for key, value in figures.get("baselines", {}).items()}
     tables = []
     if single:
-        table = Table("figure", "%", title=name)
+        table = Table("figure", "%" if scale == "share" else "points", title=name)
         for key, value in single.items():
-            table.add_row(key.replace("_", " "), cell(value))
+            table.add_row(key.replace("_", " "), cell(value, scale))
         tables.append(table)
     for key, value in figures.items():
         if isinstance(value, dict) and value and all(isinstance(line, dict) for line in value.values()):
             columns = list(next(iter(value.values())))
             table = Table(key, *columns, title=f"{name}: {key}")
             for line, cells in value.items():
-                table.add_row(line, *(cell(cells[column]) for column in columns))
+                table.add_row(line, *(cell(cells[column], scale) for column in columns))
             tables.append(table)
     return tables
 
 
-def cell(value: Any) -> str:
-    return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
+def between(interval: Sequence[float] | None, scale: str = "share") -> str:
+    return f"{cell(interval[0], scale)} - {cell(interval[1], scale)}" if interval else "-"
+
+
+def cell(value: Any, scale: str = "share") -> str:
+    """Shares in per cent, points as they are."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{100 * value:.1f}" if scale == "share" else f"{value:.3f}".rstrip("0").rstrip(".")

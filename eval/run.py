@@ -66,7 +66,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="default: evaluation.batch_size of the run")
     parser.add_argument("--max-new-tokens", type=int, help="default: evaluation.max_new_tokens of the run")
     parser.add_argument("--path", help="annotation file, instead of the one that the run names")
-    parser.add_argument("--media-dir", help="folder of its media (default: the folder of --path)")
+    parser.add_argument("--media-dir", help="folder of its media (default: that of --path)")
     parser.add_argument("--base", help="the LLM's hub id or folder, where it is not where the run was trained")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args(argv)
@@ -85,12 +85,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def plan_jobs(config: RunConfig, args: argparse.Namespace) -> list[Job]:
     """The benchmarks asked for. Raises UserError for an unknown one, one without files, or files that are not there."""
     if args.benchmark != "all":
-        find_benchmark(args.benchmark)
+        args.benchmark = find_benchmark(args.benchmark).name
     if args.path:
         if args.benchmark == "all":
             raise UserError("--path belongs to one benchmark; name it instead of 'all'")
         entries = [BenchmarkConfig(benchmark=args.benchmark, path=str(Path(args.path).absolute()))]
-        entries[0].media_dir = args.media_dir or str(Path(args.path).parent)
+        entries[0].media_dir = args.media_dir or str(args.path if Path(args.path).is_dir() else Path(args.path).parent)
     else:
         entries = [entry for entry in config.evaluation.benchmarks if args.benchmark in ("all", entry.benchmark)]
     if not entries:
@@ -111,8 +111,9 @@ def plan_jobs(config: RunConfig, args: argparse.Namespace) -> list[Job]:
 def _job(config: RunConfig, entry: BenchmarkConfig, limit: int | None) -> Job:
     benchmark = find_benchmark(entry.benchmark)
     path, media_dir = config.locate(entry)
-    if not path.is_file():
-        raise UserError(f"benchmark {benchmark.name}: no such annotation file: {path}{_how_to_make(config)}")
+    if not path.exists():
+        how = f"; {benchmark.home}" if benchmark.home else _how_to_make(config)
+        raise UserError(f"benchmark {benchmark.name}: no such annotation file: {path}{how}")
     return Job(benchmark, path, media_dir, limit or entry.limit)
 
 

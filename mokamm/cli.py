@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("mokamm.train", "train, evaluate and report: CONFIG [dotted.key=value ...]"),
     "infer": ("mokamm.infer", 'ask a trained model: RUN [--video FILE] [--audio FILE] ... "question"'),
     "eval": ("eval.run", "score a trained model: BENCHMARK|all RUN [--limit N] [--control NAME]"),
+    "score": ("eval.score", "score a file of predictions: BENCHMARK --predictions FILE [--annotations FILE]"),
     "advise": ("mokamm.advise", "learning rate, rank, targets, batch and memory of a CONFIG, and why"),
     "lori-mask": (
         "mokamm.lori_mask",

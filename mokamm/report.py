@@ -55,7 +55,7 @@ def read_results(run: Path) -> list[Result]:
             result = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}); delete it, or run eval/run.py again") from None
-        found.append({"control": None, "metrics": {}, "interval": None, "unparsed": None, **result})
+        found.append({"control": None, "metrics": {}, "interval": None, "unparsed": None, "scale": "share", **result})
     return sorted(found, key=lambda r: (r["benchmark"], r["control"] or ""))
 
 
@@ -63,8 +63,9 @@ def results_table(results: list[Result]) -> list[str]:
     """Markdown: score, interval, unreadable answers, and every plain number that the benchmark measured."""
     lines = ["| benchmark | control | rows | score | 95 % interval | unread | more |", "|---|---|--:|--:|--:|--:|---|"]
     for r in results:
-        score = "-" if r["score"] is None else f"{100 * r['score']:.1f} %"
-        interval = " - ".join(f"{100 * end:.1f}" for end in r["interval"] or ())
+        times, unit = (100, " %") if r["scale"] == "share" else (1, "")
+        score = "-" if r["score"] is None else f"{times * r['score']:.1f}{unit}"
+        interval = " - ".join(f"{times * end:.1f}" for end in r["interval"] or ())
         more = ", ".join(f"{_name(name)} {_number(value)}" for name, value in _numbers(r["metrics"]))
         unread = "" if r["unparsed"] is None else r["unparsed"]
         lines.append(
@@ -106,7 +107,7 @@ def _name(key: str) -> str:
 
 
 def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{100 * value:.1f} %" if 0 <= value <= 1 else f"{value:.3g}"
+    return str(value) if isinstance(value, int) else f"{100 * value:.1f} %" if 0 <= value <= 1 else f"{value:.4g}"
 
 
 def _page(run: Path, records: list[dict], results: list[Result]) -> list[str]:
@@ -201,8 +202,9 @@ def _curve(axes: Axes, steps: list[int], values: list[float], colour: str, label
 
 
 def plot_accuracy(results: list[Result], validation: list[dict], path: Path) -> None:
-    """Scores of the benchmarks with their controls; without an evaluation, the validation's share of right answers."""
+    """Scores (shares only) of the benchmarks with their controls; without any, the validation's share of right answers."""
     plt = _pyplot()
+    results = [r for r in results if r["scale"] == "share"]
     if not results:
         figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
         axes.plot([r["step"] for r in validation], [100 * r["accuracy"] for r in validation], "o-", color=BLUE)

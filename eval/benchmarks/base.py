@@ -1,15 +1,23 @@
-"""What a benchmark is: rows are loaded, the model answers, the answers are parsed and scored.
+"""What a benchmark is: rows are loaded, the model is asked, its answers are parsed and scored.
 
-    annotation file --load--> Row(answer, sample) --model--> Row.prediction --score--> metrics
+    annotation file --load, prompt--> Row(answer, sample) --model--> Row.prediction --parse, score--> metrics
+    predictions file --from_record--> Row(answer, prediction)  ---------------------'   (eval/score.py, no model)
 
-Scoring needs only what a predictions file holds (id, prediction, answer, meta), never the model or the media. Every row
-counts: a row that could not be read or an answer that cannot be parsed earns nothing and is counted by name. A row
-earns `points` out of `of` (1 of 1 for a right answer, 7 of 10 one-second labels, words minus errors for a transcript);
-a benchmark's score is the sum of the points over the sum of what they are out of, so that one bootstrap serves all of
-them.
+Every score stands under two rules, side by side:
 
-A benchmark = one file with one subclass, and one line in `eval.benchmarks.BENCHMARKS`. Cost of scoring: linear in the
-rows.
+    strict     every row counts, a row that could not be read or an answer that cannot be parsed earns nothing, a row
+               counts once, and the metric is what its paper defines
+    official   what the published script makes of the same file, quirks included; where no script was published, or it
+               has no quirks, strict once more
+
+A row earns `points` out of `of` (1 of 1 for a right answer, 7 of 10 one-second labels, words minus errors for a
+transcript); a rule's score is the sum of the points over the sum of what they are out of, so that one bootstrap and one
+paired test serve all of them. Where a score is a sum of several such ratios (MME: accuracy and pairs of each subtask),
+each earning names its `group`. Scores are shares between 0 and 1 (`scale`: "share") unless the field gives points
+(MME: 0 to 2000).
+
+Scoring needs only what a predictions file holds, never the model, the media or torch. A benchmark = one file with one
+subclass, and one line in `eval.benchmarks.BENCHMARKS`. Cost of scoring: linear in the letters of the rows.
 """
 
 from __future__ import annotations
@@ -19,17 +27,23 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from data.schema import BadSample, Sample
+from data.schema import BadSample, Sample, UserError
 from data.sources import open_source
+from data.sources.rows import Rows
+from eval.benchmarks.fields import Fields
 from eval.intervals import bootstrap_interval
 
 
 @dataclass(slots=True)
 class Row:
-    """One row of a benchmark. unit: what is drawn anew in the bootstrap (the clip or picture that questions share)."""
+    """One row of a benchmark. unit: what is drawn anew in the bootstrap (the clip or picture that questions share).
+
+    published: a row of a published predictions file, in that file's form of answers, not one of eval/run.py's.
+    """
 
     id: str
     index: int
@@ -39,13 +53,35 @@ class Row:
     unit: str = ""
     error: str | None = None
     sample: Sample | None = None  # what the model is asked; not written into the predictions file
+    published: bool = False
 
 
+class Earned(NamedTuple):
+    """What was earned, out of what, by which independent unit; a score is the sum over groups of points / of."""
+
+    unit: str
+    points: float
+    of: float
+    group: str = ""
+
+
+class _Kept(dict[int, str]):
+    """For str.translate: punctuation, symbols, separators and control characters become spaces; the rest stays."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        self[code] = " " if unicodedata.category(letter)[0] in "PSCZ" else letter
+        return self[code]
+
+
+_KEPT = _Kept()
+
+
+@lru_cache(maxsize=65536)
 def normalise(text: str) -> str:
     """Lower case, no punctuation or symbols, single spaces; letters of every script stay; don't becomes dont."""
     text = unicodedata.normalize("NFKC", text).casefold().replace("'", "").replace("\u2019", "")
-    kept = (" " if unicodedata.category(letter)[0] in "PSCZ" else letter for letter in text)
-    return " ".join("".join(kept).split())
+    return " ".join(text.translate(_KEPT).split())
 
 
 def unit_of(sample: Sample) -> str:
@@ -64,17 +100,46 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
+def total(earned: Iterable[Earned]) -> float:
+    """The score: the sum over groups of points / of."""
+    points: Counter[str] = Counter()
+    of: Counter[str] = Counter()
+    for one in earned:
+        points[one.group] += one.points  # type: ignore[assignment]
+        of[one.group] += one.of  # type: ignore[assignment]
+    return float(sum(share(points[group], of[group]) for group in of))
+
+
 class Benchmark(ABC):
-    """name: as on the command line. source, options: the reader of the annotation file. measure: what `score` is."""
+    """name: as on the command line. source, options: the reader of the annotation file.
+
+    truth_options: further options where only the true answers are wanted. measure: what `score` is. scale: "share" (0
+    to 1) or "points". home: where the data come from and where to put them. separated_by: what a published row must
+    carry to be told from another one ("media", "question"). all_splits: the annotation file may cover more than the
+    split that was asked, so that rows without a prediction are not always missing.
+    """
 
     name: ClassVar[str]
-    source: ClassVar[str]
+    source: ClassVar[str] = ""
     options: ClassVar[dict[str, Any]] = {}
+    truth_options: ClassVar[dict[str, Any]] = {}
     measure: ClassVar[str] = "accuracy"
+    scale: ClassVar[str] = "share"
+    home: ClassVar[str] = ""
+    separated_by: ClassVar[tuple[str, ...]] = ("media", "question")
+    all_splits: ClassVar[bool] = False
+
+    # ---- load and prompt ---------------------------------------------------------------------------------------------
+
+    def open(self, path: Path, **options: Any) -> Rows:
+        """The samples of an annotation file or folder: what the model is asked, and the true answer."""
+        return open_source(self.source, path, **(self.options | options))
 
     def load(self, path: Path, limit: int | None = None, options: dict[str, Any] | None = None) -> list[Row]:
         """The first `limit` rows of an annotation file; a row that cannot be read stays, with its reason."""
-        source = open_source(self.source, path, **(self.options | (options or {})))
+        if not path.exists() and self.home:
+            raise UserError(f"benchmark {self.name}: no such annotation file: {path}; {self.home}")
+        source = self.open(path, **(options or {}))
         count = len(source) if limit is None else min(limit, len(source))
         return [self._row(source, index) for index in range(count)]
 
@@ -93,45 +158,113 @@ class Benchmark(ABC):
             sample=sample,
         )
 
+    def from_record(self, fields: Fields, index: int) -> Row:
+        """A row of a predictions file, eval/run.py's or a published one; `error` says what is wrong with it."""
+        row = Row(id=fields.id or str(index), index=index, prediction=fields.prediction, published=not fields.own)
+        row.answer = self.truth(fields)
+        row.meta = fields.meta
+        row.unit = fields.unit or fields.media or f"row {row.id}"
+        row.error = fields.error or (None if row.answer else "the row holds no true answer to compare with")
+        if row.error is None and row.published:
+            row.error = self.truth_error(row)
+        return row
+
+    def truth(self, fields: Fields) -> str:
+        """The true answer that a record holds; "" where it holds none."""
+        return fields.truth
+
+    def truth_error(self, row: Row) -> str | None:
+        """Why the true answer of a published row is none of this benchmark's (it may be another one's row)."""
+        return None
+
+    # ---- parse -------------------------------------------------------------------------------------------------------
+
     @abstractmethod
     def parse(self, text: str) -> Any | None:
         """The model's text as an answer of this benchmark; None where it is none."""
+
+    def reading(self, row: Row) -> Any | None:
+        """The row's answer under the strict rule; None where it cannot be parsed or the row is bad."""
+        return self.parse(row.prediction) if row.error is None else None
+
+    def official_reading(self, row: Row) -> Any | None:
+        """The row's answer as the published script reads it."""
+        return self.reading(row)
+
+    # ---- score -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def points(self, row: Row) -> tuple[float, float]:
         """What the row earns, out of what. Must hold for rows without an answer of their own, too."""
 
+    def strict(self, rows: Sequence[Row]) -> list[Earned]:
+        return [Earned(row.unit, *self.points(row)) for row in rows]
+
+    def official(self, rows: Sequence[Row]) -> list[Earned]:
+        return self.strict(rows)
+
     def details(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Figures of this benchmark besides the score: shares as floats, tables as a mapping of mappings."""
         return {}
 
-    def score(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """The score and its 95 % interval (shares), counts (unparsed and bad are wrong), and `metrics`: details."""
-        earned = [self.points(row) for row in rows]
-        parsed = sum(row.error is None and self.parse(row.prediction) is not None for row in rows)
+    def official_details(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return {}
+
+    def score(self, rows: Sequence[Row], filed: Sequence[Row] | None = None) -> dict[str, Any]:
+        """The score and its 95 % interval under each rule, and counts (unparsed and bad rows are wrong).
+
+        rows: each row once, as the strict rule counts them. filed: the rows as a published script finds them in the
+        file, repeated ones included; default: the same. `score`, `interval` and `metrics` are those of the strict rule.
+        """
+        filed = rows if filed is None else filed
         bad = sum(row.error is not None for row in rows)
+        strict = self._rule(self.strict(rows), rows, self.reading)
+        official = self._rule(self.official(filed), filed, self.official_reading)
+        details = self.details(rows)
         return {
             "benchmark": self.name,
             "measure": self.measure,
-            "score": share(sum(points for points, _ in earned), sum(of for _, of in earned)),
-            "interval": bootstrap_interval(earned, [row.unit for row in rows]),
+            "scale": self.scale,
+            "score": strict["score"],
+            "interval": strict["interval"],
             "rows": len(rows),
-            "parsed": parsed,
-            "unparsed": len(rows) - bad - parsed,
+            "parsed": strict["parsed"],
+            "unparsed": strict["unparsed"] - bad,
+            "duplicates": 0,
             "bad": bad,
-            "metrics": self.details(rows),
+            "metrics": details,
+            "rules": {"strict": strict | details, "official": official | self.official_details(filed)},
         }
 
+    def _rule(self, earned: list[Earned], rows: Sequence[Row], reading: Any) -> dict[str, Any]:
+        parsed = sum(reading(row) is not None for row in rows)
+        return {
+            "score": total(earned),
+            "interval": bootstrap_interval(
+                [(one.points, one.of) for one in earned],
+                [one.unit for one in earned],
+                groups=[one.group for one in earned],
+            ),
+            "rows": len(rows),
+            "parsed": parsed,
+            "unparsed": len(rows) - parsed,
+        }
+
+    def correct(self, row: Row) -> bool:
+        """Whether all that the row could earn was earned."""
+        points, of = self.points(row)
+        return of > 0 and points == of
+
     def to_json(self, row: Row) -> dict[str, Any]:
-        """One line of the predictions file. correct: all that the row could earn was earned."""
+        """One line of the predictions file."""
         points, of = self.points(row)
         return {
             "id": row.id,
             "index": row.index,
             "prediction": row.prediction,
             "answer": row.answer,
-            "parsed": self.parse(row.prediction) if row.error is None else None,
-            "correct": of > 0 and points == of,
+            "parsed": self.reading(row),
+            "correct": self.correct(row),
             "points": points,
             "of": of,
             "unit": row.unit,

@@ -6,6 +6,7 @@ stands what somebody scores who never looks or listens and always gives the most
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,7 @@ class ShortAnswer(Benchmark):
 
     def points(self, row: Row) -> tuple[float, float]:
         truth = normalise(row.answer)
-        right = row.error is None and truth != "" and self.parse(row.prediction) == truth
+        right = truth != "" and self.reading(row) == truth
         return float(right), 1.0
 
     def details(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -35,7 +36,7 @@ class TypedShortAnswer(ShortAnswer):
     def details(self, rows: Sequence[Row]) -> dict[str, Any]:
         by_type: dict[tuple[str, ...], list[Row]] = defaultdict(list)
         for row in rows:
-            by_type[_question_type(row)].append(row)
+            by_type[question_type(row)].append(row)
         types = {" ".join(name): self._figures([members]) for name, members in sorted(by_type.items())}
         scenes: dict[str, list[list[Row]]] = defaultdict(list)
         for name, members in sorted(by_type.items()):
@@ -58,7 +59,12 @@ class TypedShortAnswer(ShortAnswer):
         }
 
 
-def _question_type(row: Row) -> tuple[str, ...]:
+def question_type(row: Row) -> tuple[str, ...]:
     """The row's type; rows without one (or that could not be read) stand together."""
-    named = row.meta.get("question_type") or ["unknown"]
-    return (named,) if isinstance(named, str) else tuple(str(part) for part in named)
+    named = row.meta.get("question_type") or row.meta.get("type") or ["unknown"]
+    if isinstance(named, str) and named.startswith("["):
+        try:
+            named = json.loads(named)  # as MUSIC-AVQA's own files have it
+        except ValueError:
+            return (named,)
+    return tuple(str(part) for part in named) if isinstance(named, list) and named else (str(named),)

@@ -1,0 +1,108 @@
+"""Which option does a text choose? Letters as the strict rule reads them, and as the published MokA scripts do.
+
+strict, the first that holds (options, where their number is not known, are A to E):
+    0. the whole text is one option's text, and longer than a letter
+    1. a letter alone at the beginning: "B", "(B)", "B.", "B) a cat", "B a cat", "b: a cat"; but not the article of
+       "a cat", and not where a second letter follows ("A or B")
+    2. "answer is B", "answer: (B)", "option B", "choice B" ("a" as above), where all such places name one letter
+    3. one letter in brackets, "... is (B)", where no other one stands in brackets
+    4. the text of one option and of no other, where the options are known
+else it is unparsed.
+
+official: the text stripped and lower-cased, the letters tried in the order a to e: the first whose `x ` (letter and
+space) stands anywhere in it is the choice. So "b a cat" chooses a, "the dog is a b " chooses a, and "B" alone is no
+answer.
+
+Cost: linear in the letters of the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from eval.benchmarks.base import normalise
+
+LETTERS = "ABCDEFGHIJ"
+OFFICIAL_LETTERS = "abcde"
+_LEADING = re.compile(r"[(\[*\"']{0,4}([A-Ja-j])(?![^\W_])(?!['\u2019]\w)")
+_SECOND = re.compile(r"[)\]*\"'.:,]{0,4}\s{0,4}(?:(?:or|and|/|&|,)\s{0,4}){1,2}[(\[*\"']{0,4}[A-J](?![^\W_])")
+_SAID = re.compile(
+    r"\b(?:answer|option|choice)(?:\s{1,4}is)?\s{0,4}:?\s{0,4}[(\[*\"']{0,4}([A-J])(?![^\W_])", re.IGNORECASE
+)
+_BRACKETS = re.compile(r"\(([A-J])\)")
+_OPTION_LINE = re.compile(r"\s{0,8}\(?([A-J])[.):]\s{0,8}(\S.*)")
+UNKNOWN = 5  # letters that may be chosen where the options are not known
+LONGEST_OPTION = 2000  # letters of a text that may still be an option's own
+
+
+def choose(text: str, options: Sequence[str] = ()) -> str | None:
+    """The chosen letter (upper case) or None. options: their texts in order; () where they are not known."""
+    text = text.replace("</s>", " ").strip()
+    known = LETTERS[: len(options) or UNKNOWN]
+    equal = by_text(text, options, whole=True) if len(text) > 1 else None
+    for found in (equal, _leading(text), _only(_SAID, text), _only(_BRACKETS, text)):
+        if found is not None and found in known:
+            return found
+    return by_text(text, options)
+
+
+def _leading(text: str) -> str | None:
+    match = _LEADING.match(text)
+    if match is None:
+        return None
+    letter, rest = match[1], text[match.end() :][:60]
+    if _article(match, text) or _SECOND.match(rest):
+        return None
+    return letter.upper()
+
+
+def _article(match: re.Match[str], text: str) -> bool:
+    """Whether the letter that was matched is the `a` of "a cat"."""
+    return match[1] == "a" and re.match(r"\s+\w", text[match.end() : match.end() + 60]) is not None
+
+
+def _only(pattern: re.Pattern[str], text: str) -> str | None:
+    found = {match[1].upper() for match in pattern.finditer(text) if not _article(match, text)}
+    return found.pop() if len(found) == 1 else None
+
+
+def by_text(text: str, options: Sequence[str], whole: bool = False) -> str | None:
+    """The letter of the option whose text this is, or (unless `whole`) that alone is named in it."""
+    if not options or len(text) > LONGEST_OPTION:
+        return None
+    said = f" {normalise(text)} "
+    texts = [(letter, f" {normalise(option)} ") for letter, option in zip(LETTERS, options, strict=False)]
+    equal = [letter for letter, option in texts if option.strip() and said == option]
+    named = [letter for letter, option in texts if option.strip() and option in said and not whole]
+    return next((found[0] for found in (equal, named) if len(found) == 1), None)
+
+
+def official_choice(text: str) -> str | None:
+    """The letter (upper case) that the published MokA scripts read."""
+    lowered = text.strip().lower()
+    return next((letter.upper() for letter in OFFICIAL_LETTERS if f"{letter} " in lowered), None)
+
+
+def true_letter(answer: str, options: Sequence[str] = ()) -> str | None:
+    """The letter of a true answer: a letter, a letter with its text, or an option's text."""
+    answer = answer.replace("</s>", "").strip()
+    if len(answer) == 1:
+        return answer.upper() if answer.upper() in LETTERS else None
+    same = [letter for letter, option in zip(LETTERS, options, strict=False) if option.strip() == answer]
+    return same[0] if same else by_text(answer, options, whole=True) or _leading(answer)
+
+
+def options_in(question: str) -> list[str]:
+    """The options that a question lists line by line (`A. a cat`), from A on; empty where it lists none."""
+    found: list[str] = []
+    for line in question.splitlines():
+        match = _OPTION_LINE.fullmatch(line)
+        if match and len(found) < len(LETTERS) and match[1] == LETTERS[len(found)]:
+            found.append(match[2].strip())
+    return found
+
+
+def listed(options: Sequence[str]) -> str:
+    """The options as a question shows them."""
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))

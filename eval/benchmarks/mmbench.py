@@ -1,0 +1,134 @@
+"""MMBench (Liu et al. 2023), with and without CircularEval.
+
+File, as published (github.com/open-compass/MMBench): a TSV such as mmbench_dev_20230712.tsv or MMBench_DEV_EN.tsv with
+the columns index, question, hint, A, B, C, D, answer, category, image, l2-category, ...; the picture stands in the cell
+as base64, or as the index of the row that holds it. Pictures are written once, when the file is loaded, to the folder
+FILE.images/ beside it (FILE without its ending): the media folder is the file's own.
+
+Predictions: rows {"index", "image_path", "question", "answer", "output": [text]}. The score is plain accuracy over all
+rows, letters as in choices.py. CircularEval asks each question as often as it has options, the options moved on by one
+each time; a question is right when all its passes are. As the publishers have it, pass k of question i bears the index
+i + 1000000 k. Load with the option circular=true to ask all passes; scoring finds passes by their index and then gives
+`circular` (share of questions right in all passes) and `vanilla` (of those right in the first pass) beside the accuracy
+of all rows.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data.schema import BadSample, Media, Sample
+from data.sources.rows import Rows, text_of
+from eval.benchmarks.base import Row, share
+from eval.benchmarks.choices import LETTERS, true_letter
+from eval.benchmarks.multiple_choice import MultipleChoice
+from eval.benchmarks.questions import read_table
+
+PASS = 1_000_000  # what one pass of CircularEval adds to a question's index
+OPTIONS = "ABCDE"
+
+
+class MmBench(MultipleChoice):
+    name = "mmbench"
+    categories: ClassVar[tuple[str, ...]] = ("category",)
+    home = (
+        "get a TSV with answers, such as mmbench_dev_20230712.tsv, from github.com/open-compass/MMBench and name it as "
+        "the path; its folder is the media folder"
+    )
+
+    truth_options: ClassVar[dict[str, Any]] = {"pictures": False}
+
+    def open(self, path: Path, circular: bool = False, **options: Any) -> Rows:
+        records = read_table(path, "\t", ("index", "question", "A", "B", "answer", "image"))
+        if circular:
+            records = [moved for record in records for moved in _passes(record)]
+        return Rows(path, records, partial(self.prompt, folder=path.parent, stem=path.stem, **options))
+
+    def prompt(
+        self, record: Any, index: int, folder: Path = Path(), stem: str = "mmbench", pictures: bool = True
+    ) -> Sample:
+        choices = _choices(record)
+        hint = (record.get("hint") or "").strip()
+        question = text_of(record, "question")
+        question = question if hint in ("", "nan") else f"{hint}\n{question}"
+        image = _picture(record, folder, stem, pictures)
+        meta = {key: record[key] for key in ("category", "l2-category") if record.get(key)}
+        meta |= {"index": int(record["index"]), "image_path": image}
+        media = [Media("image", image, "vision")]
+        return self.asked(str(record["index"]), question, choices, text_of(record, "answer"), media, index, meta)
+
+    def details(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return super().details(rows) | self._circular(rows, self.reading)
+
+    def official_details(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return super().official_details(rows) | self._circular(rows, self.official_reading)
+
+    def _circular(self, rows: Sequence[Row], reading: Callable[[Row], Any]) -> dict[str, Any]:
+        """circular and vanilla accuracy by question; nothing where no row is a later pass."""
+        passes: dict[int, dict[int, bool]] = defaultdict(dict)
+        for row in rows:
+            index = row.meta.get("index", row.index)
+            if isinstance(index, int) and index >= 0:
+                passes[index % PASS][index // PASS] = self.right(row, reading)
+        if not any(number for question in passes.values() for number in question):
+            return {}
+        count = len(passes)
+        return {
+            "circular": share(sum(all(question.values()) for question in passes.values()), count),
+            "vanilla": share(sum(question.get(0, False) for question in passes.values()), count),
+            "questions": count,
+        }
+
+
+def _choices(record: dict[str, Any]) -> list[str]:
+    """The row's options, as many as it has; an empty cell, or `nan`, is none."""
+    cells = [(record.get(letter) or "").strip() for letter in OPTIONS]
+    count = next((k for k, cell in enumerate(cells) if cell in ("", "nan")), len(cells))
+    if count < 2:
+        raise BadSample("the row has fewer than two options")
+    return cells[:count]
+
+
+def _passes(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The passes of CircularEval: in pass k option j is the first pass's option j + k."""
+    try:
+        choices, index = _choices(record), int(str(record.get("index")))
+    except (BadSample, ValueError):
+        return [record]  # stays once; prompt tells what is wrong with it
+    letter = true_letter(record.get("answer") or "", choices)
+    if index >= PASS or letter is None or letter not in LETTERS[: len(choices)]:
+        return [record]
+    passes = []
+    for k in range(len(choices)):
+        moved = dict(zip(OPTIONS, choices[k:] + choices[:k], strict=False))
+        answer = LETTERS[(LETTERS.index(letter) - k) % len(choices)]
+        passes.append({**record, **moved, "answer": answer, "index": str(index + PASS * k), "image_index": str(index)})
+    return passes
+
+
+def _picture(record: dict[str, Any], folder: Path, stem: str, write: bool) -> str:
+    """The picture's path in `folder`; if told to, written there from the cell's base64 where it is not yet."""
+    try:
+        index = int(str(record.get("image_index") or record.get("index"))) % PASS
+    except ValueError:
+        raise BadSample(f"'index' must be a number, found {record.get('index')!r}") from None
+    cell = (record.get("image") or "").strip()
+    if cell.isdigit() and len(cell) < 12:  # the row that holds the picture
+        return f"{stem}.images/{int(cell) % PASS}.jpg"
+    path = folder / f"{stem}.images" / f"{index}.jpg"
+    if write and not path.is_file():
+        try:
+            content = base64.b64decode(cell, validate=True)
+        except (binascii.Error, ValueError):
+            raise BadSample(f"the picture of row {index} is not base64") from None
+        if not content:
+            raise BadSample(f"row {index} has no picture")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    return f"{stem}.images/{index}.jpg"

@@ -1,0 +1,131 @@
+"""Multiple-choice questions: sets of one's own, and what MMBench, SEED-Bench, MMAU and AIR-Bench share.
+
+File: jsonl (or a JSON array) of {"id"?, "question", "choices": [texts], "answer": letter, text or number from 0,
+"category"?, "image"|"video"|"audio"|"speech": path}, paths relative to the media folder.
+
+The model sees the question and the options A., B., ... line by line, and is told to answer with the letter. Accuracy is
+over all rows; how a letter is read under either rule: see choices.py. A letter that no option bears is unparsed. Rows
+with a category get a table of their own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data.schema import BadSample, Media, Sample
+from data.sources.rows import Rows, text_of
+from eval.benchmarks.base import Benchmark, Earned, Row, majority, share
+from eval.benchmarks.choices import LETTERS, choose, listed, official_choice, options_in, true_letter
+from eval.benchmarks.questions import ask, own_media, read_lines, record_of
+
+INSTRUCTION = "Answer with the option's letter."
+
+
+class MultipleChoice(Benchmark):
+    """categories: keys of `meta` that get a table each."""
+
+    name = "multiple_choice"
+    home = "write a jsonl file of your own: see eval/benchmarks/multiple_choice.py"
+    categories: ClassVar[tuple[str, ...]] = ("category",)
+
+    # ---- load and prompt ---------------------------------------------------------------------------------------------
+
+    def open(self, path: Path, **options: Any) -> Rows:
+        return Rows(path, self.records(path), partial(self.prompt, **options))
+
+    def records(self, path: Path) -> list[Any]:
+        return read_lines(path)
+
+    def prompt(self, record: Any, index: int) -> Sample:
+        row = record_of(record)
+        choices = row.get("choices") or row.get("options")
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise BadSample(f"'choices' must be a list of texts, found {choices!r}")
+        answer = row.get("answer")
+        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+            answer = LETTERS[answer]
+        meta = {key: row[key] for key in self.categories if key in row}
+        name = str(row.get("id", index))
+        return self.asked(name, text_of(row, "question"), choices, str(answer or ""), own_media(row), index, meta)
+
+    def asked(
+        self,
+        name: str,
+        question: str,
+        choices: Sequence[str],
+        answer: str,
+        media: Sequence[Media],
+        index: int,
+        meta: dict[str, Any],
+    ) -> Sample:
+        """The sample of a question with its options; `answer`: a letter or an option's text."""
+        letter = true_letter(answer, choices)
+        if letter is None or letter not in LETTERS[: len(choices)]:
+            raise BadSample(f"the true answer {answer[:60]!r} is none of the {len(choices)} options")
+        text = f"{question}\n{listed(choices)}"
+        meta = {**meta, "choices": list(choices)}
+        return ask(name, text, letter, media, index=index, source=self.name, instruction=INSTRUCTION, meta=meta)
+
+    # ---- parse -------------------------------------------------------------------------------------------------------
+
+    def parse(self, text: str) -> str | None:
+        return choose(text)
+
+    def reading(self, row: Row) -> str | None:
+        return choose(row.prediction, self.choices_of(row)) if row.error is None else None
+
+    def official_reading(self, row: Row) -> str | None:
+        return official_choice(row.prediction)
+
+    def choices_of(self, row: Row) -> list[str]:
+        """The options' texts, where the row has them or its question lists them."""
+        listed_choices = row.meta.get("choices") or row.meta.get("options")
+        if isinstance(listed_choices, list):
+            return [str(choice) for choice in listed_choices]
+        question = row.meta.get("question")
+        return options_in(question) if isinstance(question, str) else []
+
+    def truth_of(self, row: Row) -> str | None:
+        return true_letter(row.answer, self.choices_of(row))
+
+    def truth_error(self, row: Row) -> str | None:
+        return None if self.truth_of(row) else f"the true answer is no option's letter: {row.answer[:60]!r}"
+
+    # ---- score -------------------------------------------------------------------------------------------------------
+
+    def right(self, row: Row, reading: Callable[[Row], Any]) -> bool:
+        truth = self.truth_of(row)
+        return truth is not None and reading(row) == truth
+
+    def points(self, row: Row) -> tuple[float, float]:
+        return float(self.right(row, self.reading)), 1.0
+
+    def official(self, rows: Sequence[Row]) -> list[Earned]:
+        return [Earned(row.unit, float(self.right(row, self.official_reading)), 1.0) for row in rows]
+
+    def details(self, rows: Sequence[Row]) -> dict[str, Any]:
+        truths = [truth for truth in map(self.truth_of, rows) if truth]
+        baselines = {"majority_letter": share(majority(truths), len(rows))}
+        return {**self.tables(rows, self.reading), "baselines": baselines}
+
+    def official_details(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return self.tables(rows, self.official_reading)
+
+    def tables(self, rows: Sequence[Row], reading: Callable[[Row], Any]) -> dict[str, Any]:
+        """For each key of `categories` that rows have: accuracy by its values."""
+        tables = {}
+        for key in self.categories:
+            members: dict[str, list[bool]] = defaultdict(list)
+            for row in rows:
+                if isinstance(row.meta.get(key), str | int):
+                    members[str(row.meta[key])].append(self.right(row, reading))
+            if members:
+                tables[key] = {
+                    name: {"rows": len(right), "accuracy": share(sum(right), len(right))}
+                    for name, right in sorted(members.items())
+                }
+        return tables

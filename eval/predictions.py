@@ -1,0 +1,227 @@
+"""Predictions files: read whatever is in them, set each row beside the truth, and say what is wrong.
+
+    lines --read--> Fields --collect--> rows: what the strict rule counts, each row once; rows without a prediction
+                                        filed: what a published script finds, repeated rows included
+
+A line that cannot be read, a row without a true answer, a repeated, an extra or a missing one: each is counted, none is
+dropped in silence. Two rows are the same row where they have the same content (id, media, question, truth, kind) and, if
+the file's `index` numbers the rows of the data set (no number stands for two contents), the same index. With
+annotations, two rows for one annotation are the same row.
+
+Cost: linear in the letters of the file; annotations are found by id or by the name of their media.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data.schema import Text, UserError
+from eval.benchmarks.base import Benchmark, Row, normalise
+from eval.benchmarks.fields import Fields, take_apart
+
+SHOWN = 10  # problems that are told in full
+NO_PREDICTION = "there is no prediction for this row"
+
+
+@dataclass
+class Collected:
+    """keys: what names each of `rows`, the same in another file about the same rows; None where nothing does.
+
+    broken: lines that are not among `rows` because the annotation that they belong to is, as a missing one.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    keys: list[Hashable] = field(default_factory=list)
+    filed: list[Row] = field(default_factory=list)
+    lines: int = 0
+    duplicates: int = 0
+    missing: int = 0
+    extra: int = 0
+    broken: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, row: Row, key: Hashable) -> None:
+        self.rows.append(row)
+        self.keys.append(key)
+
+
+def read(path: Path) -> list[Fields]:
+    """The rows of a predictions file, jsonl or a JSON array; UserError where there is no such file."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: the predictions file cannot be read ({error.strerror})") from None
+    whole = _loads(text) if text.lstrip()[:1] == "[" else None
+    if isinstance(whole, list):
+        return [take_apart(record) for record in whole]
+    return [_line(line) for line in text.split("\n") if line.strip()]
+
+
+def _line(line: str) -> Fields:
+    record = _loads(line)
+    return take_apart(record) if record is not None else Fields(error=f"is not JSON: {line[:60]!r}", readable=False)
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def collect(benchmark: Benchmark, found: Sequence[Fields], truths: Sequence[Row] | None = None) -> Collected:
+    """Set rows beside their truth: their own, or that of `truths`, the rows of an annotation file."""
+    result = Collected(lines=len(found))
+    rows = [benchmark.from_record(fields, number) for number, fields in enumerate(found)]
+    if truths is not None and any(fields.id or fields.media for fields in found if fields.readable):
+        _by_annotations(benchmark, found, rows, truths, result)
+    else:
+        if truths is not None and found:
+            result.problems.append("no row names its id or media, so that no annotation can be found: not used")
+        _by_themselves(benchmark, found, rows, result)
+    result.filed = [row for row, fields in zip(rows, found, strict=True) if fields.readable]
+    bad = [(number, row) for number, row in enumerate(rows, 1) if row.error is not None]
+    result.problems += [f"row {number}: {row.error}" for number, row in bad[:SHOWN]]
+    if len(bad) > SHOWN:
+        result.problems.append(f"and {len(bad) - SHOWN} more such rows")
+    return result
+
+
+# ---- without annotations ---------------------------------------------------------------------------------------------
+
+
+def _by_themselves(benchmark: Benchmark, found: Sequence[Fields], rows: Sequence[Row], result: Collected) -> None:
+    names = _names(benchmark, found)
+    seen: set[Hashable] = set()
+    times: dict[str, int] = defaultdict(int)
+    for fields, row, name in zip(found, rows, names, strict=True):
+        if name is not None and name in seen:
+            result.duplicates += 1
+            continue
+        seen.add(name)
+        content = f"{fields.id}#{fields.index}" if fields.own else fields.content
+        result.add(row, None if name is None else (content, times[content]))
+        times[content] += 1
+
+
+def _names(benchmark: Benchmark, found: Sequence[Fields]) -> list[Hashable]:
+    """What tells each row from the others of the file; None where nothing does."""
+    contents: dict[int, set[str]] = defaultdict(set)
+    for fields in found:
+        if fields.index is not None:
+            contents[fields.index].add(fields.content)
+    of_data_set = all(len(same) == 1 for same in contents.values())
+    names: list[Hashable] = []
+    for fields in found:
+        if not fields.readable:
+            names.append(None)
+        elif fields.own:
+            names.append((fields.id, fields.index))
+        elif fields.id or all(getattr(fields, part) for part in benchmark.separated_by):
+            names.append((fields.index if of_data_set else None, fields.content))
+        else:
+            names.append(None if fields.index is None else (str(fields.rank), fields.index, fields.content))
+    return names
+
+
+# ---- with annotations ------------------------------------------------------------------------------------------------
+
+
+def _by_annotations(
+    benchmark: Benchmark, found: Sequence[Fields], rows: list[Row], truths: Sequence[Row], result: Collected
+) -> None:
+    lookup = Lookup(benchmark, truths)
+    used: set[int] = set()
+    broken: list[Row] = []
+    for number, fields in enumerate(found):
+        if not fields.readable:
+            broken.append(rows[number])
+            continue
+        places = lookup.find(fields)
+        if not places:
+            result.extra += 1
+            continue
+        place = next((place for place in places if place not in used), places[0])
+        rows[number] = _beside(rows[number], truths[place], fields)
+        if place in used:
+            result.duplicates += 1
+            continue
+        used.add(place)
+        result.add(rows[number], place)
+    missing = [place for place in range(len(truths)) if place not in used]
+    if benchmark.all_splits and len(truths) > 2 * len(used):  # the missing ones were never asked
+        missing = []
+        for row in broken:
+            result.add(row, None)
+    else:  # the annotation of a broken line is among the missing ones, and counts there
+        result.broken = len(broken)
+    for place in missing:
+        result.add(replace(truths[place], error=truths[place].error or NO_PREDICTION), place)
+    result.missing = len(missing)
+    for name, count in (("missing", result.missing), ("extra", result.extra), ("not readable", len(broken))):
+        if count:
+            result.problems.append(f"{count} rows are {name}")
+
+
+def _beside(row: Row, truth: Row, fields: Fields) -> Row:
+    """The row with the annotation's truth in place of its own."""
+    error = truth.error or fields.error
+    meta = {**row.meta, **truth.meta}
+    return replace(row, id=truth.id, answer=truth.answer, meta=meta, unit=truth.unit, error=error)
+
+
+class Lookup:
+    """The annotation rows that a row of a predictions file may belong to."""
+
+    def __init__(self, benchmark: Benchmark, truths: Sequence[Row]) -> None:
+        self.truths = truths
+        self.media_suffices = "question" not in benchmark.separated_by
+        self.by_id: dict[str, list[int]] = defaultdict(list)
+        self.by_media: dict[str, list[int]] = defaultdict(list)
+        self.questions = [_question(row) for row in truths]
+        for place, row in enumerate(truths):
+            names = {row.id, *(str(row.meta[key]) for key in ("question_id",) if key in row.meta)}
+            for name in names:
+                self.by_id[name].append(place)
+            media = row.sample.media if row.sample else []
+            for stem in {_stem(part.path) for part in media}:
+                self.by_media[stem].append(place)
+
+    def find(self, fields: Fields) -> list[int]:
+        """Places of the annotations, the likeliest first; empty where none is meant."""
+        if fields.own:
+            same = self.by_id.get(fields.id, [])
+            exact = [place for place in same if self.truths[place].index == fields.index]
+            return exact or same
+        near = self.by_media.get(_stem(fields.media), []) if fields.media else []
+        by_id = self.by_id.get(fields.id, []) if fields.id else []
+        if by_id:
+            return [place for place in by_id if place in near] or ([] if near and fields.media else by_id)
+        if self.media_suffices or not near:
+            return near
+        if len(near) == 1 and not fields.question and not fields.id:
+            return near
+        return self._asked(near, normalise(fields.question))
+
+    def _asked(self, near: list[int], question: str) -> list[int]:
+        """Those whose question it is, word for word or as part of a prompt."""
+        equal = [place for place in near if self.questions[place] == question]
+        part = [place for place in near if self.questions[place] and self.questions[place] in question]
+        return equal or part
+
+
+def _question(row: Row) -> str:
+    if row.sample is None:
+        return ""
+    parts = [part for message in row.sample.prompt for part in message.content if isinstance(part, Text)]
+    return normalise(" ".join(part.text for part in parts if part.question))
+
+
+def _stem(path: str) -> str:
+    """A file's name without folders and ending; media names of annotations and rows differ in both."""
+    return PurePosixPath(path.replace("\\", "/")).stem

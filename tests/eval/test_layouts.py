@@ -1,0 +1,257 @@
+"""Each benchmark's data as its publishers ship them, in miniature: what is asked, of which media, and the true answer."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.schema import UserError
+from eval.benchmarks import BENCHMARKS, Row, find_benchmark
+
+
+def load(benchmark: str, path: Path, **options: Any) -> list[Row]:
+    return find_benchmark(benchmark).load(path, options=options)
+
+
+def asked(row: Row) -> tuple[str, list[tuple[str, str, str]], str]:
+    """The question (its marked part), the media as (kind, path, modality), and the true answer."""
+    assert row.sample is not None, row.error
+    parts = row.sample.prompt[-1].content
+    question = "".join(part.text for part in parts if getattr(part, "question", False))
+    return question, [(m.kind, m.path, m.modality) for m in row.sample.media], row.answer
+
+
+def lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_pope(tmp_path: Path) -> None:
+    rows = [
+        {"question_id": 1, "image": "COCO_1.jpg", "text": "Is there a dog in the image?", "label": "yes"},
+        {"image": "x"},
+    ]
+    first, second = load("pope", lines(tmp_path / "coco_pope_random.json", rows))
+    assert asked(first) == ("Is there a dog in the image?", [("image", "COCO_1.jpg", "vision")], "yes")
+    assert first.sample is not None
+    assert first.sample.prompt[-1].text.endswith("Answer with yes or no.")
+    assert "'text' is missing" in (second.error or "")
+
+
+def test_mme(tmp_path: Path) -> None:
+    for folder in ("count", "posters/images", "posters/questions_answers_YN"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "count/1.jpg").write_bytes(b"")
+    (tmp_path / "count/1.txt").write_text(
+        "Two dogs? Please answer yes or no.\tYes\nThree? Please answer yes or no.\tNo\n"
+    )
+    (tmp_path / "posters/images/tt1.png").write_bytes(b"")
+    (tmp_path / "posters/questions_answers_YN/tt1.txt").write_text("Is it Heat?\tYes\nno tab here\n")
+    rows = load("mme", tmp_path)
+    assert asked(rows[1]) == ("Three? Please answer yes or no.", [("image", "count/1.jpg", "vision")], "No")
+    assert asked(rows[2])[1] == [("image", "posters/images/tt1.png", "vision")]
+    assert [row.meta.get("subtask") for row in rows] == ["count", "count", "posters", None]
+    assert "no tab here" in (rows[3].error or "")
+    assert rows[0].unit == rows[1].unit == "count/1.jpg"
+    rows[0].prediction, rows[1].prediction, rows[2].prediction = "Yes", "no", "no"
+    assert BENCHMARKS["mme"].score(rows)["score"] == 200.0  # count 100 + 100, posters 0
+
+
+def mmbench(tmp_path: Path) -> Path:
+    picture = base64.b64encode(b"a picture").decode()
+    table = [
+        ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "l2-category"],
+        ["7", "Which?", "look closely", "cat", "dog", "cow", "", "C", "nature", picture, "x"],
+        ["8", "What?", "nan", "one", "two", "", "", "A", "count", "7", "x"],
+        ["9", "What?", "", "one", "two", "", "", "D", "count", picture, "x"],
+        ["ten", "What?", "", "one", "two", "", "", "A", "count", picture, "x"],
+    ]
+    path = tmp_path / "mmbench_dev.tsv"
+    path.write_text("".join("\t".join(line) + "\n" for line in table))
+    return path
+
+
+def test_mmbench(tmp_path: Path) -> None:
+    rows = load("mmbench", mmbench(tmp_path))
+    question = "look closely\nWhich?\nA. cat\nB. dog\nC. cow"
+    assert asked(rows[0]) == (question, [("image", "mmbench_dev.images/7.jpg", "vision")], "C")
+    assert (tmp_path / "mmbench_dev.images/7.jpg").read_bytes() == b"a picture"
+    assert asked(rows[1])[1] == [("image", "mmbench_dev.images/7.jpg", "vision")]
+    assert rows[1].unit == rows[0].unit
+    assert "is none of the 2 options" in (rows[2].error or "")
+    assert "'index' must be a number" in (rows[3].error or "")
+
+
+def test_mmbench_asks_every_pass(tmp_path: Path) -> None:
+    rows = [row for row in load("mmbench", mmbench(tmp_path), circular=True) if row.error is None]
+    assert [(row.meta["index"], row.answer) for row in rows] == [
+        (7, "C"), (1000007, "B"), (2000007, "A"), (8, "A"), (1000008, "B"),
+    ]  # fmt: skip
+    assert asked(rows[2])[0].endswith("A. cow\nB. cat\nC. dog")
+    assert {row.unit for row in rows[:3]} == {"mmbench_dev.images/7.jpg"}
+    for row in rows:
+        row.prediction = "cow" if row.meta["index"] % 1000000 == 7 else "A"
+    figures = BENCHMARKS["mmbench"].score(rows)["rules"]["strict"]
+    assert (figures["circular"], figures["vanilla"], figures["questions"]) == (0.5, 1.0, 2)
+
+
+def test_scoring_writes_no_pictures(tmp_path: Path) -> None:
+    load("mmbench", mmbench(tmp_path), **BENCHMARKS["mmbench"].truth_options)
+    assert not (tmp_path / "mmbench_dev.images").exists()
+
+
+def test_seed_bench(tmp_path: Path) -> None:
+    row = {
+        "question_id": "1",
+        "question": "How many?",
+        "choice_a": "One",
+        "choice_b": "Two",
+        "choice_c": "3",
+        "choice_d": "4",
+    }
+    row |= {"answer": "B", "data_type": "image", "data_id": "45_22", "question_type_id": 1}
+    whole = {"questions": [row, row | {"data_type": "video"}], "question_type": {"Scene Understanding": 1}}
+    path = tmp_path / "SEED-Bench.json"
+    path.write_text(json.dumps(whole))
+    (only,) = load("seed_bench", path)
+    assert asked(only) == ("How many?\nA. One\nB. Two\nC. 3\nD. 4", [("image", "45_22", "vision")], "B")
+    assert only.meta["dimension"] == "Scene Understanding"
+
+
+def test_mmau(tmp_path: Path) -> None:
+    row = {"id": "u1", "audio_id": "./test-mini-audios/u1.wav", "question": "Who speaks?", "choices": ["Man", "Woman"]}
+    row |= {"answer": "Woman", "task": "speech", "difficulty": "easy"}
+    path = tmp_path / "mmau-test-mini.json"
+    path.write_text(json.dumps([row, row | {"task": "music"}]))
+    speech, music = load("mmau", path, speech_as="speech")
+    assert asked(speech) == ("Who speaks?\nA. Man\nB. Woman", [("audio", "test-mini-audios/u1.wav", "speech")], "B")
+    assert asked(music)[1][0][2] == "audio"
+    assert asked(load("mmau", path)[0])[1][0][2] == "audio"
+
+
+def test_air_bench(tmp_path: Path) -> None:
+    row = {
+        "path": "1.wav",
+        "question": "Mood?",
+        "choice_a": "sad",
+        "choice_b": "glad",
+        "choice_c": None,
+        "answer_gt": "glad",
+    }
+    row |= {"task_name": "Emotion_Recognition", "dataset_name": "meld", "uniq_id": 5}
+    sound = row | {"task_name": "Audio_Grounding", "dataset_name": "g"}
+    path = tmp_path / "Foundation_meta.json"
+    path.write_text(json.dumps([row, sound]))
+    (speech,) = load("air_bench", path)
+    assert asked(speech) == ("Mood?\nA. sad\nB. glad", [("audio", "Emotion_Recognition_meld/1.wav", "speech")], "B")
+    grounding = load("air_bench", path, tasks="all")[1]
+    assert asked(grounding)[1] == [("audio", "Audio_Grounding_g/1.flac", "audio")]
+
+
+def test_ave_and_music_avqa(tmp_path: Path) -> None:
+    (tmp_path / "testSet.txt").write_text("Church bell&RUhOCu3LNXM&good&0&10\n")
+    (ave,) = load("ave", tmp_path / "testSet.txt")
+    assert asked(ave)[1:] == (
+        [("video", "AVE/RUhOCu3LNXM.mp4", "vision"), ("audio", "AVE/RUhOCu3LNXM.mp4", "audio")],
+        "Church bell, from 0 to 10 seconds",
+    )
+    row = {
+        "video_id": "00000093",
+        "question_id": 9,
+        "type": '["Audio", "Counting"]',
+        "question_content": "How many <Object>?",
+    }
+    (tmp_path / "avqa-test.json").write_text(json.dumps([row | {"templ_values": '["flutes"]', "anser": "two"}]))
+    (music,) = load("music_avqa", tmp_path / "avqa-test.json")
+    media = [("video", "videos/00000093.mp4", "vision"), ("audio", "videos/00000093.mp4", "audio")]
+    assert asked(music) == ("How many flutes?", media, "two")
+
+
+def test_librispeech(tmp_path: Path) -> None:
+    folder = tmp_path / "1089" / "134686"
+    folder.mkdir(parents=True)
+    (folder / "1089-134686.trans.txt").write_text("1089-134686-0000 HE HOPED THERE\n1089-134686-0001\n")
+    good, bad = load("librispeech", tmp_path)
+    assert asked(good)[1:] == ([("audio", "1089/134686/1089-134686-0000.flac", "speech")], "HE HOPED THERE")
+    assert good.unit == "1089-134686"
+    assert bad.error is not None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"audio_filepath": "a.flac", "text": "hello there"},
+        {"key": "k", "source": "a.flac", "target": "hello there"},
+        {"id": 1, "speech": "a.flac", "transcript": "hello there", "language": "de"},
+    ],
+)
+def test_manifests(tmp_path: Path, row: dict[str, Any]) -> None:
+    (only,) = load("asr", lines(tmp_path / "m.jsonl", [row]))
+    assert asked(only)[1:] == ([("audio", "a.flac", "speech")], "hello there")
+
+
+def test_audiocaps(tmp_path: Path) -> None:
+    table = 'audiocap_id,youtube_id,start_time,caption\n1,abc,10,A dog barks\n2,abc,10,"Barking, loud"\n3,xyz,0,Rain\n'
+    (tmp_path / "test.csv").write_text(table)
+    rows = load("audiocaps", tmp_path / "test.csv", name="Y{youtube_id}.wav")
+    assert asked(rows[0])[1:] == ([("audio", "Yabc.wav", "audio")], "A dog barks")
+    assert [row.meta["references"] for row in rows] == [["A dog barks", "Barking, loud"], ["Rain"]]
+    rows[0].prediction, rows[1].prediction = "barking loud", "rain"
+    # clip 2 has no bigram, so that only its unigrams are alike; clip 1 has two of its four orders in one of two captions
+    assert BENCHMARKS["audiocaps"].score(rows)["score"] == pytest.approx((10 * 2 / 4 / 2 + 10 * 1 / 4) / 2)
+
+
+def test_sets_of_ones_own(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Colour?", "choices": ["red", "blue"], "answer": 1, "image": "i.png", "speech": "s.wav"},
+        {"id": "q2", "question": "Colour?", "choices": ["red", "blue"], "answer": "red", "video": ["a.mp4", "b.mp4"]},
+        {"question": "Colour?", "choices": ["red", "blue"], "answer": "green"},
+        {"question": "Colour?", "choices": "red"},
+    ]
+    path = lines(tmp_path / "mine.jsonl", rows)
+    path.write_text(path.read_text() + "{broken\n")
+    first, second, *bad = load("multiple_choice", path)
+    media = [("image", "i.png", "vision"), ("audio", "s.wav", "speech")]
+    assert asked(first) == ("Colour?\nA. red\nB. blue", media, "B")
+    assert (second.id, asked(second)[2], len(asked(second)[1])) == ("q2", "A", 2)
+    assert all(row.error for row in bad)
+    assert len(bad) == 3
+    (yes,) = load("yes_no", lines(tmp_path / "yn.jsonl", [{"question": "Red?", "answer": "yes", "audio": "a.wav"}]))
+    assert asked(yes) == ("Red?", [("audio", "a.wav", "audio")], "yes")
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if not name.startswith("miniworld_")])
+def test_absent_data_say_where_to_get_them(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"no such annotation file.*(get |write a )"):
+        load(name, tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", ["mme", "librispeech"])
+def test_folders_that_are_none(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="holds no"):
+        load(name, tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        load(name, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("mmbench", "index\tquestion\n1\tx\n", "has no column A, B, answer, image"),
+        ("seed_bench", "[]", 'expected {"questions"'),
+        ("seed_bench", "{", "is not JSON"),
+        ("air_bench", "{}", "expected a JSON array"),
+        ("audiocaps", "x,y\n1,2\n", "has no column youtube_id, caption"),
+        ("multiple_choice", "\n", "holds no rows"),
+    ],
+)
+def test_files_that_are_none(tmp_path: Path, name: str, text: str, message: str) -> None:
+    path = tmp_path / "file"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load(name, path)

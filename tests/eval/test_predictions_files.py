@@ -1,0 +1,361 @@
+"""eval/score.py on files as they come: padded, cut, mixed up, strange; and its paired test."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.sources.ave import format_event
+from eval.benchmarks import BENCHMARKS, find_benchmark
+from eval.benchmarks.base import Row
+from eval.score import main, score
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pope(i: int, output: str = "Yes", answer: str = "yes", **more: Any) -> dict[str, Any]:
+    return {
+        "rank": 0,
+        "index": i,
+        "image_path": f"{i}.jpg",
+        "question": f"A {i}?",
+        "answer": answer,
+        "output": [output],
+    } | more
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def counts(result: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(result[key] for key in ("rows", "parsed", "unparsed", "bad", "duplicates", "missing", "extra"))
+
+
+# ---- repeated rows ---------------------------------------------------------------------------------------------------
+
+
+def test_padding_is_counted_once_by_the_strict_rule(tmp_path: Path) -> None:
+    rows = [pope(0), pope(1, "No"), pope(2), pope(0, "No", rank=1), pope(1, "No", rank=1)]
+    result = score("pope", write(tmp_path / "p.jsonl", rows))
+    assert counts(result) == (5, 3, 0, 0, 2, 0, 0)
+    assert result["rules"]["strict"]["score"] == pytest.approx(2 / 3)  # the first of the repeated rows counts
+    assert result["rules"]["official"]["score"] == pytest.approx(2 / 5)
+    assert result["rules"]["official"]["rows"] == 5
+
+
+def test_an_index_of_each_process_is_no_name(tmp_path: Path) -> None:
+    """Ranks that number their own rows: rank 1's row 0 is another row, its row 1 the padding."""
+    rows = [pope(0), pope(2, index=1), pope(1, rank=1, index=0), pope(0, rank=1, index=1)]
+    assert counts(score("pope", write(tmp_path / "p.jsonl", rows))) == (4, 3, 0, 0, 1, 0, 0)
+
+
+def test_an_index_of_the_data_set_keeps_like_rows_apart(tmp_path: Path) -> None:
+    """POPE's three files share their questions about what is there."""
+    rows = [pope(0), pope(0, index=1), pope(0, index=2), pope(0, index=2)]
+    assert counts(score("pope", write(tmp_path / "p.jsonl", rows))) == (4, 3, 0, 0, 1, 0, 0)
+
+
+def test_rows_without_a_name_are_all_kept(tmp_path: Path) -> None:
+    row = {"output": "two</s>", "question_type": ["Audio", "Counting"], "predict": "<answer> two </answer>"}
+    path = write(tmp_path / "p.jsonl", [row, row, row])
+    assert counts(score("music_avqa", path)) == (3, 3, 0, 0, 0, 0, 0)
+    named = row | {"video_path": "1.mp4", "instruction": "How many?"}
+    path = write(tmp_path / "p.jsonl", [named, named, named | {"instruction": "How many flutes?"}])
+    assert counts(score("music_avqa", path)) == (3, 2, 0, 0, 1, 0, 0)
+
+
+# ---- broken files ----------------------------------------------------------------------------------------------------
+
+
+def test_broken_lines_and_foreign_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ave = {"output": "event:Bus start_time:0 end_time:4</s>", "video_path": "v.mp4", "predict": "<event> Bus </event>"}
+    rows = [
+        pope(0),
+        '{"answer": "yes", "outp',
+        "[1, 2]",
+        "null",
+        ave,
+        {"answer": "yes", "image_path": "x"},
+        pope(1, ""),
+    ]
+    path = write(tmp_path / "p.jsonl", rows)
+    assert main(["pope", "--predictions", str(path), "--json"]) == 0
+    output = capsys.readouterr()
+    result = json.loads(output.out)
+    assert counts(result) == (7, 1, 1, 5, 0, 0, 0)
+    assert result["rules"]["strict"]["score"] == pytest.approx(1 / 7)
+    assert result["rules"]["official"]["rows"] == 3  # the script would have stopped at the others
+    assert len(result["problems"]) == 5
+    assert "row 2: is not JSON" in output.err
+    assert "neither yes nor no: 'event:Bus" in output.err
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "not json", "[]", "{}", '{"output": null}', "[[[[" * 5000, "\x00\xff"])
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_no_file_is_a_crash(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(text.encode("latin-1"))
+    result = score(name, path)
+    assert result["rules"]["strict"]["score"] in (0.0, result["score"])
+    assert result["parsed"] == 0
+    assert any("no answer could be parsed" in problem for problem in result["problems"])
+
+
+STRANGE = [
+    "",
+    " ",
+    "نعم",
+    "да",
+    "\ud800",
+    "\u2028",
+    "0" * 5000,
+    "yes" + "<answer>" * 300,
+    "<event>" * 300,
+    None,
+    3,
+    [],
+    {},
+]
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(STRANGE)),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
+fields = st.sampled_from(
+    [
+        "id", "index", "rank", "subtask", "image_path", "video_path", "question", "answer", "output", "predict", "meta",
+        "prediction", "unit", "question_type", "choices", "references", "text", "category", "error", "language",
+    ]
+)  # fmt: skip
+
+
+@given(st.sampled_from(sorted(BENCHMARKS)), st.lists(st.dictionaries(fields, json_values, max_size=8), max_size=5))
+@settings(max_examples=150, deadline=None)
+def test_any_rows_are_counted(tmp_path_factory: pytest.TempPathFactory, name: str, rows: list[dict[str, Any]]) -> None:
+    path = write(tmp_path_factory.mktemp("any") / "p.jsonl", rows)
+    result = score(name, path, against=None)
+    parts = ("parsed", "unparsed", "bad", "duplicates", "extra")
+    assert result["rows"] == len(rows) == sum(result[key] for key in parts)
+    json.dumps(result)
+
+
+@pytest.mark.parametrize("name", ["ave", "music_avqa", "mmbench", "mme", "mmau"])
+def test_a_million_letters(tmp_path: Path, name: str) -> None:
+    """Inputs on which a pattern that backtracks would take hours."""
+    strange = [
+        "<event>" * 150_000,
+        "<range> " * 130_000,
+        "<answer>" * 130_000,
+        "(" * 10**6,
+        "a " * 500_000,
+        " " * 10**6,
+    ]
+    strange += ["answer is " * 100_000, "<event> Bus </event> <range> " + "1" * 10**6 + ",2 </range>", "А" * 10**6]
+    truth = {"ave": "event:Bus start_time:0 end_time:4", "music_avqa": "two", "mme": "yes"}.get(name, "B")
+    more = {"subtask": "count"} if name == "mme" else {}
+    rows = [pope(i, text, truth, **more) for i, text in enumerate(strange)]
+    if name in ("ave", "music_avqa"):
+        keys = {"predict": "output", "output": "answer", "video_path": "image_path"}
+        rows = [{new: row[old] for new, old in keys.items()} | {"question": "?"} for row in rows]
+        rows = [row | {"predict": row["predict"][0]} for row in rows]
+    result = score(name, write(tmp_path / "p.jsonl", rows))
+    assert result["rows"] == len(strange) == result["parsed"] + result["unparsed"]
+    assert result["unparsed"] >= 7
+
+
+# ---- annotations -----------------------------------------------------------------------------------------------------
+
+
+def test_missing_and_extra_rows(tmp_path: Path) -> None:
+    lines = [{"question_id": i, "image": f"{i}.jpg", "text": f"A {i}?", "label": "yes"} for i in range(4)]
+    annotations = write(tmp_path / "coco_pope_random.json", lines)
+    rows = [pope(0, answer="no"), pope(1, image_path="val/1.jpg"), pope(9), "{broken", pope(1, rank=1, index=7)]
+    result = score("pope", write(tmp_path / "p.jsonl", rows), annotations)
+    assert counts(result) == (5, 2, 0, 1, 1, 2, 1)
+    assert result["rules"]["strict"]["score"] == pytest.approx(2 / 4)  # the annotation's truth counts, not the row's
+    assert result["rules"]["strict"]["rows"] == 4
+
+
+def test_llava_answers_are_found_by_their_question(tmp_path: Path) -> None:
+    lines = [{"question_id": i, "image": "1.jpg", "text": f"A {i}?", "label": "yes"} for i in range(3)]
+    rows = [{"question_id": i, "prompt": f"A {i}?\nAnswer yes or no.", "text": "Yes"} for i in (2, 0)]
+    result = score("pope", write(tmp_path / "p.jsonl", rows), write(tmp_path / "a.json", lines))
+    assert counts(result) == (2, 2, 0, 0, 0, 1, 0)
+    by_question = [
+        {"image": "x/1.jpg", "prompt": f"A {i}?\nAnswer yes or no.", "output": ["yes"]} for i in (0, 1, 2, 2)
+    ]
+    result = score("pope", write(tmp_path / "p.jsonl", by_question), write(tmp_path / "a.json", lines))
+    assert counts(result) == (4, 3, 0, 0, 1, 0, 0)
+
+
+def test_rows_that_cannot_be_found_keep_their_own_truth(tmp_path: Path) -> None:
+    question = {"video_id": "1", "question_id": 4, "type": '["Audio", "Counting"]', "question_content": "How many?"}
+    annotations = tmp_path / "avqa-test.json"
+    annotations.write_text(json.dumps([question | {"templ_values": "[]", "anser": "two"}]))
+    row = {"output": "two</s>", "question_type": ["Audio", "Counting"], "predict": "<answer> two </answer>"}
+    result = score("music_avqa", write(tmp_path / "p.jsonl", [row, row]), annotations)
+    assert counts(result) == (2, 2, 0, 0, 0, 0, 0)
+    assert "no row names its id or media" in result["problems"][0]
+    named = row | {"question_id": 4, "video_path": "videos/1.mp4"}
+    result = score("music_avqa", write(tmp_path / "p.jsonl", [named, named | {"question_id": 5}]), annotations)
+    assert counts(result) == (2, 1, 0, 0, 0, 0, 1)
+
+
+def test_own_files_give_the_score_of_the_run(tmp_path: Path) -> None:
+    """What eval/run.py wrote, read again: the same figures, also against its annotations."""
+    benchmark = BENCHMARKS["miniworld_events"]
+    annotations = tmp_path / "events.txt"
+    annotations.write_text("".join(f"bell&c{i}&good&{i}&{i + 3}\n" for i in range(5)) + "bell&c9&good&7\n")
+    rows = benchmark.load(annotations)
+    for i, row in enumerate(rows[:5]):
+        row.prediction = format_event("bell", 0, 3) if i != 2 else "?"
+    path = write(tmp_path / "p.jsonl", [benchmark.to_json(row) for row in rows])
+    expected = benchmark.score(rows)
+    for result in (score("miniworld_events", path), score("miniworld_events", path, annotations)):
+        assert result["rules"] == expected["rules"]
+        assert counts(result) == (6, 4, 1, 1, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["music_avqa", "ave"])
+def test_own_answers_need_no_tags(tmp_path: Path, name: str) -> None:
+    answer = {"music_avqa": "two", "ave": format_event("Bus", 1, 4)}[name]
+    rows = [Row(id=str(i), index=i, answer=answer, prediction=answer, unit=str(i)) for i in range(2)]
+    result = score(name, write(tmp_path / "p.jsonl", [BENCHMARKS[name].to_json(row) for row in rows]))
+    assert result["rules"]["strict"]["score"] == result["rules"]["official"]["score"] == 1.0
+
+
+# ---- a paired test ---------------------------------------------------------------------------------------------------
+
+
+def test_the_paired_test_by_hand(tmp_path: Path) -> None:
+    """Three images with two questions each; by image this file is right 2, 2, 1 times, the other 0, 1, 1 times."""
+
+    def file(name: str, right: list[int]) -> Path:
+        rows = [pope(i, "Yes" if ok else "No", image_path=f"{i // 2}.jpg") for i, ok in enumerate(right)]
+        return write(tmp_path / name, rows[::-1] if name == "b" else rows)
+
+    one, other = file("a", [1, 1, 1, 1, 1, 0]), file("b", [0, 0, 1, 0, 1, 0])
+    test = score("pope", one, against=other)["against"]
+    assert (test["rows"], test["units"], test["rows_only_here"], test["rows_only_there"]) == (6, 3, 0, 0)
+    assert test["score"] == pytest.approx(2 / 6)
+    assert test["difference"] == pytest.approx(3 / 6)
+    # differences of the images 2, 1, 0: of the four sign patterns of (2, 1), the sums 3, 1, -1, -3: two reach 3
+    assert test["p_value"] == pytest.approx(1 / 2)
+    low, high = test["interval"]
+    assert (low, high) == (0.0, pytest.approx(1.0))
+
+
+def test_the_paired_test_equals_a_loop_over_signs(tmp_path: Path) -> None:
+    """MME: a sum of ratios, over eight images, all 256 sign patterns by hand."""
+    generator = np.random.default_rng(5)
+    files = []
+    for name in ("a", "b"):
+        rows = [
+            pope(k, generator.choice(["Yes", "No"]), image_path=f"{s}/{k // 2}.jpg", subtask=s)
+            for s, images in (("count", 5), ("OCR", 3))
+            for k in range(2 * images)
+        ]
+        files.append((write(tmp_path / name, rows), rows))
+    differences = []
+    for s, images in (("count", 5), ("OCR", 3)):
+        for image in range(images):
+            earned = []
+            for _, rows in files:
+                right = [r["output"] == ["Yes"] for r in rows if r["image_path"] == f"{s}/{image}.jpg"]
+                earned.append(100 * sum(right) / (2 * images) + 100 * all(right) / images)
+            differences.append(earned[0] - earned[1])
+    signs = np.array(np.meshgrid(*[[1, -1]] * 8)).reshape(8, -1)
+    observed = abs(sum(differences))
+    expected = np.mean(np.abs(np.array(differences) @ signs) >= observed - 1e-9)
+    test = score("mme", files[0][0], against=files[1][0])["against"]
+    assert test["difference"] == pytest.approx(sum(differences))
+    assert test["p_value"] == pytest.approx(expected)
+    assert test["units"] == 8
+
+
+def test_only_rows_of_both_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write(tmp_path / "a", [pope(0), pope(1), pope(2)])
+    other = write(tmp_path / "b", [pope(1, "No"), pope(2), pope(3), pope(4)])
+    test = score("pope", one, against=other)["against"]
+    assert (test["rows"], test["rows_only_here"], test["rows_only_there"]) == (2, 1, 2)
+    assert (test["score"], test["difference"]) == (0.5, 0.5)
+    apart = write(tmp_path / "c", [pope(7)])
+    assert main(["pope", "--predictions", str(one), "--against", str(apart)]) == 2
+    assert "no row in common" in capsys.readouterr().err
+
+
+def test_nameless_rows_are_paired_in_order(tmp_path: Path) -> None:
+    def file(name: str, said: list[str], truths: list[str]) -> Path:
+        rows = [{"output": f"{t}</s>", "predict": f"<answer> {p} </answer>"} for t, p in zip(truths, said, strict=True)]
+        return write(tmp_path / name, rows)
+
+    truths = ["two", "one", "yes"]
+    test = score("avqa", file("a", truths, truths), against=file("b", ["two", "two", "no"], truths))["against"]
+    assert (test["rows"], test["difference"]) == (3, pytest.approx(2 / 3))
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def test_the_script_is_one_json_object_and_loads_no_torch(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", [pope(0), pope(1, "\ud800 да")])
+    code = "import sys; from eval.score import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "pope", "--predictions", str(path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {"benchmark", "rows", "parsed", "unparsed", "duplicates", "rules"} <= set(result)
+    assert set(result["rules"]) == {"strict", "official"}
+    command = [sys.executable, "-m", "mokamm.cli", "score", "popes", "--predictions", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean 'pope'" in done.stderr
+
+
+def test_a_table_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = write(tmp_path / "a", [pope(0), pope(1)]), write(tmp_path / "b", [pope(0, "No"), pope(1)])
+    assert main(["POPE", "--predictions", str(one), "--against", str(other)]) == 0
+    out = capsys.readouterr().out
+    for word in ("strict", "official", "precision", "yes ratio", "p = 1", "2 parsed"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pope", "--predictions", "absent.jsonl"], "the predictions file cannot be read"),
+        (["pope", "--predictions", "."], "the predictions file cannot be read"),
+        (["pope", "--predictions", "p", "--annotations", "absent.json"], "get coco_pope_"),
+        (["ave", "--predictions", "p", "--annotations", "absent.txt"], "AVE_Dataset.zip"),
+    ],
+)
+def test_mistakes_end_in_one_message(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "p", [pope(0)])
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert (output.out, output.err.startswith("error: ")) == ("", True)
+    assert message in output.err
+
+
+def test_names_as_people_write_them() -> None:
+    written = ("AVE", "MUSIC-AVQA", "MME", "MMBench", "POPE", "SEED-Bench", "seed", "MMAU", "AIR-Bench", "LibriSpeech")
+    names = [find_benchmark(name).name for name in written]
+    assert names[:2] == ["ave", "music_avqa"]
+    assert names[5:] == ["seed_bench", "seed_bench", "mmau", "air_bench", "librispeech"]

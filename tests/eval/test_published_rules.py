@@ -1,0 +1,379 @@
+"""The strict and the official rule of each published benchmark, against plain re-computations and rows worked by hand."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eval.benchmarks.ave import NAMES
+from eval.benchmarks.choices import choose, official_choice, options_in, true_letter
+from eval.benchmarks.music_avqa import ANSWERS
+from eval.score import score
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def scored(tmp_path: Path, name: str, rows: list[dict[str, Any]], annotations: Path | None = None) -> dict[str, Any]:
+    return score(name, write(tmp_path / "predictions.jsonl", rows), annotations)
+
+
+# ---- AVE -------------------------------------------------------------------------------------------------------------
+
+
+def ave(video: str, event: str, start: int, end: int, predict: str) -> dict[str, Any]:
+    return {
+        "instruction": "Which event, and when?",
+        "output": f"event:{event} start_time:{start} end_time:{end}</s>",
+        "video_path": f"data/AVE/{video}.mp4",
+        "predict": predict,
+    }
+
+
+def ave_by_arrays(rows: list[dict[str, Any]]) -> tuple[float, float, int]:
+    """(official, strict, parsed): two arrays of zeros filled from the front, and a loop over seconds."""
+    size = 10 * len(rows)
+    predicted, true = np.zeros(size, int), np.zeros(size, int)
+    place, strict = 0, 0
+    for row in rows:
+        event, start, end = re.fullmatch(r"event:(.*) start_time:(\d+) end_time:(\d+)</s>", row["output"]).groups()  # type: ignore[union-attr]
+        truth = [NAMES.index(event) + 1 if int(start) <= k < int(end) else 0 for k in range(10)]
+        names = re.findall(r"<event>(.*?)</event>", row["predict"])
+        ranges = re.findall(r"<range>\s*(\d+)\s*,\s*(\d+)\s*</range>", row["predict"])
+        if len(names) != 1 or names[0].strip() not in NAMES or not ranges:
+            continue
+        said = [0] * 10
+        for a, b in ranges:
+            for k in range(int(a), min(int(b), 9) + 1):
+                said[k] = NAMES.index(names[0].strip()) + 1
+        predicted[place : place + 10], true[place : place + 10] = said, truth
+        strict += sum(a == b for a, b in zip(said, truth, strict=True))
+        place += 10
+    return float(np.mean(predicted == true)), strict / size, place // 10
+
+
+events = st.sampled_from(["Church bell", "Frying (food)", "Violin, fiddle", "Bark"])
+second = st.integers(0, 9)
+answers = st.one_of(
+    st.builds(lambda e, a, b: f"I see <event> {e} </event> at <range> {a},{b} </range>.", events, second, second),
+    st.builds(
+        lambda e, a, b: f"<event>{e}</event><range>{a}, {b}</range><range> {b},12 </range>", events, second, second
+    ),
+    st.builds(lambda e, a: f"<event> {e} </event> <event> Bus </event> <range> {a},9 </range>", events, second),
+    st.sampled_from(["", "<event> Bark </event>", "<event> Dog </event> <range> 0,9 </range>", "<range> 1,2 </range>"]),
+)
+
+
+@given(st.lists(st.tuples(events, second, st.integers(1, 10), answers), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_ave_equals_two_arrays(
+    tmp_path_factory: pytest.TempPathFactory, table: list[tuple[str, int, int, str]]
+) -> None:
+    rows = [ave(f"v{i}", e, a, min(10, a + n), said) for i, (e, a, n, said) in enumerate(table)]
+    result = scored(tmp_path_factory.mktemp("ave"), "ave", rows)
+    official, strict, parsed = ave_by_arrays(rows)
+    assert result["rules"]["official"]["score"] == pytest.approx(official)
+    assert result["rules"]["strict"]["score"] == pytest.approx(strict)
+    assert (result["parsed"], result["unparsed"], result["rows"]) == (parsed, len(rows) - parsed, len(rows))
+
+
+def test_ave_by_hand(tmp_path: Path) -> None:
+    rows = [
+        ave("a", "Church bell", 0, 10, "<event> Church bell </event> <range> 0,9 </range>"),  # 10
+        ave(
+            "b", "Bark", 2, 5, "<event> Bark </event> <range> 2,3 </range> or <range> 6,6 </range>"
+        ),  # 4 and 6 wrong: 8
+        ave("c", "Frying (food)", 1, 4, "<event> Frying (food) (1 3) </event>"),  # the form without a range: 10
+        ave("d", "Bus", 0, 4, "<event> Truck </event> <range> 0,3 </range>"),  # four wrong names: 6
+        ave("e", "Bus", 0, 4, "a bus from 0 to 4"),  # unparsed
+        ave("f", "Bus", 0, 4, "<event> bus </event> <range> 0,3 </range>"),  # its name is `Bus`
+        ave("g", "Bus", 3, 6, "<event> Bus </event> <range> 5,3 </range>"),  # an empty range: seven are background
+    ]
+    result = scored(tmp_path, "ave", rows)
+    strict, official = result["rules"]["strict"], result["rules"]["official"]
+    assert strict["score"] == pytest.approx((10 + 8 + 10 + 6 + 0 + 10 + 7) / 70)
+    assert official["score"] == pytest.approx((10 + 8 + 10 + 6 + 10 + 10 + 7) / 70)  # e and f lie in the tail
+    assert (strict["parsed"], official["parsed"]) == (6, 5)
+    assert strict["event_accuracy"] == pytest.approx(5 / 7)
+    whole = strict["baselines"]
+    assert whole["true_category_whole_clip"] == pytest.approx((10 + 3 + 3 + 4 + 4 + 4 + 3) / 70)
+    assert whole["predicted_category_whole_clip"] == pytest.approx((10 + 3 + 3 + 0 + 0 + 4 + 3) / 70)
+
+
+def test_ave_truth_is_the_annotation_and_other_splits_are_not_missing(tmp_path: Path) -> None:
+    lines = ["Category&VideoID&Quality&StartTime&EndTime", "Bus&a&good&0&4", "Male speech, man speaking&-b_1&good&2&5"]
+    said = "<event> Male speech, man speaking </event> <range> 2,4 </range>"
+    rows = [ave("a", "Bus", 5, 9, "<event> Bus </event> <range> 0,3 </range>"), ave("-b_1", "Bus", 0, 1, said)]
+    small = tmp_path / "testSet.txt"
+    small.write_text("\n".join([*lines, "Cat&c&good&0&10"]) + "\n")
+    result = scored(tmp_path, "ave", rows, small)
+    assert result["rules"]["strict"]["score"] == pytest.approx(20 / 30)
+    assert result["rules"]["official"]["score"] == 1.0
+    assert (result["missing"], result["rules"]["strict"]["rows"], result["rows"]) == (1, 3, 2)
+    whole = tmp_path / "Annotations.txt"
+    whole.write_text("\n".join([*lines, *(f"Cat&c{i}&good&0&10" for i in range(9))]) + "\n")
+    result = scored(tmp_path, "ave", rows, whole)
+    assert (result["missing"], result["rules"]["strict"]["score"]) == (0, 1.0)
+
+
+# ---- MUSIC-AVQA ------------------------------------------------------------------------------------------------------
+
+
+def music(truth: str, predict: str, *kind: str) -> dict[str, Any]:
+    return {"output": f"{truth}</s>", "question_type": list(kind or ("Audio", "Counting")), "predict": predict}
+
+
+def test_there_are_42_answers_and_28_events() -> None:
+    assert (len(set(ANSWERS)), len(set(NAMES))) == (42, 28)
+
+
+def test_music_avqa_by_hand(tmp_path: Path) -> None:
+    rows = [
+        music("two", "<answer> two </answer>"),  # right
+        music("no", "<answer> piano </answer>"),  # right for the script only
+        music("one", "the <answer>xylophone</answer>", "Visual", "Location"),  # right for the script only
+        music("yes", "<answer> no </answer>", "Visual", "Location"),  # wrong
+        music("acoustic_guitar", "<answer> acoustic_guitar </answer>", "Visual", "Location"),  # right
+        music("two", "two"),  # no tags: unparsed
+        music("two", "<answer> two </answer> <answer> two </answer>"),  # two answers: unparsed
+        music("two", "<answer> trombone </answer>"),  # none of the 42: unparsed
+        music("two", "<answer> Two. </answer>"),  # read as it is meant; not by the script
+        music("two", ""),
+    ]
+    result = scored(tmp_path, "music_avqa", rows)
+    strict, official = result["rules"]["strict"], result["rules"]["official"]
+    assert strict["score"] == pytest.approx(3 / 10)
+    assert official["score"] == pytest.approx(4 / 5)
+    assert (result["rows"], result["parsed"], result["unparsed"], result["duplicates"]) == (10, 6, 4, 0)
+    assert (official["parsed"], official["unparsed"]) == (5, 5)
+    assert strict["types"]["Visual Location"]["accuracy"] == pytest.approx(1 / 3)
+    assert official["types"] == {
+        "Audio Counting": {"rows": 7, "parsed": 2, "accuracy": 1.0},
+        "Visual Location": {"rows": 3, "parsed": 3, "accuracy": pytest.approx(2 / 3)},
+    }
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(ANSWERS), st.sampled_from([*ANSWERS, "guitar", ""])), min_size=1, max_size=20)
+)
+@settings(max_examples=40, deadline=None)
+def test_music_avqa_equals_a_loop(tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]) -> None:
+    result = scored(
+        tmp_path_factory.mktemp("music"), "music_avqa", [music(t, f"x <answer> {p} </answer>") for t, p in pairs]
+    )
+    parsed = [(t, p) for t, p in pairs if p in ANSWERS]
+    inside = [t in p for t, p in parsed]
+    assert result["rules"]["official"]["score"] == pytest.approx(np.mean(inside) if inside else 0.0)
+    assert result["rules"]["strict"]["score"] == pytest.approx(np.mean([t == p for t, p in pairs]))
+    assert result["unparsed"] == len(pairs) - len(parsed)
+
+
+# ---- MME, POPE -------------------------------------------------------------------------------------------------------
+
+
+def image_row(i: int, image: str, question: str, answer: str, output: str, **more: Any) -> dict[str, Any]:
+    head = {"rank": 0, "index": i, "image_path": image, "question": question}
+    return {**head, "answer": answer, "output": [output], **more}
+
+
+def mme_table(rows: list[dict[str, Any]], subtask: str) -> tuple[float, float]:
+    """(acc, acc+) of a subtask by the published rule, per cent."""
+    mine = [row for row in rows if row["subtask"] == subtask]
+    right = [("yes" if "yes" in row["output"][0].lower() else "no") == row["answer"].lower() for row in mine]
+    images = sorted({row["image_path"] for row in mine})
+    pairs = [all(r for r, row in zip(right, mine, strict=True) if row["image_path"] == image) for image in images]
+    return 100 * sum(right) / len(right), 100 * sum(pairs) / len(pairs)
+
+
+def test_mme_equals_a_loop(tmp_path: Path) -> None:
+    generator = random.Random(3)
+    subtasks = ["existence", "count", "posters", "scene", "OCR", "code_reasoning"]
+    rows = [
+        image_row(
+            0,
+            f"{name}/{k}.jpg",
+            f"q{half}?",
+            ("Yes", "No")[half],
+            generator.choice(["Yes.", "no", "Yes, eyes", "No </s>"]),
+        )
+        | {"subtask": name}
+        for name in subtasks
+        for k in range(9)
+        for half in (0, 1)
+    ]
+    result = scored(tmp_path, "mme", rows)
+    strict, official = result["rules"]["strict"], result["rules"]["official"]
+    tables = {name: mme_table(rows, name) for name in subtasks}
+    for name, (acc, plus) in tables.items():
+        assert official["subtasks"][name]["acc"] == pytest.approx(acc)
+        assert official["subtasks"][name]["acc+"] == pytest.approx(plus)
+        assert official["subtasks"][name]["images"] == 9
+    own = sum(sum(tables[name]) for name in subtasks[:5])
+    assert strict["score"] == pytest.approx(own)  # all answers are plain, so that both rules read them alike
+    assert official["perception_own_scene"] == pytest.approx(own)
+    assert official["score"] == pytest.approx(own - sum(tables["scene"]) + sum(tables["posters"]))
+    assert official["cognition"] == strict["cognition"] == pytest.approx(sum(tables["code_reasoning"]))
+    assert (result["scale"], result["duplicates"]) == ("points", 0)
+
+
+def test_mme_strict_wants_an_answer_and_both_rows(tmp_path: Path) -> None:
+    rows = [
+        image_row(0, "MME/count/1.jpg", "a", "Yes", "Yes"),
+        image_row(1, "MME/count/1.jpg", "b", "No", "I cannot tell"),  # `no` for the script, unparsed here
+        image_row(2, "MME/count/2.jpg", "a", "Yes", "yes"),  # its second row is not there
+    ]
+    result = scored(tmp_path, "mme", rows)
+    strict, official = (result["rules"][rule]["subtasks"]["count"] for rule in ("strict", "official"))
+    assert (strict["acc"], strict["acc+"]) == (pytest.approx(200 / 3), 0.0)
+    assert (official["acc"], official["acc+"]) == (100.0, 50.0)
+    assert (result["parsed"], result["unparsed"]) == (2, 1)
+
+
+def test_pope_by_hand(tmp_path: Path) -> None:
+    said = ["Yes", "yes, there is", "No", "I see no such thing", "its eyes are closed", "", "нет", "No, yes", "no </s>"]
+    true = ["yes", "no", "no", "no", "no", "yes", "no", "yes", "yes"]
+    rows = [image_row(i, f"{i}.jpg", "A dog?", t, s) for i, (s, t) in enumerate(zip(said, true, strict=True))]
+    result = scored(tmp_path, "pope", rows)
+    strict, official = result["rules"]["strict"], result["rules"]["official"]
+    # strict reads yes yes no no - - - no no; official yes yes no no yes no no yes no
+    assert strict["score"] == pytest.approx(3 / 9)
+    assert official["score"] == pytest.approx(5 / 9)
+    assert (result["parsed"], result["unparsed"], official["unparsed"]) == (6, 3, 0)
+    assert (strict["precision"], strict["recall"]) == (pytest.approx(1 / 2), pytest.approx(1 / 4))
+    assert strict["f1"] == pytest.approx(2 * (1 / 2) * (1 / 4) / (1 / 2 + 1 / 4))
+    assert (official["precision"], official["recall"]) == (pytest.approx(2 / 4), pytest.approx(2 / 4))
+    assert (strict["yes_ratio"], official["yes_ratio"]) == (pytest.approx(2 / 9), pytest.approx(4 / 9))
+
+
+# ---- letters ---------------------------------------------------------------------------------------------------------
+
+OPTIONS = ["a cat", "the dog", "A minor", "B minor"]
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "official"),
+    [
+        ("B", "B", None),
+        ("B ", "B", None),  # stripped first: the script finds no `b `
+        ("B</s>", "B", None),
+        ("b", "B", None),
+        ("(C)", "C", None),
+        ("D.", "D", None),
+        ("B the dog", "B", "B"),
+        ("B a dog", "B", "A"),  # a is tried first
+        ("c: it is", "C", None),
+        ("a cat", None, "A"),  # an article
+        ("A cat", "A", "A"),
+        ("A or B", None, "A"),
+        ("A, B", None, None),
+        ("The answer is (B).", "B", "E"),
+        ("Answer: d", "D", None),
+        ("the answer is a dog", None, "A"),
+        ("It is option C because", "C", "C"),
+        ("it must be (D)", "D", "E"),
+        ("(A) or (B)", None, None),
+        ("banana b ", None, "A"),
+        ("Because it is red", None, "E"),
+        ("I think B", None, None),
+        ("F", None, None),
+        ("", None, None),
+        ("да", None, None),
+        ("Д", None, None),
+    ],
+)
+def test_letters(text: str, strict: str | None, official: str | None) -> None:
+    assert choose(text) == strict
+    assert official_choice(text) == official
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("a cat", "A"), ("It is the dog.", "B"), ("B minor", "D"), ("a cat or the dog", None), ("C", "C"), ("E", None)],
+)
+def test_options_by_their_text(text: str, letter: str | None) -> None:
+    assert choose(text, OPTIONS) == letter
+
+
+@given(st.text(max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_the_official_letter_equals_a_loop(text: str) -> None:
+    expected = None
+    lowered = text.strip().lower()
+    for letter in ("a", "b", "c", "d", "e"):
+        if letter + " " in lowered:
+            expected = letter.upper()
+            break
+    assert official_choice(text) == expected
+
+
+def test_options_and_truths() -> None:
+    assert options_in("Which?\nA. a cat\nB. the dog\nC) third\nnot one") == ["a cat", "the dog", "third"]
+    assert options_in("B. second first") == []
+    truths = ("b", "B</s>", "B. the dog", "the dog", "Zebra")
+    assert [true_letter(text, OPTIONS) for text in truths] == ["B", "B", "B", "B", None]
+
+
+@pytest.mark.parametrize("name", ["mmbench", "seed"])
+def test_letter_benchmarks_by_hand(tmp_path: Path, name: str) -> None:
+    question = "What is it?\nA. a cat\nB. a dog"
+    said = ["B", "B a dog", "B the dog", "a dog", "the answer is unclear", "(B)"]
+    rows = [image_row(i, f"{i}.jpg", question, "B", text) for i, text in enumerate(said)]
+    result = scored(tmp_path, name, rows)
+    assert result["rules"]["strict"]["score"] == pytest.approx(5 / 6)
+    assert result["rules"]["official"]["score"] == pytest.approx(1 / 6)  # `b the dog` alone; unparsed rows stay
+    assert (result["parsed"], result["unparsed"]) == (5, 1)
+    assert result["rules"]["official"]["parsed"] == 4
+
+
+def test_circular_evaluation(tmp_path: Path) -> None:
+    rows = [
+        image_row(k * 1_000_000 + q, f"{q}.jpg", f"q{q} pass {k}", letter, said)
+        for q, passes in enumerate([[("A", "A"), ("B", "B")], [("A", "A"), ("B", "A")], [("B", "A"), ("A", "A")]])
+        for k, (letter, said) in enumerate(passes)
+    ]
+    strict = scored(tmp_path, "mmbench", rows)["rules"]["strict"]
+    assert (strict["circular"], strict["vanilla"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert strict["score"] == pytest.approx(4 / 6)
+    assert "circular" not in scored(tmp_path, "mmbench", rows[::2])["rules"]["strict"]
+
+
+# ---- MMAU, AIR-Bench -------------------------------------------------------------------------------------------------
+
+
+def test_mmau_string_match(tmp_path: Path) -> None:
+    choices = ["Old man", "Young man", "Woman"]
+    said = {"old man": (1, 1), "The old man!": (1, 1), "A": (1, 0), "(A) Old man": (1, 1), "man": (0, 0), "": (0, 0)}
+    said["an old and a young man"] = (0, 0)
+    rows = [
+        {"id": str(i), "audio_id": f"{i}.wav", "question": "Who?", "choices": choices, "answer": "Old man"}
+        | {"task": "speech" if i % 2 else "music", "model_output": text}
+        for i, text in enumerate(said)
+    ]
+    result = scored(tmp_path, "mmau", rows)
+    assert result["rules"]["strict"]["score"] == pytest.approx(sum(a for a, _ in said.values()) / 7)
+    assert result["rules"]["official"]["score"] == pytest.approx(sum(b for _, b in said.values()) / 7)
+    assert result["rules"]["strict"]["task"]["music"]["rows"] == 4
+
+
+def test_air_bench_by_the_publishers_scorer(tmp_path: Path) -> None:
+    said = ["B", "B. sad", "The answer is B.", "sad", "None", "", "happy", "I feel it", "Angry"]
+    rows = [
+        {"path": f"{i}.wav", "question": "Which mood?", "choice_a": "happy", "choice_b": "sad", "choice_c": None}
+        | {"answer_gt": "sad", "task_name": "Emotion_Recognition", "dataset_name": "x", "uniq_id": i, "response": text}
+        for i, text in enumerate(said)
+    ]
+    result = scored(tmp_path, "air_bench", rows)
+    # the script reads B B B - - - - - A: four rows are left
+    assert result["rules"]["official"]["score"] == pytest.approx(3 / 4)
+    assert result["rules"]["strict"]["score"] == pytest.approx(4 / 9)
+    assert result["rules"]["official"]["unparsed"] == 5

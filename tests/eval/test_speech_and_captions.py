@@ -1,0 +1,184 @@
+"""Word error rates after Whisper's normaliser, and CIDEr-D, each against plain re-computations."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.benchmarks import BENCHMARKS
+from eval.benchmarks.cider import cider_d, tokens
+from eval.benchmarks.whisper_text import whisper_normalised
+from eval.score import score
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- speech ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It's twenty-three colours, Mr. Smith!", "it is 23 colors mister smith"),
+        ("uh, [noise] I won't (cough) go", "i will not go"),
+        ("unclosed [bracket and (another", "unclosed bracket and another"),
+        ("café", "cafe"),
+        ("", ""),
+        ("   ", ""),
+    ],
+)
+def test_whispers_normaliser(text: str, expected: str) -> None:
+    assert whisper_normalised(text) == expected
+
+
+def test_it_equals_transformers_own() -> None:
+    """With the same table of spellings, on texts of ordinary length."""
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    import eval.benchmarks.whisper_text as module
+
+    table = json.loads(Path(module.__file__).with_name("whisper_spelling.json").read_text())
+    english, basic = EnglishTextNormalizer(table), BasicTextNormalizer()
+    generator = random.Random(1)
+    text = "the grey cat's [x] two hundred and five (oh) 3,5 $4.50 won't uh neighbour 1st é 20% one"
+    words = text.split()
+    for _ in range(200):
+        text = " ".join(generator.choices(words, k=generator.randint(1, 15)))
+        assert whisper_normalised(text) == " ".join(english(text).split())
+        assert whisper_normalised(text, english=False) == " ".join(basic(text).split())
+
+
+@pytest.mark.parametrize("text", ["<" * 10**6, "(" * 10**6, "x" + " " * 10**6 + "y", "9" * 10**6, "[a" * 300_000])
+def test_long_texts_are_normalised_in_linear_time(text: str) -> None:
+    whisper_normalised(text)  # the patterns alone would take hours
+
+
+def test_word_errors_over_the_whole_set(tmp_path: Path) -> None:
+    rows = [
+        {
+            "audio_filepath": "a.wav",
+            "text": "He hoped, there's twenty colours",
+            "pred_text": "he hoped there is 20 colors",
+        },
+        {"audio_filepath": "b.wav", "text": "red green blue", "pred_text": "red blue"},  # one of three
+        {"audio_filepath": "c.wav", "text": "be quiet please", "pred_text": ""},  # three of three
+        {"audio_filepath": "c.wav", "text": "be quiet please", "pred_text": "be quiet please"},  # the same row again
+        {
+            "audio_filepath": "d.wav",
+            "text": "Guten Tag, Welt",
+            "pred_text": "guten tag",
+            "language": "de",
+        },  # one of three
+    ]
+    result = score("asr", write(tmp_path / "p.jsonl", rows))
+    strict = result["rules"]["strict"]
+    assert strict["wer"] == strict["score"] == pytest.approx((0 + 1 + 3 + 1) / (6 + 3 + 3 + 3))
+    assert (result["parsed"], result["unparsed"], result["duplicates"]) == (3, 1, 1)
+    letters = (
+        len("he hoped there is 20 colors") + len("red green blue") + len("be quiet please") + len("guten tag welt")
+    )
+    assert strict["cer"] == pytest.approx((0 + 6 + 15 + 5) / letters)
+    assert result["rules"]["official"]["wer"] == pytest.approx((0 + 1 + 3 + 0 + 1) / (6 + 3 + 3 + 3 + 3))
+    assert "lower is better" in result["measure"]
+
+
+# ---- captions --------------------------------------------------------------------------------------------------------
+
+
+def cider_by_loops(candidates: list[str], references: list[list[str]]) -> list[float]:
+    """The definition, sum by sum: no Counter, no sharing of work."""
+
+    def grams(caption: str, n: int) -> list[tuple[str, ...]]:
+        words = caption.split()
+        return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+    def weight(gram: tuple[str, ...], caption: str) -> float:
+        count = grams(caption, len(gram)).count(gram)
+        clips = sum(any(gram in grams(r, len(gram)) for r in captions) for captions in references)
+        return count * (math.log(len(references)) - math.log(max(1, clips)))
+
+    def likeness(one: str, other: str, n: int) -> float:
+        mine, theirs = set(grams(one, n)), set(grams(other, n))
+        product = sum(min(weight(g, one), weight(g, other)) * weight(g, other) for g in mine & theirs)
+        norms = [
+            math.sqrt(sum(weight(g, c) ** 2 for g in gs)) for g_c in [(mine, one), (theirs, other)] for gs, c in [g_c]
+        ]
+        if not norms[0] * norms[1]:
+            return 0.0
+        difference = len(grams(one, 2)) - len(grams(other, 2))
+        return product / (norms[0] * norms[1]) * math.exp(-(difference**2) / 72)
+
+    return [
+        10 * sum(likeness(c, r, n) for r in own for n in (1, 2, 3, 4)) / 4 / len(own)
+        for c, own in zip(candidates, references, strict=True)
+    ]
+
+
+def test_cider_equals_loops() -> None:
+    generator = random.Random(0)
+    text = "a dog barks and the man speaks while birds chirp in wind"
+    words = text.split()
+
+    def caption() -> str:
+        return " ".join(generator.choices(words, k=generator.randint(1, 12)))
+
+    references = [[caption() for _ in range(generator.randint(1, 5))] for _ in range(12)]
+    candidates = [generator.choice(own) if i % 2 else caption() for i, own in enumerate(references)]
+    candidates[0] = ""
+    assert cider_d(candidates, references) == pytest.approx(cider_by_loops(candidates, references))
+
+
+def test_cider_of_coco_caption() -> None:
+    """Figures of pycocoevalcap 1.2 (its Cider alone needs no Java) on the same captions."""
+    references = [
+        ["a dog barks loudly", "a dog is barking in the distance"],
+        ["rain falls on a roof", "heavy rain and thunder"],
+        ["a man speaks and a dog barks", "a man is speaking"],
+    ]
+    found = cider_d(["a dog is barking loudly", "rain falls and thunder", "a man speaks"], references)
+    assert found == pytest.approx([3.048683699524414, 2.320069625213683, 3.1887221857410393])
+
+
+def test_tokens() -> None:
+    assert tokens("It's a Dog, barking.") == ("it", "'s", "a", "dog", "barking")
+    assert tokens("They don't hum — 3.5 hum-like “notes”") == ("they", "do", "n't", "hum", "3.5", "hum-like", "notes")
+    assert tokens("собака лает!") == ("собака", "лает")
+    assert tokens("...") == ()
+
+
+def test_captions_in_a_file(tmp_path: Path) -> None:
+    references = [["A dog barks.", "Barking dog"], ["Rain falls"], ["A man speaks"]]
+    said = ["a dog barks", "", "A man speaks!"]
+    rows = [
+        {"youtube_id": f"y{i}", "references": r, "prediction": p}
+        for i, (r, p) in enumerate(zip(references, said, strict=True))
+    ]
+    result = score("audiocaps", write(tmp_path / "p.jsonl", rows))
+    plain = [[" ".join(tokens(c)) for c in own] for own in references]
+    expected = cider_by_loops(["a dog barks", "", "a man speaks"], plain)
+    assert result["score"] == pytest.approx(sum(expected) / 3)
+    assert (result["parsed"], result["unparsed"], result["scale"]) == (2, 1, "points")
+    (tmp_path / "test.csv").write_text(
+        "youtube_id,start_time,caption\n" + "".join(f"y{i},0,{c}\n" for i, own in enumerate(references) for c in own)
+    )
+    bare = [{"audio_id": f"clips/y{i}.wav", "caption": p} for i, p in enumerate(said)]
+    again = score("audiocaps", write(tmp_path / "q.jsonl", bare), tmp_path / "test.csv")
+    assert again["score"] == pytest.approx(result["score"])
+    test = score("audiocaps", tmp_path / "p.jsonl", tmp_path / "test.csv", against=tmp_path / "q.jsonl")["against"]
+    assert (test["difference"], test["rows"]) == (0.0, 3)
+
+
+def test_a_caption_of_any_length_is_scored() -> None:
+    rows = BENCHMARKS["audiocaps"].score([])
+    assert rows["score"] == 0.0
+    long = cider_d(["dog " * 300_000, "rain"], [["a dog"], ["rain"]])
+    assert long[0] == 0.0
+    assert long[1] == pytest.approx(2.5)
