@@ -18,6 +18,7 @@ COMMANDS = {
     "infer": ("mokamm.infer", 'ask a trained model: RUN [--video FILE] [--audio FILE] ... "question"'),
     "eval": ("eval.run", "score a trained model: BENCHMARK|all RUN [--limit N] [--control NAME]"),
     "advise": ("mokamm.advise", "learning rate, rank, targets, batch and memory of a CONFIG, and why"),
+    "doctor": ("mokamm.doctor", "what a CONFIG needs and whether it is there; its true shapes"),
     "data": ("data.miniworld", "make the miniature world: --out DIR --split train --num N"),
 }
 
