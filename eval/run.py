@@ -129,7 +129,7 @@ def _how_to_make(config: RunConfig) -> str:
 
 def check_control(config: RunConfig, control: Control) -> None:
     """Raise UserError, before anything is loaded, where a control has no meaning for this run."""
-    if control.kind == "base" and config.training.init_from is None:
+    if control.kind == "base" and not config.training.init_folders:
         raise UserError(
             "control base: the run began without the projectors of a stage 1 (training.init_from is empty), "
             "so that there is nothing to go back to"

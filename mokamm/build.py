@@ -13,6 +13,7 @@ Cost: reading the weights.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def build_model(
     processor = Processor(tokenizer, senses, loader, perception.lookup, config.data.max_length, config.adapter.keys)
     model = MultimodalLM(llm, projectors, perception, processor)
     model.config = config
-    if init and config.training.init_from:
-        load_init(model, config.training.init_from)
+    if init and config.training.init_folders:
+        load_init(model, config.training.init_folders)
     perception.to(device)
     return model.to(device).train(for_training)
 
@@ -196,33 +197,55 @@ def trainable_parts(model: MultimodalLM) -> dict[str, list[tuple[str, nn.Paramet
     return parts
 
 
-def load_init(model: MultimodalLM, folder: str | Path) -> None:
-    """Begin from the projectors (and the adapter, if both have one) of a stage-1 folder, a run or a checkpoint.
+def load_init(model: MultimodalLM, folders: str | Path | Sequence[str | Path]) -> None:
+    """Begin from the projectors (and the adapter, if both have one) of stage-1 folders, runs or checkpoints.
 
-    Every key is accounted for: a modality of the config must be there whole; one that only the file has is skipped
-    with a note. Raises UserError naming every key that does not fit.
+    Every key is accounted for: each modality of the config must be there whole, in one of the folders; one that only
+    the files have is skipped with a note. Raises UserError naming every key that does not fit.
     """
+    state: dict[str, torch.Tensor] = {}
+    where: dict[str, Path] = {}  # modality -> file
+    for folder in map(_weights_folder, [folders] if isinstance(folders, str | Path) else folders):
+        found = _projectors_in(folder)
+        for name in sorted({key.split(".", 1)[0] for key in found}):
+            if name not in model.projectors:
+                log.warning("note: %s also holds a projector for '%s', which this config does not use", folder, name)
+            elif name in where:
+                raise UserError(
+                    f"training.init_from: {where[name]} and {folder} both hold a projector for '{name}'; name one of them"
+                )
+            else:
+                where[name] = folder
+        state |= {key: tensor for key, tensor in found.items() if where.get(key.split(".", 1)[0]) == folder}
+        if (folder / ADAPTER).is_dir():
+            _init_adapter(model, folder / ADAPTER)
+    _load_projectors(model, state, where)
+
+
+def _weights_folder(named: str | Path) -> Path:
+    folder = find_path(str(named))
+    return folder / "final" if (folder / "final" / PROJECTORS).is_file() else folder
+
+
+def _projectors_in(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    folder = find_path(str(folder))
-    folder = folder / "final" if (folder / "final" / PROJECTORS).is_file() else folder
     path = folder / PROJECTORS
     if not path.is_file():
         raise UserError(f"training.init_from: {path} is missing; expected a folder that stage 1 wrote ({PROJECTORS})")
     if (folder / MANIFEST).is_file() and (altered := manifest_problems(folder)):
         raise UserError("\n  - ".join([f"training.init_from: {folder} is not whole:", *altered]))
-    state = load_file(path)
-    own = {name: tuple(tensor.shape) for name, tensor in model.projectors.state_dict().items()}
-    found = {key.split(".", 1)[0] for key in state}
-    absent = [name for name in model.projectors if name not in found]
+    return load_file(path)
+
+
+def _load_projectors(model: MultimodalLM, state: dict[str, torch.Tensor], where: dict[str, Path]) -> None:
+    absent = [name for name in model.projectors if name not in where]
     if absent:
         raise UserError(
-            f"training.init_from: {path} has no projector for {', '.join(absent)}; it has {', '.join(sorted(found))}. "
+            f"training.init_from has no projector for {', '.join(absent)}; it has {', '.join(sorted(where)) or 'none'}. "
             "Train stage 1 with that modality, or leave it out of model.modalities"
         )
-    for name in sorted(found - set(model.projectors)):
-        log.warning("note: %s also holds a projector for '%s', which this config does not use", path, name)
-    state = {key: tensor for key, tensor in state.items() if key.split(".", 1)[0] in model.projectors}
+    own = {name: tuple(tensor.shape) for name, tensor in model.projectors.state_dict().items()}
     problems = [f"missing: {key}" for key in own if key not in state]
     problems += [f"unexpected: {key}" for key in state if key not in own]
     problems += [
@@ -231,11 +254,10 @@ def load_init(model: MultimodalLM, folder: str | Path) -> None:
         if key in state and tuple(state[key].shape) != shape
     ]
     if problems:
+        files = ", ".join(str(folder / PROJECTORS) for folder in dict.fromkeys(where.values()))
         shown = problems[:8] + [f"... and {len(problems) - 8} more"] * (len(problems) > 8)
-        raise UserError("\n  - ".join([f"training.init_from: {path} does not fit model.modalities:", *shown]))
+        raise UserError("\n  - ".join([f"training.init_from: {files} does not fit model.modalities:", *shown]))
     model.projectors.load_state_dict(state)
-    if (folder / ADAPTER).is_dir():
-        _init_adapter(model, folder / ADAPTER)
 
 
 def _init_adapter(model: MultimodalLM, folder: Path) -> None:

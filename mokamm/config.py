@@ -191,7 +191,7 @@ class TrainingConfig(Section):
 
     output_dir: str
     stage: Literal[1, 2] = 2  # 1: projectors only; 2: projectors and adapter (or the whole LLM)
-    init_from: str | None = None  # a run, checkpoint or folder with projectors.safetensors
+    init_from: str | list[str] | None = None  # runs, checkpoints or folders with projectors.safetensors
     learning_rate: Annotated[float, Field(gt=0.0)] | Literal["auto"] = 1.0e-4  # auto: by mokamm/training/rate.py
     projector_learning_rate: NonNegative | None = None  # None: learning_rate; 0: projectors stay as they are
     num_train_epochs: Annotated[float, Field(gt=0.0)] = 3.0
@@ -254,6 +254,10 @@ class TrainingConfig(Section):
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps is {self.max_steps}; expected a positive number, or -1 for num_train_epochs")
         return self
+
+    @property
+    def init_folders(self) -> list[str]:
+        return [self.init_from] if isinstance(self.init_from, str) else self.init_from or []
 
     @property
     def eval_batch_size(self) -> int:
@@ -335,8 +339,9 @@ class RunConfig(Section):
                     problems.append(f"{key}.{i}.path: no such file: {path}")
         if self.training.deepspeed:
             problems += _json_problems("training.deepspeed", find_path(self.training.deepspeed))
-        if self.training.init_from and not find_path(self.training.init_from).is_dir():
-            problems.append(f"training.init_from: no such folder: {self.training.init_from}")
+        problems += [
+            f"training.init_from: no such folder: {f}" for f in self.training.init_folders if not find_path(f).is_dir()
+        ]
         if problems:
             raise ConfigError(listed("the configuration names files that are not there (or not readable):", problems))
 

@@ -5,6 +5,7 @@ Nothing here knows what a configuration means; mokamm/config.py does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -25,9 +26,50 @@ def listed(title: str, problems: list[str]) -> str:
 # ---- YAML with lines -------------------------------------------------------------------------------------------------
 
 Path_ = tuple[Any, ...]
+Lines = Mapping[Path_, "int | str"]  # of a key: its line, with its file where that is one that is extended
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Lines]:
+    """A file's mapping and where each key stands.
+
+    `extends: other.yaml` (or a list, a later one over an earlier one; paths from the file's own folder) lays the file
+    over others: mappings are merged key by key, anything else replaces what it covers.
+    """
+    if path.resolve() in seen:
+        raise ConfigError(f"extends: {path} extends itself, through {' > '.join(p.name for p in seen)}")
+    tree, own = _read_one(path)
+    extended = tree.pop("extends", [])
+    names = [extended] if isinstance(extended, str) else extended
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: extends: expected the name of a file, or a list of them; found {extended!r}")
+    merged: dict[str, Any] = {}
+    lines: dict[Path_, int | str] = {}
+    for name in names:
+        below, places = read_yaml(path.parent / name, (*seen, path.resolve()))
+        _lay_over(merged, lines, below, places)
+    here = {at: f"{line} of {path}" for at, line in own.items()} if seen else own
+    _lay_over(merged, lines, tree, here)
+    return merged, lines
+
+
+def _lay_over(
+    tree: dict[str, Any], lines: dict[Path_, int | str], over: dict[str, Any], places: Lines, at: Path_ = ()
+) -> None:
+    """Merge `over` into `tree`, in place, and the lines of its keys into `lines`."""
+    for key, value in over.items():
+        here = (*at, key)
+        if here in places:
+            lines[here] = places[here]
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _lay_over(tree[key], lines, value, places, here)
+            continue
+        for old in [place for place in lines if place[: len(here)] == here and place != here]:
+            del lines[old]
+        lines.update({place: line for place, line in places.items() if place[: len(here)] == here})
+        tree[key] = value
+
+
+def _read_one(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -114,7 +156,7 @@ def _set(tree: Any, parts: list[str], value: Any) -> str | None:
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 
-def explain(model: type[BaseModel], error: ValidationError, tree: dict[str, Any], lines: dict[Path_, int]) -> list[str]:
+def explain(model: type[BaseModel], error: ValidationError, tree: dict[str, Any], lines: Lines) -> list[str]:
     """pydantic's errors as lines for people, in the order of the file; branches of a union are joined."""
     mistakes: dict[Path_, list[str]] = {}
     found: dict[Path_, str] = {}
@@ -168,7 +210,7 @@ def _section(annotation: Any) -> Any:
     return next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), annotation)
 
 
-def _line(at: Path_, lines: dict[Path_, int]) -> str:
+def _line(at: Path_, lines: Lines) -> str:
     for end in range(len(at), 0, -1):
         if at[:end] in lines:
             return f" (line {lines[at[:end]]})"

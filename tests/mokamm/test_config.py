@@ -230,3 +230,38 @@ def test_shipped_recipes_are_valid(path):
     load_config(path)
     assert path.read_text().lstrip().startswith("#"), "a recipe opens with its purpose and how to start it"
     assert yaml.safe_load(path.read_text())["training"]["output_dir"].startswith("runs/")
+
+
+# ---- extends ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_laid_over_those_it_extends(tmp_path):
+    whole = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": whole["model"]}))
+    (tmp_path / "sub").mkdir()
+    rest = {key: value for key, value in whole.items() if key != "model"}
+    (tmp_path / "sub" / "rest.yaml").write_text(yaml.safe_dump({"extends": "../model.yaml", **rest}))
+    own = "extends: [sub/rest.yaml]\nadapter: {r: 8}\ndata:\n  train: [{source: ave, path: x}]\n"
+    (tmp_path / "own.yaml").write_text(own)
+    config = load_config(tmp_path / "own.yaml", ["adapter.lora_alpha=2"])
+    assert (config.adapter.r, config.adapter.lora_alpha, config.adapter.method) == (8, 2, "moka")
+    assert [entry.path for entry in config.data.train] == ["x"]
+    assert config.model == load_config(ROOT / "configs" / "quickstart.yaml").model
+
+
+def test_mistakes_in_files_that_extend_others_are_told_with_their_file(tmp_path):
+    (tmp_path / "below.yaml").write_text("adapter:\n  rr: 4\n")
+    (tmp_path / "own.yaml").write_text("extends: below.yaml\ntraining:\n  sed: 1\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "own.yaml")
+    assert f"adapter.rr (line 2 of {tmp_path / 'below.yaml'}): unknown key" in str(error.value)
+    assert "training.sed (line 3): unknown key 'sed'; did you mean 'seed'?" in str(error.value)
+    (tmp_path / "below.yaml").write_text("extends: own.yaml\n")
+    with pytest.raises(ConfigError, match=r"extends itself, through own.yaml > below.yaml"):
+        load_config(tmp_path / "own.yaml")
+    (tmp_path / "own.yaml").write_text("extends: 7\n")
+    with pytest.raises(ConfigError, match="expected the name of a file"):
+        load_config(tmp_path / "own.yaml")
+    (tmp_path / "own.yaml").write_text("extends: belo.yaml\n")
+    with pytest.raises(ConfigError, match=r"no such configuration file(.|\n)*did you mean"):
+        load_config(tmp_path / "own.yaml")

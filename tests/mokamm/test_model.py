@@ -269,6 +269,19 @@ def test_init_from_takes_every_key(make_model, tmp_path, caplog):
     assert "projector for 'speech', which this config does not use" in caplog.text
 
 
+def test_init_from_two_folders_one_for_each_projector(make_model, tmp_path):
+    model = make_model("none")
+    state = projector_state(model)
+    for name in ("vision", "audio"):
+        (tmp_path / name).mkdir()
+        own = {key: value for key, value in state.items() if key.startswith(name)}
+        save_file(own, tmp_path / name / "projectors.safetensors")
+    load_init(model, [tmp_path / "vision", str(tmp_path / "audio")])
+    assert all(torch.equal(value, state[key]) for key, value in model.projectors.state_dict().items())
+    with pytest.raises(UserError, match="both hold a projector for 'vision'"):
+        load_init(model, [tmp_path / "vision", tmp_path / "audio", tmp_path / "vision"])
+
+
 def test_init_from_names_what_does_not_fit(make_model, tmp_path):
     model = make_model("none")
     with pytest.raises(UserError, match=r"projectors.safetensors is missing"):

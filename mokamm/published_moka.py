@@ -1,0 +1,246 @@
+"""The checkpoints that MokA's authors published, read into this project's folders with every key accounted for.
+
+    adapter_model.bin        ...q_proj.lora_A0|A1|A2|B0.weight           audio-visual: text, video, audio; the shared B
+                             ...q_proj.lora_A.{text,image}, lora_B.text  visual-text
+    non_lora_trainables.bin  model.{vl,al}_projector.*                   LayerNorm, Q-Former in BLIP-2's naming, MLP
+          |
+          v
+    OUT/adapter/ (MOKA, PEFT's format)   OUT/projectors.safetensors   OUT/MANIFEST.json
+
+Two facts of those runs decide the configuration. The audio-visual code scales A's output before the attention
+(`scale_logits`, lambda 1). The visual-text code scales B's output (lambda 0.05), and only its layer 0 was ever trained
+with the attention and with A_image: in the other layers every token went through A_text, so A_image = A_text and
+lambda = 0 there. Parameters that never took part (the Q-Formers' text branch, rows of boundary tokens that were random
+at every start) are left out, each with its reason. Pickles are read with `weights_only=True`. Cost: reading the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.schema import UserError
+from mokamm.weights import ADAPTER, PROJECTORS, write_manifest
+
+ADAPTER_FILE, OTHER_FILE = "adapter_model.bin", "non_lora_trainables.bin"
+VISUAL_LAMBDA = 0.05  # in the published visual-text code; the paper leaves it open
+MODALITY = {"vl": "vision", "al": "audio"}
+TEXT_BRANCH = "the Q-Former's text branch, which is never run"
+# inner name of a published projector -> ours; a str without a group: left out, for that reason
+PROJECTOR_KEYS: tuple[tuple[str, str, str | None], ...] = (
+    (r"(?:\w+_)?ln\.(weight|bias)", r"norm.\1", None),
+    (r"(?:\w+_)?query_tokens", r"queries.weight", None),
+    (r"(?:\w+_)?Qformer\.bert\.embeddings\.LayerNorm\.(weight|bias)", r"query_norm.\1", None),
+    (
+        r"(?:\w+_)?Qformer\.bert\.encoder\.layer\.(\d+)\.(attention|crossattention)\.self\.(query|key|value)\.(\w+)",
+        r"encoder.layer.\1.\2.attention.\3.\4",
+        None,
+    ),
+    (
+        r"(?:\w+_)?Qformer\.bert\.encoder\.layer\.(\d+)\."
+        r"((?:attention\.output|crossattention\.output|intermediate_query|output_query)\.(?:dense|LayerNorm))\.(\w+)",
+        r"encoder.layer.\1.\2.\3",
+        None,
+    ),
+    (r"(?:\w+_)?proj(?:ector)?\.(\d+)\.(weight|bias)", r"output.\1.\2", None),
+    (r"(?:\w+_)?Qformer\.bert\.encoder\.layer\.\d+\.(?:intermediate|output)\..*", "", TEXT_BRANCH),
+    (r"(?:\w+_)?Qformer\.bert\.embeddings\.(?:word|position|token_type)_embeddings.*", "", TEXT_BRANCH),
+    (r"(?:\w+_)?Qformer\.bert\.(?:embeddings\.)?position_ids", "", TEXT_BRANCH),
+    (r"(?:\w+_)?Qformer\.(?:bert\.pooler|cls)\..*", "", TEXT_BRANCH),
+)
+PROJECTOR = re.compile(r"(?:.*\.)?(vl|al)_projector\.(.+)")
+EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|lm_head)\.weight")
+AUDIO_VISUAL = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A[012]|B0)(?:\.default)?\.weight")
+VISUAL_TEXT = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A\.text|A\.image|B\.text)(?:\.default)?\.weight")
+LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
+
+
+@dataclass
+class Published:
+    """What a published folder holds, in this project's names.
+
+    adapter: PEFT's state dict of a MOKA adapter, empty for a stage-1 folder. moka: the keyword arguments of MokaConfig.
+    projectors: `<modality>.<parameter>`. used, left_out: every key of the files, with what became of it.
+    """
+
+    kind: str
+    adapter: dict[str, Tensor] = field(default_factory=dict)
+    moka: dict[str, Any] = field(default_factory=dict)
+    projectors: dict[str, Tensor] = field(default_factory=dict)
+    used: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder looks like one of those checkpoints, by its files' names."""
+    return (folder / OTHER_FILE).is_file() or (
+        (folder / ADAPTER_FILE).is_file() and any(_adapter_kind(key) for key in _load(folder / ADAPTER_FILE))
+    )
+
+
+def read_published(folder: str | Path) -> Published:
+    """Read a published folder (a final one, or a stage 1 with projectors only).
+
+    Raises UserError for a key that no rule knows, a layer with a matrix missing, or shapes that disagree; all at once.
+    """
+    folder = Path(folder)
+    files = [folder / name for name in (ADAPTER_FILE, OTHER_FILE) if (folder / name).is_file()]
+    if not files:
+        raise UserError(f"{folder} holds neither {ADAPTER_FILE} nor {OTHER_FILE}; expected a published MokA checkpoint")
+    state = {key: tensor for file in files for key, tensor in _load(file).items()}
+    result = Published(kind="stage 1")
+    matrices: dict[str, dict[str, Tensor]] = {}
+    problems: list[str] = []
+    for key, tensor in state.items():
+        if match := AUDIO_VISUAL.fullmatch(key) or VISUAL_TEXT.fullmatch(key):
+            matrices.setdefault(match[1], {})[match[2]] = tensor
+            result.used[key] = f"{match[1]}, {match[2]}"
+        elif match := PROJECTOR.fullmatch(key):
+            problems += _projector_key(result, key, match[1], match[2], tensor)
+        elif EMBEDDINGS.fullmatch(key):
+            result.left_out[key] = "rows of media boundary tokens, drawn anew at every start there: boundaries: false"
+        else:
+            problems.append(f"{key} {tuple(tensor.shape)}: no rule knows this key")
+    if matrices:
+        problems += _adapter(result, matrices, _settings(folder))
+    if problems:
+        more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise UserError("\n  - ".join([f"{folder} is not read: {len(problems)} mistakes", *problems[:8], *more]))
+    return result
+
+
+def write_published(published: Published, out: str | Path, base: str | None = None) -> None:
+    """Write OUT/adapter, OUT/projectors.safetensors and the manifest: what `training.init_from` takes.
+
+    base: the LLM's hub id or folder, recorded in the adapter's config.
+    """
+    from safetensors.torch import save_file
+
+    from mokamm.adapters import MokaConfig
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if published.adapter:
+        (out / ADAPTER).mkdir(exist_ok=True)
+        config = MokaConfig(task_type="CAUSAL_LM", base_model_name_or_path=base, **published.moka)
+        config.save_pretrained(str(out / ADAPTER))
+        adapter = {key: tensor.contiguous() for key, tensor in published.adapter.items()}
+        save_file(adapter, out / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+    if published.projectors:
+        projectors = {key: tensor.contiguous() for key, tensor in published.projectors.items()}
+        save_file(projectors, out / PROJECTORS, metadata={"format": "pt"})
+    write_manifest(out)
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch tells a pickle that holds code, a cut file and a text file by different errors
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(f"{file} cannot be read as tensors (weights_only): {first}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{file} holds no plain mapping from names to tensors")
+    return content
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+# ---- projectors ------------------------------------------------------------------------------------------------------
+
+
+def _projector_key(result: Published, key: str, which: str, inner: str, tensor: Tensor) -> list[str]:
+    for pattern, ours, reason in PROJECTOR_KEYS:
+        match = re.fullmatch(pattern, inner)
+        if match and reason:
+            result.left_out[key] = reason
+            return []
+        if match:
+            name = f"{MODALITY[which]}.{match.expand(ours)}"
+            if name in result.projectors:
+                return [f"{key}: its place, {name}, is taken by another key"]
+            result.projectors[name] = tensor[0] if inner.endswith("query_tokens") and tensor.dim() == 3 else tensor
+            result.used[key] = name
+            return []
+    return [f"{key} {tuple(tensor.shape)}: no rule knows this part of a projector"]
+
+
+# ---- adapter ---------------------------------------------------------------------------------------------------------
+
+
+def _adapter_kind(key: str) -> str | None:
+    if AUDIO_VISUAL.fullmatch(key):
+        return "audio-visual"
+    return "visual-text" if VISUAL_TEXT.fullmatch(key) else None
+
+
+def _adapter(result: Published, matrices: dict[str, dict[str, Tensor]], settings: dict[str, Any]) -> list[str]:
+    """Stack the A's of every module; fills `adapter` and `moka`, returns what is wrong."""
+    names = {name for found in matrices.values() for name in found}
+    visual = any("." in name for name in names)
+    if visual and any("." not in name for name in names):
+        return ["the adapter mixes the namings of the audio-visual and of the visual-text code"]
+    result.kind = "visual-text" if visual else "audio-visual"
+    needed = ("A.text", "A.image", "B.text") if visual else ("A0", "A1", "A2", "B0")
+    problems = []
+    for module, found in matrices.items():
+        problems += [f"{module}: lora_{name} is missing" for name in needed if name not in found]
+    if problems:
+        return problems
+    ranks = {tensor.shape[0] for found in matrices.values() for name, tensor in found.items() if name[0] == "A"}
+    ranks |= {tensor.shape[1] for found in matrices.values() for name, tensor in found.items() if name[0] == "B"}
+    if len(ranks) > 1:
+        return [f"the ranks differ: {', '.join(map(str, sorted(ranks)))}; this layer has one rank for all modalities"]
+    for module, found in matrices.items():
+        A = [found[name] for name in needed[:-1]]
+        if visual and _layer(module) != 0:
+            A[1] = A[0]
+        result.adapter[f"base_model.model.{module}.moka_A.weight"] = torch.cat(A)
+        result.adapter[f"base_model.model.{module}.moka_B.weight"] = found[needed[-1]]
+    result.moka = {
+        "r": ranks.pop(),
+        "lora_alpha": float(settings.get("lora_alpha", 16)),
+        "lora_dropout": float(settings.get("lora_dropout", 0.05)),
+        "modalities": ["text", "vision"] if visual else ["text", "vision", "audio"],
+        "target_modules": sorted({module.rpartition(".")[2] for module in matrices}),
+        "scale_logits": not visual,
+        "attention_weight": 0.0 if visual else 1.0,
+        "attention_weight_pattern": {r"layers\.0\..*": VISUAL_LAMBDA} if visual else {},
+    }
+    return []
+
+
+def _layer(module: str) -> int | None:
+    match = LAYER.match(module)
+    return int(match[1]) if match else None
+
+
+def account(published: Published, show: Callable[[str], None]) -> None:
+    """Print what became of every key, in groups."""
+    show(f"a {published.kind} checkpoint of MokA: {len(published.used)} keys used, {len(published.left_out)} left out")
+    if published.moka:
+        show("  adapter: " + ", ".join(f"{key} {value}" for key, value in published.moka.items() if value != {}))
+    for modality in sorted({key.partition(".")[0] for key in published.projectors}):
+        count = sum(t.numel() for key, t in published.projectors.items() if key.startswith(modality + "."))
+        show(f"  projector of {modality}: {count:,} parameters")
+    for reason, keys in _by_reason(published.left_out.items()).items():
+        show(f"  left out: {len(keys)} keys such as {keys[0]}: {reason}")
+
+
+def _by_reason(left_out: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for key, reason in left_out:
+        grouped.setdefault(reason, []).append(key)
+    return grouped

@@ -1,0 +1,203 @@
+"""Published MokA checkpoints, made here with the published names: read, written, and equal to the plain formula."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, LlamaConfig, LlamaForCausalLM
+
+from data.schema import UserError
+from mokamm.projectors import build_projector
+from mokamm.published_moka import ADAPTER_FILE, OTHER_FILE, is_published, read_published, write_published
+from mokamm.routing import Routing
+
+R, ALPHA = 4, 16
+IDS = torch.tensor([[0, 1, 1, 0, 2, 2, 0, 0, 0], [0, 2, 1, 1, 0, 0, 0, 0, 0]])
+KEYS = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1, 1, 1, 0]]).bool()
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).double().eval()
+
+
+def linears(llm: nn.Module) -> dict[str, nn.Linear]:
+    return {name: m for name, m in llm.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
+
+
+def adapter_state(llm: nn.Module, factors: dict[str, bool]) -> dict[str, Tensor]:
+    """Random matrices with published names; factors: name -> whether it is an A."""
+    torch.manual_seed(1)
+    return {
+        f"base_model.model.{name}.lora_{factor}.weight": torch.randn(
+            (R, m.in_features) if is_a else (m.out_features, R), dtype=torch.float64
+        )
+        * 0.1
+        for name, m in linears(llm).items()
+        for factor, is_a in factors.items()
+    }
+
+
+AUDIO_VISUAL = {"A0": True, "A1": True, "A2": True, "B0": False}
+VISUAL_TEXT = {"A.text": True, "A.image": True, "B.text": False}
+
+
+def publish(folder: Path, adapter: dict[str, Tensor], other: dict[str, Tensor]) -> Path:
+    folder.mkdir()
+    if adapter:
+        torch.save(adapter, folder / ADAPTER_FILE)
+        (folder / "adapter_config.json").write_text('{"r": "444", "lora_alpha": 16, "lora_dropout": 0.05}')
+    torch.save(other, folder / OTHER_FILE)
+    return folder
+
+
+def attended(query: Tensor, keys: Tensor) -> Tensor:
+    """One token's softmax over the keys, in a loop: (R,)."""
+    scores = torch.stack([torch.exp(query @ key / math.sqrt(R)) for key in keys])
+    return sum((score / scores.sum() * key for score, key in zip(scores, keys, strict=True)), torch.zeros(R).double())
+
+
+def audio_visual_update(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """B (s A_m x + attention over s A_text x_q): s before the attention."""
+    A = [state[f"base_model.model.{name}.lora_A{i}.weight"] for i in range(3)]
+    B, s = state[f"base_model.model.{name}.lora_B0.weight"], ALPHA / R
+    out = torch.zeros(*x.shape[:2], len(B)).double()
+    for b in range(len(x)):
+        keys = torch.stack([s * A[0] @ x[b, q] for q in range(x.shape[1]) if KEYS[b, q]])
+        for t in range(x.shape[1]):
+            z = s * A[int(IDS[b, t])] @ x[b, t]
+            out[b, t] = B @ (z + attended(z, keys) if IDS[b, t] else z)
+    return out
+
+
+def visual_text_update(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """s B (A_m x + 0.05 attention) in layer 0; every token through A_text in the others."""
+    text, image, B = (state[f"base_model.model.{name}.lora_{f}.weight"] for f in ("A.text", "A.image", "B.text"))
+    if ".layers.0." not in name:
+        return ALPHA / R * x @ text.T @ B.T
+    out = torch.zeros(*x.shape[:2], len(B)).double()
+    for b in range(len(x)):
+        keys = torch.stack([text @ x[b, q] for q in range(x.shape[1]) if KEYS[b, q]])
+        for t in range(x.shape[1]):
+            z = (image if IDS[b, t] else text) @ x[b, t]
+            out[b, t] = ALPHA / R * B @ (z + 0.05 * attended(z, keys) if IDS[b, t] else z)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("factors", "update", "ids"),
+    [(AUDIO_VISUAL, audio_visual_update, IDS), (VISUAL_TEXT, visual_text_update, IDS.clamp(max=1))],
+    ids=["audio-visual", "visual-text"],
+)
+def test_the_converted_adapter_computes_what_the_published_one_did(factors, update, ids, tmp_path):
+    state = adapter_state(llama(), factors)
+    published = publish(tmp_path / "published", state, {})
+    assert is_published(published)
+    read = read_published(published)
+    assert set(read.used) == set(state)
+    assert not read.left_out
+    write_published(read, tmp_path / "ours")
+
+    plain = llama()
+    for name, module in linears(plain).items():
+        module.register_forward_hook(lambda _, inputs, h, name=name: h + update(state, name, inputs[0]))
+    model = PeftModel.from_pretrained(llama(), str(tmp_path / "ours" / "adapter")).eval()
+    model.base_model.set_routing(Routing(ids, KEYS))
+    x = torch.randn(*IDS.shape, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected, found = plain(inputs_embeds=x).logits, model(inputs_embeds=x).logits
+    assert (expected - llama()(inputs_embeds=x).logits).abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the file's float32
+
+
+WIDTH, HIDDEN, OUT, TOKENS = 20, 16, 12, 5
+
+
+def published_projector(prefix: str, word: str) -> tuple[dict[str, Tensor], nn.ModuleDict]:
+    """A projector in the published naming, and the modules of transformers that compute what it says."""
+    torch.manual_seed(3)
+    config = Blip2QFormerConfig(
+        vocab_size=7, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=12, intermediate_size=4 * HIDDEN,
+        cross_attention_frequency=1, encoder_hidden_size=WIDTH,
+    ).to_dict() | {"num_attention_heads": 4}  # fmt: skip
+    parts = nn.ModuleDict(
+        {
+            "ln": nn.LayerNorm(WIDTH),
+            "qformer": Blip2QFormerModel(Blip2QFormerConfig(**config)).eval(),
+            "proj": nn.Sequential(nn.Linear(HIDDEN, OUT), nn.GELU(), nn.Linear(OUT, OUT)),
+        }
+    )
+    for parameter in parts.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    parts.tokens = nn.Parameter(torch.randn(1, TOKENS, HIDDEN))
+    state = {f"{word}_ln.{k}": v for k, v in parts["ln"].state_dict().items()}
+    state |= {f"{word}_proj.{k}": v for k, v in parts["proj"].state_dict().items()}
+    state[f"{word}_query_tokens"] = parts.tokens.detach()
+    for key, value in parts["qformer"].state_dict().items():
+        bert = key.replace("attention.attention.", "attention.self.")
+        bert = bert.replace("layernorm.", "embeddings.LayerNorm.") if bert.startswith("layernorm") else bert
+        state[f"{word}_Qformer.bert.{bert}"] = value
+    for layer in (0, 1):  # the text branch, saved but never run
+        state[f"{word}_Qformer.bert.encoder.layer.{layer}.intermediate.dense.weight"] = torch.randn(64, HIDDEN)
+        state[f"{word}_Qformer.bert.encoder.layer.{layer}.output.LayerNorm.bias"] = torch.randn(HIDDEN)
+    state[f"{word}_Qformer.bert.embeddings.position_ids"] = torch.arange(9)[None]
+    return {f"{prefix}.{key}": value for key, value in state.items()}, parts
+
+
+def test_projectors_compute_what_the_published_ones_did(tmp_path):
+    visual, parts = published_projector("model.vl_projector", "visual")
+    audio, _ = published_projector("base_model.model.model.al_projector", "audio")
+    boundary = {"model.embed_tokens.weight": torch.randn(3, OUT)}
+    read = read_published(publish(tmp_path / "published", {}, {**visual, **audio, **boundary}))
+    write_published(read, tmp_path / "ours")
+    state = load_file(tmp_path / "ours" / "projectors.safetensors")
+    assert set(read.used) | set(read.left_out) == {*visual, *audio, *boundary}
+    assert len(read.left_out) == 2 * 5 + 1
+
+    ours = build_projector("qformer", WIDTH, OUT, False, tokens=TOKENS, hidden=HIDDEN, heads=4).eval()
+    for modality in ("vision", "audio"):
+        ours.load_state_dict({k.partition(".")[2]: v for k, v in state.items() if k.startswith(modality)})
+    ours.load_state_dict({k.partition(".")[2]: v for k, v in state.items() if k.startswith("vision")})
+    features = torch.randn(3, 7, WIDTH)
+    with torch.no_grad():
+        hidden = parts["qformer"](parts.tokens.expand(3, -1, -1), encoder_hidden_states=parts["ln"](features))
+        expected = parts["proj"](hidden.last_hidden_state)
+        found = ours(features, torch.ones(3, 7).bool())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_understood_is_an_error_that_names_it(tmp_path):
+    state = adapter_state(llama(), AUDIO_VISUAL)
+    gone = next(key for key in state if key.endswith("lora_B0.weight"))
+    del state[gone]
+    folder = publish(tmp_path / "a", state, {"model.al_projector.audio_Qformer.strange": torch.zeros(2)})
+    with pytest.raises(UserError, match=r"strange(.|\n)*lora_B0 is missing"):
+        read_published(folder)
+    mixed = adapter_state(llama(), AUDIO_VISUAL) | adapter_state(llama(), VISUAL_TEXT)
+    with pytest.raises(UserError, match="mixes the namings"):
+        read_published(publish(tmp_path / "b", mixed, {}))
+    with pytest.raises(UserError, match="neither"):
+        read_published(tmp_path)
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_a_pickle_that_holds_code_is_refused(tmp_path):
+    (tmp_path / "p").mkdir()
+    torch.save({"model.vl_projector.visual_ln.weight": Code()}, tmp_path / "p" / OTHER_FILE)
+    with pytest.raises(UserError, match="weights_only"):
+        read_published(tmp_path / "p")
