@@ -72,13 +72,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def findings(config: RunConfig) -> list[Finding]:
     """All that the run needs, in the order in which one would get it."""
-    return [*_packages(config), *_weights(config), *_beginning(config), *_data(config), *_machine(config)]
+    found = [*_packages(config), *_weights(config), *_beginning(config), *_data(config), *_machine(config)]
+    return list({(finding.part, finding.where, finding.what): finding for finding in found}.values())
 
 
 def _packages(config: RunConfig) -> Iterator[Finding]:
     wanted = {
         "deepspeed": (config.training.deepspeed is not None, "uv sync"),
-        "flash_attn": (config.model.llm.attention == "flash_attention_2", "uv pip install flash-attn, or attention: sdpa"),
+        "flash_attn": (
+            config.model.llm.attention == "flash_attention_2",
+            "uv pip install flash-attn, or attention: sdpa",
+        ),
         "wandb": ("wandb" in config.training.report_to, "uv sync --extra wandb"),
         "tensorboard": ("tensorboard" in config.training.report_to, "uv sync"),
     }
@@ -131,7 +135,7 @@ def _data(config: RunConfig) -> Iterator[Finding]:
         fix = HOMES.get(kind, OWN).format(name=path.name, media_dir=media_dir)
         yield Finding(part, f"{kind}: {path}", path.exists() or made, str(path.absolute()), fix)
         if not media_dir.is_dir() and not made:
-            yield Finding(part, f"{kind}: media", False, str(media_dir.absolute()), fix)
+            yield Finding("media folder", str(media_dir), False, str(media_dir.absolute()), fix)
 
 
 def _machine(config: RunConfig) -> Iterator[Finding]:
@@ -143,7 +147,9 @@ def _machine(config: RunConfig) -> Iterator[Finding]:
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(gpus)) or "none"
     needed = config.training.bf16 and config.model.llm.dtype != "float32"
     if needed or gpus:
-        yield Finding("GPU", names, gpus > 0, "torch.cuda", "run where a GPU is, or set training.use_cpu=true and patience")
+        yield Finding(
+            "GPU", names, gpus > 0, "torch.cuda", "run where a GPU is, or set training.use_cpu=true and patience"
+        )
 
 
 # ---- the dry run -----------------------------------------------------------------------------------------------------
@@ -159,7 +165,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
     from mokamm.training.launch import Ranks
 
     quiet()
-    outline = build_outline(config)
+    outline = build_outline(config, offline=True)
     device = torch.device("cpu" if config.training.use_cpu else "cuda")
     forecast = Forecast.of(outline, config, Ranks(0, 0, ranks, device, grouped=False), gpu_gb * 2**30)
     tokens = _tokens(outline, config)
