@@ -8,6 +8,7 @@ Figures: the published config.json of each model. Nothing here can encode or ans
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,7 +91,7 @@ def _whisper_large(path: str) -> StandIn:
         d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120, num_mel_bins=128
     )
     network = WhisperEncoder(config)
-    return StandIn("waveform", 1280, lambda n: min(1500, max(1, -(-(-(-(n or 0) // 160)) // 2))), network)
+    return StandIn("waveform", 1280, lambda n: min(1500, max(1, math.ceil((n or 0) / 320))), network)
 
 
 ENCODERS: dict[tuple[str, str], Callable[[str], StandIn]] = {
