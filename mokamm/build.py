@@ -124,30 +124,37 @@ class Outline(nn.Module):
         self.left_out: dict[str, str] = {}
 
 
-def build_outline(config: RunConfig) -> Outline:
+def build_outline(config: RunConfig, offline: bool = False) -> Outline:
     """Cost: seconds, whatever the LLM's size. Encoders in local folders are read (what they make of a segment decides
-    the projector's shape), the LLM's weights need not be there. Raises as build_model does."""
+    the projector's shape), the LLM's weights need not be there; of models that lie nowhere here, the published shape
+    is taken where mokamm/published_shapes.py has it. offline: nothing is asked of the hub. Raises as build_model does."""
     from transformers import AutoModelForCausalLM
 
+    from mokamm.published_shapes import llm_config, stand_in
+
     settings = config.model.llm
-    shape = _from_pretrained("AutoConfig", settings)
+    shape = llm_config(settings.path) if not find_path(settings.path).exists() else None
+    shape = shape or _from_pretrained("AutoConfig", settings, local_files_only=offline)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(
             shape, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
         )
         llm = _wrapped(llm, config)
     modalities, left_out = config.model.modalities, {}
-    here = {name: find_path(m.encoder.path).exists() for name, m in modalities.items()}
-    encoders = {name: _encoder(modality) for name, modality in modalities.items() if here[name]}
+    found = {
+        name: _encoder(m) if find_path(m.encoder.path).exists() else stand_in(m.encoder.name, m.encoder.path)
+        for name, m in modalities.items()
+    }
+    encoders = {name: encoder for name, encoder in found.items() if encoder is not None}
     width = llm.get_input_embeddings().weight.shape[1]
     with torch.device("meta"):
         projectors = {name: _projector(modalities[name], encoder, width) for name, encoder in encoders.items()}
     outline = Outline(llm, projectors, Perception(encoders))
     outline.senses = {name: Sense.of(name, modalities[name], e, projectors[name]) for name, e in encoders.items()}
     for name in modalities.keys() - encoders.keys():
-        left_out[name] = f"the encoder is not in a local folder ({modalities[name].encoder.path})"
+        left_out[name] = f"the encoder is not in a local folder, nor its shape known ({modalities[name].encoder.path})"
     try:
-        tokenizer = _from_pretrained("AutoTokenizer", settings)
+        tokenizer = _from_pretrained("AutoTokenizer", settings, local_files_only=offline)
         loader = media_loader(config.data.media_dir, config.data.limits)
         outline.processor = Processor(
             tokenizer, outline.senses, loader, None, config.data.max_length, config.adapter.keys

@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": ("eval.run", "score a trained model: BENCHMARK|all RUN [--limit N] [--control NAME]"),
     "score": ("eval.score", "score a file of predictions: BENCHMARK --predictions FILE [--annotations FILE]"),
     "advise": ("mokamm.advise", "learning rate, rank, targets, batch and memory of a CONFIG, and why"),
+    "doctor": ("mokamm.doctor", "what a CONFIG needs and whether it is there; its true shapes"),
     "lori-mask": (
         "mokamm.lori_mask",
         "cut a LoRI mask from a trained LoRI-D: RUN_OR_ADAPTER --sparsity 0.9 --out FILE",

@@ -1,0 +1,271 @@
+"""Is everything there that a configuration needs?  mokamm doctor CONFIG [dotted.key=value ...] [--shapes] [--json]
+
+    config --> findings   weights, data, packages, GPU: there or not, where it was looked for, the command that fetches it
+           --> shapes     the model on the meta device: parameters by part, tokens of a sample, memory by ZeRO stage
+
+Nothing is trained, downloaded or written, and no medium is opened. --shapes leaves the findings out: a recipe is
+checked where nothing of what it names is at hand. Exit codes: 0 all there; 1 something is missing, or a sample's media do
+not fit into data.max_length; 2 a mistake in the configuration. Cost: seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mokamm.config import BenchmarkConfig, RunConfig, SourceConfig, find_path, load_config
+from mokamm.mistakes import is_users
+
+if TYPE_CHECKING:
+    from mokamm.build import Outline
+
+BEATS = (
+    "get BEATs_iter3_plus_AS2M.pt from github.com/microsoft/unilm/tree/master/beats, then: python -m "
+    "encoders.convert_beats BEATs_iter3_plus_AS2M.pt {path}"
+)
+# data source or benchmark -> where its files come from
+HOMES = {
+    "music_avqa": "questions and videos: gewu-lab.github.io/MUSIC-AVQA",
+    "ave": "lists and videos: github.com/YapengTian/AVE-ECCV18",
+    "llava": "hf download liuhaotian/LLaVA-Pretrain --repo-type dataset (or LLaVA-Instruct-150K, LanguageBind/Video-LLaVA)",
+    "audiocaps": "csv files: github.com/cdjkim/audiocaps; the sounds are YouTube's",
+    "librispeech": "wget https://www.openslr.org/resources/12/{name}.tar.gz && tar xzf {name}.tar.gz -C {media_dir}/..",
+}
+OWN = "your own rows: README, Your own data"
+
+
+class Finding(NamedTuple):
+    """One thing that the run needs. where: looked for; fix: the command or page that fetches it, where it is missing."""
+
+    part: str
+    what: str
+    there: bool
+    where: str
+    fix: str = ""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mokamm doctor", description="What a configuration needs and whether it is there; its true shapes."
+    )
+    parser.add_argument("config", help="YAML file, as in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values to use instead of the file's")
+    parser.add_argument("--shapes", action="store_true", help="the dry run alone, without looking for files")
+    parser.add_argument("--ranks", type=int, default=8, metavar="N", help="processes of the run (8, the paper's batch)")
+    parser.add_argument("--gpu-gb", type=float, default=80.0, metavar="GB", help="of a GPU that the run will have (80)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_intermixed_args(argv)
+    for name in ("ranks", "gpu_gb"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0; found {getattr(args, name)}")
+    return args
+
+
+# ---- what is there ---------------------------------------------------------------------------------------------------
+
+
+def findings(config: RunConfig) -> list[Finding]:
+    """All that the run needs, in the order in which one would get it."""
+    found = [*_packages(config), *_weights(config), *_beginning(config), *_data(config), *_machine(config)]
+    return list({(finding.part, finding.where, finding.what): finding for finding in found}.values())
+
+
+def _packages(config: RunConfig) -> Iterator[Finding]:
+    wanted = {
+        "deepspeed": (config.training.deepspeed is not None, "uv sync"),
+        "flash_attn": (
+            config.model.llm.attention == "flash_attention_2",
+            "uv pip install flash-attn, or attention: sdpa",
+        ),
+        "wandb": ("wandb" in config.training.report_to, "uv sync --extra wandb"),
+        "tensorboard": ("tensorboard" in config.training.report_to, "uv sync"),
+    }
+    for name, (needed, fix) in wanted.items():
+        if needed:
+            yield Finding("package", name, importlib.util.find_spec(name) is not None, sys.prefix, fix)
+
+
+def _weights(config: RunConfig) -> Iterator[Finding]:
+    llm = config.model.llm
+    yield _hub_or_folder("LLM", llm.path, llm.revision, "config.json")
+    for name, modality in config.model.modalities.items():
+        encoder = modality.encoder
+        found = _hub_or_folder(f"{name} encoder", encoder.path, None, "config.json")
+        yield found._replace(fix=BEATS.format(path=encoder.path)) if encoder.name == "beats" else found
+
+
+def _hub_or_folder(part: str, path: str, revision: str | None, file: str) -> Finding:
+    """A local path, or a model in the hub's cache (its weights are looked for by name there)."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    local = find_path(path)
+    if local.exists():
+        return Finding(part, path, True, str(local))
+    fix = f"hf download {path}" + (f" --revision {revision}" if revision else "")
+    try:
+        cached = try_to_load_from_cache(path, file, revision=revision)
+    except HFValidationError:  # a file name, not a hub id
+        return Finding(part, path, False, str(local.absolute()), "put the file there, or correct its path")
+    whole = isinstance(cached, str) and any(Path(cached).parent.glob("*.safetensors"))
+    return Finding(part, path, whole, f"{local.absolute()}, {constants.HF_HUB_CACHE}", fix)
+
+
+def _beginning(config: RunConfig) -> Iterator[Finding]:
+    for folder in config.training.init_folders:
+        place = find_path(folder)
+        there = (place / "final" / "projectors.safetensors").is_file() or (place / "projectors.safetensors").is_file()
+        yield Finding("stage 1", folder, there, str(place.absolute()), "run the recipe with this output_dir first")
+
+
+def _data(config: RunConfig) -> Iterator[Finding]:
+    entries: list[tuple[str, SourceConfig | BenchmarkConfig]] = [("training data", e) for e in config.data.train]
+    entries += [("validation data", e) for e in config.data.validation]
+    entries += [("benchmark", e) for e in config.evaluation.benchmarks]
+    for part, entry in entries:
+        path, media_dir = config.locate(entry)
+        kind = entry.source if isinstance(entry, SourceConfig) else entry.benchmark
+        made = config.data.world is not None and Path(config.data.world.dir).resolve() in path.resolve().parents
+        fix = HOMES.get(kind, OWN).format(name=path.name, media_dir=media_dir)
+        yield Finding(part, f"{kind}: {path}", path.exists() or made, str(path.absolute()), fix)
+        if not media_dir.is_dir() and not made:
+            yield Finding("media folder", str(media_dir), False, str(media_dir.absolute()), fix)
+
+
+def _machine(config: RunConfig) -> Iterator[Finding]:
+    import torch
+
+    if config.training.use_cpu:
+        return
+    gpus = torch.cuda.device_count()
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(gpus)) or "none"
+    needed = config.training.bf16 and config.model.llm.dtype != "float32"
+    if needed or gpus:
+        yield Finding(
+            "GPU", names, gpus > 0, "torch.cuda", "run where a GPU is, or set training.use_cpu=true and patience"
+        )
+
+
+# ---- the dry run -----------------------------------------------------------------------------------------------------
+
+
+def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
+    """Parameters by part, tokens of a sample, bytes by ZeRO stage with and without offload; `problems`: what cannot be."""
+    import torch
+
+    from mokamm.build import build_outline
+    from mokamm.infer import quiet
+    from mokamm.training.forecast import Forecast
+    from mokamm.training.launch import Ranks
+
+    quiet()
+    outline = build_outline(config, offline=True)
+    device = torch.device("cpu" if config.training.use_cpu else "cuda")
+    forecast = Forecast.of(outline, config, Ranks(0, 0, ranks, device, grouped=False), gpu_gb * 2**30)
+    tokens = _tokens(outline, config)
+    memory = {}
+    for stage in (1, 2, 3):
+        for offload in (False, True):
+            changes = {"stage": stage, "offload_optimizer": offload, "offload_parameters": offload and stage == 3}
+            found = forecast.memory(**changes)
+            memory[f"zero{stage}{'_offload' if offload else ''}"] = {**asdict(found), "total": found.total}
+    problems = [f"{name}: {why}" for name, why in outline.left_out.items() if name != "tokenizer"]
+    if tokens["media"] >= config.data.max_length:
+        problems.append(
+            f"data.max_length is {config.data.max_length}, and the media of one sample take {tokens['media']} tokens: no "
+            "row fits; raise it, or use fewer segments or projector tokens"
+        )
+    return {
+        "parameters": _parameters(outline),
+        "tokens": tokens,
+        "memory": memory,
+        "gpu_bytes": gpu_gb * 2**30,
+        "ranks": ranks,
+        "problems": problems,
+    }
+
+
+def _parameters(outline: Outline) -> dict[str, dict[str, int]]:
+    """Elements of each part, and how many of them train."""
+    found: dict[str, dict[str, int]] = {}
+
+    def add(part: str, parameter: Any) -> None:
+        counts = found.setdefault(part, {"all": 0, "trained": 0})
+        counts["all"] += parameter.numel()
+        counts["trained"] += parameter.numel() if parameter.requires_grad else 0
+
+    for name, parameter in outline.llm.named_parameters():
+        inside = any(part.startswith(("moka_", "lora_", "hira_", "lori_")) for part in name.split("."))
+        add("adapter" if inside else "llm", parameter)
+    for name, projector in outline.projectors.items():
+        for parameter in projector.parameters():
+            add(f"{name} projector", parameter)
+    for name, encoder in outline.perception.encoders.items():
+        for parameter in encoder.parameters():
+            add(f"{name} encoder", parameter)
+    return found
+
+
+def _tokens(outline: Outline, config: RunConfig) -> dict[str, Any]:
+    """Media tokens of one sample that has one full item of every modality."""
+    each = {name: sense.most_tokens("") + 2 * sense.boundaries for name, sense in outline.senses.items()}
+    total = sum(each.values())
+    return {"each": each, "media": total, "max_length": config.data.max_length, "text": config.data.max_length - total}
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def show(config: RunConfig, path: str, found: list[Finding], shapes: dict[str, Any]) -> None:
+    from mokamm.training.forecast import size
+
+    for finding in found:
+        print(f"{'ok     ' if finding.there else 'MISSING'} {finding.part}: {finding.what}")
+        if not finding.there:
+            print(f"        looked at {finding.where}\n        {finding.fix}")
+    if found:
+        print()
+    method = config.adapter.method if config.training.stage == 2 else "stage 1"
+    print(f"{path}: {method} on {config.model.llm.path}, shapes alone")
+    for part, counts in shapes["parameters"].items():
+        trained = f", {counts['trained']:,} trained" if counts["trained"] else ""
+        print(f"  {part:20} {counts['all']:>14,}{trained}")
+    tokens = shapes["tokens"]
+    each = ", ".join(f"{name} {count}" for name, count in tokens["each"].items()) or "none"
+    print(f"  media tokens of a sample: {each}; {tokens['text']} of {tokens['max_length']} are left for text")
+    rows = config.training.per_device_train_batch_size
+    print(f"  predicted memory of each of {shapes['ranks']} processes ({rows} rows of {tokens['max_length']} tokens):")
+    for name, memory in shapes["memory"].items():
+        fits = "" if memory["total"] <= shapes["gpu_bytes"] else f"  more than the GPU's {size(shapes['gpu_bytes'])}"
+        host = f", and {size(memory['host'])} of the computer's" if memory["host"] else ""
+        print(f"    {name:15} {size(memory['total']):>8}{host}{fits}")
+    for problem in shapes["problems"]:
+        print(f"problem: {problem}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        found = [] if args.shapes else findings(config)
+        shapes = dry_run(config, args.ranks, args.gpu_gb)
+    except Exception as error:
+        if not is_users(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if args.json:
+        print(json.dumps({"config": args.config, "findings": [f._asdict() for f in found], **shapes}))
+    else:
+        show(config, args.config, found, shapes)
+    sys.exit(1 if shapes["problems"] or any(not finding.there for finding in found) else 0)
+
+
+if __name__ == "__main__":
+    main()

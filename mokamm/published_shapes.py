@@ -1,0 +1,109 @@
+"""The shapes of models that recipes name, so that a recipe can be counted where nothing can be downloaded.
+
+    llm_config("Qwen/Qwen3-8B")  -> a transformers config, as the model's own config.json has it (shape only)
+    stand_in("openai/clip-vit-large-patch14", "clip") -> an encoder on the meta device: width, patches, parameters
+
+Figures: the published config.json of each model. Nothing here can encode or answer; what needs weights says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from encoders.base import Encoder
+
+LLMS: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-2-7b-chat-hf": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+    },
+    "meta-llama/Meta-Llama-3-8B-Instruct": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "Qwen/Qwen2-7B-Instruct": {
+        "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+    },
+    "Qwen/Qwen2.5-7B": {
+        "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+    },
+    "Qwen/Qwen3-8B": {
+        "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    },
+}  # fmt: skip
+LLMS["meta-llama/Llama-3.1-8B-Instruct"] = LLMS["meta-llama/Meta-Llama-3-8B-Instruct"]
+
+
+def llm_config(path: str) -> Any | None:
+    """The transformers config of a published LLM; None for one that is not listed here."""
+    from transformers import AutoConfig
+
+    if path not in LLMS:
+        return None
+    shape = dict(LLMS[path])
+    return AutoConfig.for_model(shape.pop("model_type"), tie_word_embeddings=False, **shape)
+
+
+class StandIn(Encoder):
+    """An encoder without weights: what it would make of a segment, and how many parameters it has."""
+
+    def __init__(self, kind: str, width: int, patches: Callable[[int | None], int], network: nn.Module) -> None:
+        super().__init__()
+        self.modality_kind, self.width, self._patches = kind, width, patches
+        self.network = network.requires_grad_(False)
+
+    def num_tokens(self, length: int | None = None) -> int:
+        return self._patches(length)
+
+
+def _clip_large(path: str) -> StandIn:
+    """CLIP ViT-L/14 at 224 pixels: 16 x 16 patches of width 1024."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+    )
+    return StandIn("frames", 1024, lambda _: 256, CLIPVisionModel(config))
+
+
+def _beats(path: str) -> StandIn:
+    """BEATs iter3+: 12 layers of width 768, 8 patches for every 16 frames of 10 ms."""
+    from encoders.beats import BEATs, BeatsConfig
+    from encoders.fbank import num_frames
+
+    return StandIn("waveform", 768, lambda n: max(1, num_frames(n or 0) // 16) * 8, BEATs(BeatsConfig()))
+
+
+def _whisper_large(path: str) -> StandIn:
+    """Whisper large-v3's encoder: 32 layers of width 1280, a position for every 20 ms, at most 1500."""
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    config = WhisperConfig(
+        d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120, num_mel_bins=128
+    )
+    network = WhisperEncoder(config)
+    return StandIn("waveform", 1280, lambda n: min(1500, max(1, math.ceil((n or 0) / 320))), network)
+
+
+ENCODERS: dict[tuple[str, str], Callable[[str], StandIn]] = {
+    ("clip", "openai/clip-vit-large-patch14"): _clip_large,
+    ("whisper", "openai/whisper-large-v3"): _whisper_large,
+}
+
+
+def stand_in(name: str, path: str) -> StandIn | None:
+    """The encoder of a published model on the meta device; BEATs whatever the file's name. None: not listed here."""
+    make = ENCODERS.get((name, path)) or (_beats if name == "beats" else None)
+    if make is None:
+        return None
+    with torch.device("meta"):
+        return make(path)

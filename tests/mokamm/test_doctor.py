@@ -1,0 +1,140 @@
+"""mokamm doctor: every recipe's shapes, the published counts, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, WhisperConfig, WhisperFeatureExtractor, WhisperModel
+
+from encoders import build_encoder
+from mokamm import doctor
+from mokamm.config import load_config
+from mokamm.published_shapes import LLMS, llm_config, stand_in
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for scenario in ("av_text", "visual_text", "speech_text")
+    for path in (ROOT / "configs" / scenario).rglob("*.yaml")
+)
+
+
+def examined(capsys, *arguments: str) -> tuple[int, dict]:
+    with pytest.raises(SystemExit) as end:
+        doctor.main([*arguments, "--json"])
+    return end.value.code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_passes(recipe, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, found = examined(capsys, recipe, "--shapes")
+    assert (code, found["problems"]) == (0, [])
+    assert found["tokens"]["text"] > 100
+    # the header says how much memory it takes, and how to start it
+    header = [line for line in (ROOT / recipe).read_text().splitlines() if line.startswith("#")]
+    assert any(f"deepspeed mokamm/train.py {recipe}" in line for line in header)
+    predicted = found["memory"]["zero2"]["total"] / 2**30
+    assert any(f"{predicted:.0f} GB" in line for line in header), f"ZeRO-2 takes {predicted:.0f} GB"
+
+
+def test_the_paper_s_scenarios_are_there_for_every_llm():
+    assert len(RECIPES) == 5 * (4 + 2 + 2)
+    folders = {Path(recipe).parent.name for recipe in RECIPES}
+    assert folders == {"llama2_7b", "llama3_8b", "qwen2_7b", "qwen2.5_7b", "qwen3_8b"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "adapter"),
+    [
+        ("av_text/llama2_7b/music_avqa", [], 19_103_744),
+        ("visual_text/llama2_7b/llava_instruct", [], 14_548_992),
+        ("av_text/llama2_7b/ave", ["adapter.method=lora"], 9_994_240),
+        ("av_text/llama2_7b/ave", ["adapter.method=multi_lora"], 29_982_720),
+    ],
+)
+def test_parameters_are_those_of_the_paper(recipe, overrides, adapter, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, found = examined(capsys, f"configs/{recipe}.yaml", *overrides, "--shapes")
+    assert found["parameters"]["adapter"] == {"all": adapter, "trained": adapter}
+    assert found["parameters"]["llm"] == {"all": 6_738_415_616, "trained": 0}
+
+
+def test_the_published_sizes():
+    """From the models' cards: Qwen2-7B 7.62 B, Qwen3-8B 8.19 B, CLIP ViT-L/14's tower 303 M."""
+    from transformers import AutoModelForCausalLM
+
+    sizes = {}
+    for path in LLMS:
+        with torch.device("meta"):
+            sizes[path] = sum(p.numel() for p in AutoModelForCausalLM.from_config(llm_config(path)).parameters())
+    assert sizes["Qwen/Qwen2-7B-Instruct"] == sizes["Qwen/Qwen2.5-7B"] == 7_615_616_512
+    assert sizes["Qwen/Qwen3-8B"] == 8_190_735_360
+    assert sizes["meta-llama/Meta-Llama-3-8B-Instruct"] == 8_030_261_248
+    tower = stand_in("clip", "openai/clip-vit-large-patch14")
+    assert sum(p.numel() for p in tower.parameters()) == 303_179_776
+    assert all(p.is_meta for p in tower.parameters())
+    assert CLIPVisionConfig().image_size == 224
+
+
+@pytest.mark.parametrize("samples", [1, 159, 400, 16_000, 31_999, 160_000, 480_000])
+def test_stand_ins_count_as_the_real_encoders_do(samples, tmp_path_factory):
+    whisper = tmp_path_factory.mktemp("whisper")
+    config = WhisperConfig(
+        d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16, decoder_layers=1,
+        decoder_attention_heads=2, decoder_ffn_dim=16, num_mel_bins=128, vocab_size=11,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    WhisperModel(config).save_pretrained(whisper)
+    WhisperFeatureExtractor(feature_size=128).save_pretrained(whisper)
+    real = build_encoder("whisper", whisper)
+    assert stand_in("whisper", "openai/whisper-large-v3").num_tokens(samples) == real.num_tokens(samples)
+    beats = build_encoder("beats", ROOT / "mokamm" / "mini" / "audio.safetensors")
+    if samples >= 400:
+        assert stand_in("beats", "anything").num_tokens(samples) == beats.num_tokens(samples)
+
+
+def test_what_is_missing_is_named_with_the_command_that_fetches_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    code, found = examined(capsys, "configs/av_text/llama2_7b/music_avqa.yaml")
+    missing = {f["what"]: f for f in found["findings"] if not f["there"]}
+    assert code == 1
+    assert missing["meta-llama/Llama-2-7b-chat-hf"]["fix"] == "hf download meta-llama/Llama-2-7b-chat-hf"
+    assert "convert_beats" in missing["weights/BEATs_iter3_plus_AS2M.safetensors"]["fix"]
+    assert "MUSIC-AVQA" in missing["music_avqa: datasets/music_avqa/avqa-train.json"]["fix"]
+    assert "output_dir first" in missing["runs/av_text/llama2_7b/stage1_visual"]["fix"]
+    assert missing["datasets/music_avqa"]["where"] == str(ROOT / "datasets" / "music_avqa")
+
+
+def test_the_miniature_run_lacks_nothing(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, found = examined(capsys, "configs/mini/av_text.yaml", "training.use_cpu=true")
+    assert [f for f in found["findings"] if not f["there"]] == []
+    assert (code, found["problems"]) == (0, [])
+    parts = found["parameters"]
+    assert parts["adapter"]["trained"] == parts["adapter"]["all"] > 0 == parts["llm"]["trained"]
+
+
+def test_media_that_leave_no_room_are_a_problem(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, found = examined(capsys, "configs/mini/av_text.yaml", "--shapes", "data.max_length=80")
+    assert code == 1
+    assert "media of one sample take 84 tokens" in found["problems"][0]
+    with pytest.raises(SystemExit) as end:
+        doctor.main(["configs/mini/av_text.yaml", "adapter.methd=moka"])
+    assert end.value.code == 2
+    assert "did you mean 'method'" in capsys.readouterr().err
+
+
+def test_recipes_say_what_the_paper_says():
+    config = load_config(ROOT / "configs" / "av_text" / "llama2_7b" / "music_avqa.yaml")
+    adapter, training = config.adapter, config.training
+    assert (adapter.method, adapter.r, adapter.lora_alpha, adapter.lora_dropout) == ("moka", 4, 16, 0.05)
+    assert (training.learning_rate, training.weight_decay, training.warmup_ratio) == (1e-4, 0.0, 0.03)
+    assert (training.num_train_epochs, training.bf16, training.lr_scheduler_type) == (3, True, "cosine")
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 32
+    assert config.model.modalities["audio"].seconds == 2.0
