@@ -17,12 +17,13 @@ COMMANDS = {
     "train": ("mokamm.train", "train, evaluate and report: CONFIG [dotted.key=value ...]"),
     "infer": ("mokamm.infer", 'ask a trained model: RUN [--video FILE] [--audio FILE] ... "question"'),
     "eval": ("eval.run", "score a trained model: BENCHMARK|all RUN [--limit N] [--control NAME]"),
+    "compare": ("eval.compare", "train and test several methods, each at its best rate: CONFIG [--out DIR] [--jobs N]"),
     "data": ("data.miniworld", "make the miniature world: --out DIR --split train --num N"),
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:6} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:7} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: mokamm COMMAND ...", *lines, "`mokamm COMMAND --help` says more."])
 
 

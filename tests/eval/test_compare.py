@@ -68,9 +68,11 @@ def command(*words: object) -> list[str]:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def compare(plan: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def compare(plan: Path, *options: str, code: int = 0, by_name: bool = False) -> subprocess.CompletedProcess[str]:
+    """by_name: as `mokamm compare`."""
+    program = ("-m", "mokamm.cli", "compare") if by_name else (ROOT / "eval/compare.py",)
     done = subprocess.run(
-        command(ROOT / "eval/compare.py", plan, *options),
+        command(*program, plan, *options),
         env=ENVIRONMENT,
         cwd=plan.parent,
         capture_output=True,
@@ -199,7 +201,7 @@ def test_a_run_equals_that_of_the_training_command_and_goes_on_to_the_same(plan:
         shutil.rmtree(run / name)
     (run / "outcome.json").unlink()
     assert "1 trainings and 1 tests to do" in compare(plan, "--list").stdout
-    done = compare(with_a_method_that_fails(plan), code=1)
+    done = compare(with_a_method_that_fails(plan), code=1, by_name=True)
     assert "resuming from" in (run / "log.txt").read_text()
     assert contents(run) == found
     after = {path: time for path, time in written(out).items() if not {run, out / "runs/wrong"} & {*path.parents}}
