@@ -15,7 +15,7 @@ from eval.comparison.pool import Progress
 from eval.comparison.report import page, side_by_side, write_report
 from eval.comparison.results import gather
 from eval.comparison.settings import CompareConfig, Comparison, Run
-from eval.comparison.work import final_validation, read_outcome, step_seconds, write_outcome
+from eval.comparison.work import as_of_now, final_validation, read_outcome, settings_of, step_seconds, write_outcome
 from mokamm.config import RunConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,6 +176,16 @@ def test_outcomes_are_read_back_and_failures_are_tried_again(tmp_path: Path) -> 
     assert read_outcome(tmp_path) is None
     (tmp_path / "outcome.json").write_text("{")
     assert read_outcome(tmp_path) is None
+
+
+def test_settings_of_an_older_version_get_the_defaults_of_what_it_did_not_know() -> None:
+    settings = settings_of(config())
+    older = json.loads(json.dumps(settings))
+    del older["adapter"]["exclude_modules"], older["training"]["loss_spike"]
+    assert as_of_now(older) == settings
+    older["model"]["modalities"].pop("audio")
+    assert as_of_now(older) != settings
+    assert as_of_now({"from": "elsewhere"}) == {"from": "elsewhere"}
 
 
 def test_counts_that_would_lie_on_each_other_stand_side_by_side() -> None:
