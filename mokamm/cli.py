@@ -18,6 +18,7 @@ COMMANDS = {
     "infer": ("mokamm.infer", 'ask a trained model: RUN [--video FILE] [--audio FILE] ... "question"'),
     "eval": ("eval.run", "score a trained model: BENCHMARK|all RUN [--limit N] [--control NAME]"),
     "score": ("eval.score", "score a file of predictions: BENCHMARK --predictions FILE [--annotations FILE]"),
+    "compare": ("eval.compare", "train and test several methods, each at its best rate: CONFIG [--out DIR] [--jobs N]"),
     "advise": ("mokamm.advise", "learning rate, rank, targets, batch and memory of a CONFIG, and why"),
     "doctor": ("mokamm.doctor", "what a CONFIG needs and whether it is there; its true shapes"),
     "lori-mask": (

@@ -42,7 +42,9 @@ class Progress:
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def scored(self, run: Run) -> bool:
-        return is_scored(self.comparison, run)
+        """Whether all benchmarks' predictions of a run are there."""
+        folder = run.folder(self.comparison.out) / "predictions"
+        return all((folder / f"{name}.metrics.json").is_file() for name in self.comparison.benchmarks)
 
     def ready(self) -> list[Task]:
         """What can start now, in the order of the methods."""
@@ -70,12 +72,6 @@ class Progress:
         return tasks, {"train": found.later, "evaluate": pending if found.runs or found.todo else 0}
 
 
-def is_scored(comparison: Comparison, run: Run) -> bool:
-    entries = comparison.run_config(run).evaluation.benchmarks
-    predictions = run.folder(comparison.out) / "predictions"
-    return all((predictions / f"{entry.benchmark}.metrics.json").is_file() for entry in entries)
-
-
 def look(comparison: Comparison) -> Progress:
     """What lies in the folder. Raises ConfigError where a run there is not the one that the configuration asks for."""
     progress = Progress(comparison)
@@ -85,7 +81,7 @@ def look(comparison: Comparison) -> Progress:
         new = {run: outcome for run, outcome in found.items() if outcome is not None}
         for run, outcome in new.items():
             wanted = work.settings_of(comparison.run_config(run))
-            different += [f"{run}: {line}" for line in _differences(outcome.settings, wanted)]
+            different += [f"{run}: {line}" for line in _differences(work.as_of_now(outcome.settings), wanted)]
         progress.known |= new
         if not new:
             break

@@ -83,12 +83,15 @@ def score_table(results: Tree, benchmark: str) -> list[str]:
 
 
 def verdict(gap: Tree | None) -> str:
-    """better or worse where the corrected t test, which knows of clips and seeds, says so; else `not told apart`."""
+    """better or worse where the corrected t test, which knows of clips and seeds, says so; else `not told apart`.
+
+    With one seed, or one clip, there is no such test.
+    """
     if gap is None:
         return "reference"
     p = gap["p_methods_holm"]
     if p is None:
-        return "one seed: no verdict"
+        return "not tested"
     if p >= 0.05:
         return "not told apart"
     return "better" if gap["mean"] > 0 else "worse"
@@ -108,13 +111,19 @@ def _why(method: Tree) -> str:
 
 
 def _legend(results: Tree) -> list[str]:
-    return [
+    grown = f", after up to {results['config']['extend']} more on that side" if results["config"]["extend"] else ""
+    lines = [
         "In per cent, means over seeds. Intervals hold the variation of clips and of seeds (with one seed, of clips only). "
         "Differences are paired by clip. p, clips: sign flips over clips, seeds averaged, for the trained models at hand; "
-        "p, methods: a t test that knows of clips and seeds; both two-sided and corrected by Holm over all "
-        f"methods and benchmarks. The verdict goes by the second, at 5 %. Rate: ↓ or ↑ the lowest or highest of "
-        f"the grid, even after {results['config']['extend']} more: the best may lie beyond; = the only one tried."
+        "p, methods: a t test that knows of clips and seeds; both two-sided and corrected by Holm over all methods and "
+        "benchmarks. The verdict goes by the second, at 5 %; not tested: it needs two seeds."
     ]
+    if any(method["end"] for method in results["methods"]):
+        lines[0] += (
+            f" Rate: ↓ or ↑ the chosen one is the lowest or highest of its grid{grown}, the best may lie beyond; "
+            "= the only one tried."
+        )
+    return lines
 
 
 def cost_table(results: Tree) -> list[str]:

@@ -67,7 +67,7 @@ def gather(progress: Progress) -> Tree:
     """Everything that is known, of all methods; a method that is not ready yet has what there is."""
     comparison, config = progress.comparison, progress.comparison.config
     plain = comparison.run_config(comparison.any_run())
-    names = [entry.benchmark for entry in plain.evaluation.benchmarks]
+    names = comparison.benchmarks
     tables: dict[str, Points] = {name: Points() for name in names}
     earned: dict[tuple[str, str], Array] = {}
     methods = []

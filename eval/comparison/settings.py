@@ -24,6 +24,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -144,6 +145,11 @@ class Comparison:
 
     def run_config(self, run: Run) -> RunConfig:
         return load_config(self.base, self.overrides(run))
+
+    @cached_property
+    def benchmarks(self) -> list[str]:
+        """Names of those that every run is scored by."""
+        return [entry.benchmark for entry in self.run_config(self.any_run()).evaluation.benchmarks]
 
     def any_run(self) -> Run:
         method = next(iter(self.config.methods.values()))

@@ -28,6 +28,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from eval.comparison.plan import DIVERGED, FAILED, FINISHED, Outcome
 from mokamm.config import RunConfig, load_config
 
@@ -76,7 +78,9 @@ def encode(base: Path, overrides: list[str], folder: Path) -> None:
         from mokamm.build import build_model, media_loader
 
         config = load_config(base, overrides)
-        model = build_model(config, None if config.training.use_cpu is None else "cpu")
+        if config.data.cache is None:
+            return Outcome(FINISHED)
+        model = build_model(config, "cpu" if config.training.use_cpu else None)
         seen: set[tuple[str, ...]] = set()
         for source, path, media_dir, options in _files(config):
             from data.sources import open_source
@@ -176,6 +180,15 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     tree = config.to_dict()
     del tree["versions"], tree["training"]["output_dir"]
     return tree
+
+
+def as_of_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that an older version wrote, with the defaults of what it did not know."""
+    tree = {**settings, "training": {**settings.get("training", {}), "output_dir": "-"}}
+    try:
+        return settings_of(RunConfig.model_validate(tree))
+    except ValidationError:
+        return settings
 
 
 def write_outcome(folder: Path, outcome: Outcome, config: RunConfig) -> None:

@@ -68,9 +68,11 @@ def command(*words: object) -> list[str]:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def compare(plan: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def compare(plan: Path, *options: str, code: int = 0, by_name: bool = False) -> subprocess.CompletedProcess[str]:
+    """by_name: as `mokamm compare`."""
+    program = ("-m", "mokamm.cli", "compare") if by_name else (ROOT / "eval/compare.py",)
     done = subprocess.run(
-        command(ROOT / "eval/compare.py", plan, *options),
+        command(*program, plan, *options),
         env=ENVIRONMENT,
         cwd=plan.parent,
         capture_output=True,
@@ -179,7 +181,8 @@ def test_a_second_start_runs_nothing_and_writes_the_same_report(plan: Path, resu
 
 
 def test_a_run_equals_that_of_the_training_command_and_goes_on_to_the_same(plan: Path, results: dict[str, Any]) -> None:
-    """One of the runs three times: in the plan, by the command that --list prints, and from its middle."""
+    """One of the runs three times: in the plan, by the command that --list prints, and from its middle, where a method
+    that cannot be built takes nobody with it."""
     out = plan.parent / "out"
     chosen = next(m for m in results["methods"] if m["name"] == "moka")["chosen"]
     run = out / f"runs/moka/rate-{chosen:g}-seed-1"
@@ -198,10 +201,23 @@ def test_a_run_equals_that_of_the_training_command_and_goes_on_to_the_same(plan:
         shutil.rmtree(run / name)
     (run / "outcome.json").unlink()
     assert "1 trainings and 1 tests to do" in compare(plan, "--list").stdout
-    compare(plan)
+    done = compare(with_a_method_that_fails(plan), code=1, by_name=True)
     assert "resuming from" in (run / "log.txt").read_text()
     assert contents(run) == found
-    assert {path: time for path, time in written(out).items() if run not in path.parents} == before
+    after = {path: time for path, time in written(out).items() if not {run, out / "runs/wrong"} & {*path.parents}}
+    assert after == before
+    assert "wrong, rate 0.001, seed 0: failed: " in done.stderr
+    assert "no_such_layer" in done.stderr
+    assert "| wrong | - | - | 0 | - | - | - | - | no rate: 1 failed |" in done.stdout
+
+
+def with_a_method_that_fails(plan: Path) -> Path:
+    """The same plan in the same folder with one method more, whose targets match nothing."""
+    tree = yaml.safe_load(plan.read_text())
+    overrides = {"adapter.method": "lora", "adapter.target_modules": ["no_such_layer"]}
+    tree["methods"]["wrong"] = {"overrides": overrides, "rates": [1e-3]}
+    plan.with_name("failing.yaml").write_text(yaml.safe_dump(tree))
+    return plan.with_name("failing.yaml")
 
 
 def test_another_plan_in_the_same_folder_is_refused(plan: Path, results: dict[str, Any]) -> None:
@@ -213,22 +229,6 @@ def test_another_plan_in_the_same_folder_is_refused(plan: Path, results: dict[st
     assert "holds runs of another plan" in message
     assert "training.max_steps is 3 there, 4 now" in message
     assert "Traceback" not in message
-
-
-def test_a_method_that_fails_is_told_and_the_others_go_on(
-    tmp_path: Path, mini_base: Path, world: Path, results: dict[str, Any], plan: Path
-) -> None:
-    """The finished plan's folder with one method more, whose targets match nothing."""
-    tree = yaml.safe_load(plan.read_text())
-    overrides = {"adapter.method": "lora", "adapter.target_modules": ["no_such_layer"]}
-    tree["methods"]["wrong"] = {"overrides": overrides, "rates": [1e-3]}
-    other = plan.with_name("failing.yaml")
-    other.write_text(yaml.safe_dump(tree))
-    done = compare(other, code=1)
-    assert "wrong, rate 0.001, seed 0: failed: " in done.stderr
-    assert "no_such_layer" in done.stderr
-    assert "| wrong | - | - | 0 | - | - | - | - | no rate: 1 failed |" in done.stdout
-    assert "| moka |" in done.stdout
 
 
 # ---- signals and kills, in the middle --------------------------------------------------------------------------------
