@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from encoders.base import EncoderError, Features, parse_dtype
 from encoders.fbank import HOP, MEL_BINS, WINDOW, kaldi_fbank, num_frames
 from encoders.layers import Layers, check_features, choose_layers
-from encoders.pretrained import load_model, read
+from encoders.pretrained import drop_unread_blocks, load_model, read
 from encoders.waveform import WaveformEncoder, check_rate, features_of, silenced, true_lengths
 
 SPECIAL = 2  # the class token and the distillation token stand before the patches
@@ -56,6 +56,7 @@ class AstEncoder(WaveformEncoder):
                 )
         self.norm = (extractor.mean, extractor.std) if extractor.do_normalize else (0.0, 0.5)
         self.layers = choose_layers(layer, config.num_hidden_layers)
+        drop_unread_blocks(self.model, config.num_hidden_layers, self.layers)
         self.width = config.hidden_size * len(self.layers)
         self.frames, self.patch, self.stride = config.max_length, config.patch_size, config.time_stride
         self.frequency_rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1

@@ -3,6 +3,7 @@
 States are counted as transformers counts them: 0 is what the first block reads, k what block k gives; negative numbers
 count from the last block. A list joins the states along the feature axis in the order of the list, so that the width is
 that of one state times the list's length: layer [-2, 5] gives every patch its vector of state -2, then that of state 5.
+Blocks that no chosen state needs are not run (transformers' models keep one more).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +66,17 @@ def load_model(
             f"'{path}' is not a whole {what} checkpoint: {len(missing)} weights missing ({shorten(missing)})"
         )
     return model
+
+
+def drop_unread_blocks(model: Any, blocks: int, chosen: Collection[int]) -> None:
+    """Take from a transformers model the blocks that no chosen hidden state needs: they would only cost time.
+
+    One block more than needed stays, since the state that it reads is the same in every model and version; what the
+    last block gives is normed in some.
+    """
+    from torch.nn import ModuleList
+
+    needed = max(chosen) + 1
+    if needed < blocks:
+        lists = [module for module in model.modules() if isinstance(module, ModuleList) and len(module) == blocks]
+        del lists[-1][needed:]  # convolutions, which may be as many, stand before the blocks

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from encoders.base import EncoderError, Features, parse_dtype
 from encoders.layers import Layers, choose_layers
-from encoders.pretrained import load_model, read
+from encoders.pretrained import drop_unread_blocks, load_model, read
 from encoders.waveform import WaveformEncoder, check_rate, features_of, silenced, true_lengths
 
 
@@ -44,6 +44,7 @@ class WhisperEncoder(WaveformEncoder):
             )
         check_rate(extractor.sampling_rate, path)
         self.layers = choose_layers(layer, config.encoder_layers)
+        drop_unread_blocks(self.model, config.encoder_layers, self.layers)
         self.width = config.d_model * len(self.layers)
         self.positions, self.hop, self.fft = config.max_source_positions, extractor.hop_length, extractor.n_fft
         self.window_samples = self.max_samples = 2 * self.positions * self.hop

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from encoders.base import SAMPLE_RATE, Features, parse_dtype
 from encoders.layers import Layers, choose_layers
-from encoders.pretrained import load_model, read
+from encoders.pretrained import drop_unread_blocks, load_model, read
 from encoders.waveform import WaveformEncoder, check_rate, features_of, silenced, true_lengths
 
 # SpecAugment's vector is for training only, and some published checkpoints lack it
@@ -55,6 +55,7 @@ class Wav2Vec2Encoder(WaveformEncoder):
         for kernel, stride in reversed(self.convolutions):
             self.least_samples = (self.least_samples - 1) * stride + kernel
         self.layers = choose_layers(layer, config.num_hidden_layers)
+        drop_unread_blocks(self.model, config.num_hidden_layers, self.layers)
         self.width = config.hidden_size * len(self.layers)
         self._options["preprocessing"] = self.normalised
         self.freeze(parse_dtype(dtype))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from encoders.base import Encoder, EncoderError, Features, parse_dtype
 from encoders.layers import Layers, check_features, choose_layers, join_states
-from encoders.pretrained import load_model, read
+from encoders.pretrained import drop_unread_blocks, load_model, read
 
 
 class FrameEncoder(Encoder):
@@ -96,6 +96,7 @@ class TransformersFrameEncoder(FrameEncoder):
         self.processor = _image_processor(path, what, image_size)
         self._options["preprocessing"] = self.processor.to_json_string()
         self.indices = choose_layers(layer, config.num_hidden_layers)
+        drop_unread_blocks(self.model, config.num_hidden_layers, self.indices)
         self.prefix = self.class_tokens + getattr(config, "num_register_tokens", 0)
         self.extra = self.interpolation if image_size not in (None, config.image_size) else {}
         self.finish(dtype)

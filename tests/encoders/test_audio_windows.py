@@ -52,7 +52,7 @@ def ast(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("layer", [-1, [0, 1]])
+@pytest.mark.parametrize("layer", [-1, 0, [0, 1]])
 def test_ast_equals_transformers(ast, layer) -> None:
     from transformers import ASTFeatureExtractor, ASTModel
 
@@ -68,7 +68,8 @@ def test_ast_equals_transformers(ast, layer) -> None:
     torch.testing.assert_close(fbank, inputs, rtol=0, atol=1e-4)
     with torch.no_grad():
         output = ASTModel.from_pretrained(ast).eval()(inputs, output_hidden_states=True)
-    expected = output.last_hidden_state if layer == -1 else torch.cat(output.hidden_states[:2], dim=-1)
+    states = (*output.hidden_states[:-1], output.last_hidden_state)
+    expected = torch.cat([states[k] for k in ([layer] if isinstance(layer, int) else layer)], dim=-1)
     features, mask = encoder.encode(segments, lengths)
     assert encoder.width == expected.shape[-1]
     # by hand: rows of 16 frames every 10, wholly within the true frames
@@ -91,6 +92,29 @@ def test_the_published_ast_gives_12_rows_every_tenth_of_a_second() -> None:
     values = {"frames": 1024, "patch": 16, "stride": 10, "frequency_rows": 12, "which": "patch"}
     encoder.__dict__.update(values)
     assert [encoder.num_tokens(seconds * 16000) // 12 for seconds in (1, 2, 5, 10)] == [9, 19, 49, 99]
+
+
+@pytest.mark.parametrize("name", ["ast", "clap"])
+def test_num_tokens_is_the_mask_at_many_lengths(name: str, ast, clap) -> None:
+    encoder = build_encoder(name, {"ast": ast, "clap": clap}[name])
+    borders = [400 + 160 * n + d for n in range(8, 60, 7) for d in (-1, 0)] + [
+        500 * n + d for n in (1, 7) for d in (0, 1)
+    ]
+    lengths = torch.tensor([1, 2, *borders, 15999, 16000])
+    _, counts = encoder.preprocess(torch.zeros(len(lengths), 16000), lengths)
+    assert counts.tolist() == [encoder.num_tokens(length) for length in lengths.tolist()]
+
+
+@pytest.mark.parametrize("name", ["ast", "clap"])
+def test_half_precision(name: str, ast, clap) -> None:
+    segments, lengths = waves([16000, 5000], 16000)
+    full, half = (
+        build_encoder(name, {"ast": ast, "clap": clap}[name], dtype=dtype).encode(segments, lengths)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert half.features.dtype == torch.bfloat16
+    assert torch.equal(full.mask, half.mask)
+    assert (half.features.float() - full.features).abs().mean() < 0.05 * full.features.abs().mean()
 
 
 @pytest.mark.parametrize("name", ["ast", "clap"])

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("layer", [-1, 1])
+@pytest.mark.parametrize("layer", [-1, 1, 0])
 def test_equals_transformers_at_true_lengths(folder, layer: int) -> None:
     from transformers import WhisperFeatureExtractor, WhisperModel
 
@@ -57,6 +57,7 @@ def test_equals_transformers_at_true_lengths(folder, layer: int) -> None:
         expected = model(mel["input_features"], output_hidden_states=True).hidden_states[layer]
     features, mask = encoder.encode(waves, lengths)
     assert features.shape == (5, 50, 16)
+    assert len(encoder.model.layers) == (1 if layer == 0 else 2)
     for i, count in enumerate(positions.tolist()):
         assert mask[i].sum() == count == encoder.num_tokens(int(lengths[i]))
         torch.testing.assert_close(features[i, :count], expected[i, :count], rtol=0, atol=1e-4)

@@ -69,7 +69,7 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", sorted(DINO))
-@pytest.mark.parametrize("layer", [-1, [-2, 0, 3]])
+@pytest.mark.parametrize("layer", [-1, 1, [-2, 0, 3]])
 def test_dino_equals_transformers(written, frames, kind: str, layer) -> None:
     from transformers import AutoImageProcessor, AutoModel
 
@@ -85,6 +85,8 @@ def test_dino_equals_transformers(written, frames, kind: str, layer) -> None:
     assert (encoder.num_tokens(None), encoder.width) == (16, expected.shape[-1])
     assert mask.shape == (5, 16)
     assert mask.all()
+    blocks = [m for m in encoder.model.modules() if type(m).__name__.endswith("Layer") and hasattr(m, "mlp")]
+    assert len(blocks) == (2 if layer == 1 else 3)
     cls = encoder_class(folder, layer=layer, features="cls")
     torch.testing.assert_close(cls.encode(frames).features, expected[:, :1], rtol=0, atol=2e-5)
     if layer == -1:  # the state is the one before the final norm

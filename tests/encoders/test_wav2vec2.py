@@ -51,7 +51,7 @@ def waves() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layer", [-1, [0, -1, 1]])
+@pytest.mark.parametrize("layer", [-1, 0, [0, -1, 1]])
 def test_a_padded_batch_gives_each_segment_what_it_has_alone(written, kind: str, layer) -> None:
     from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
@@ -71,6 +71,7 @@ def test_a_padded_batch_gives_each_segment_what_it_has_alone(written, kind: str,
         assert len(expected) == count == mask[i].sum() == mask[i, :count].sum() == encoder.num_tokens(length)
         torch.testing.assert_close(features[i, :count], expected, rtol=0, atol=5e-5)
         assert (features[i, count:] == 0).all()
+    assert len(encoder.model.encoder.layers) == (1 if layer == 0 else 2)
     assert features.shape[2] == encoder.width == expected.shape[1]
     assert encoder.by_length == kind.endswith("group")
 
