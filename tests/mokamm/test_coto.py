@@ -248,7 +248,7 @@ def test_accumulation_and_checkpointing_leave_losses_alone(toy, tmp_path, method
     losses = toy.losses(tmp_path / "a")
     assert toy.losses(tmp_path / "b") == pytest.approx(losses, rel=1e-9)
     assert toy.losses(tmp_path / "c") == pytest.approx(losses, rel=1e-9)
-    assert toy.losses(tmp_path / "without")[1:] != pytest.approx(losses[1:], rel=1e-5)
+    assert toy.losses(tmp_path / "without")[1:] != pytest.approx(losses[1:], rel=1e-6)
 
 
 @pytest.mark.parametrize("adapter", [{"coto": True}, {"stochastic_depth": {"p": 0.5}}])

@@ -159,7 +159,6 @@ CASES = {  # method, dtype of the weights, "autocast" | "deepspeed" (all in bflo
     "moka eager": ("moka", torch.float32, "", "eager", 0.0),
     "moka dropout": ("moka", torch.float32, "", "sdpa", 0.1),
     "lora fp32": ("lora", torch.float32, "", "sdpa", 0.0),
-    "dora fp32": ("dora", torch.float32, "", "sdpa", 0.0),
     "hira fp32": ("hira", torch.float32, "", "sdpa", 0.0),
     "full fp32": ("full", torch.float32, "", "sdpa", 0.0),
     "full autocast": ("full", torch.float32, "autocast", "sdpa", 0.0),
