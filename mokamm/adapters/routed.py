@@ -34,8 +34,10 @@ from typing import Any, NoReturn, cast
 import torch
 from peft import PeftConfig, PeftType
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mokamm.adapters.peft_bridge import Tuner, TunerLayer, first_match, register_method
+from mokamm.adapters.routed_fast import Choice, DownProjection, Settings, UpProjection
 from mokamm.routing import AdapterError, Routing, RoutingContext
 
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -81,18 +83,6 @@ class MokaConfig(PeftConfig):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a layer keeps of one adapter's config."""
-
-    r: int
-    scaling: float
-    modalities: int
-    attention_weight: float
-    logit_scale: float
-    shared_b: bool
-
-
-@dataclass(frozen=True)
 class Fold:
     """What takes a folded text path out again, bit by bit: its factors, and the few entries subtraction would miss."""
 
@@ -123,8 +113,8 @@ class RoutedLinear(TunerLayer):
         logit_scale = (s if config.scale_logits else 1 / s) / math.sqrt(r)
         self.settings[name] = Settings(r, s, len(config.modalities), float(weight), logit_scale, config.shared_b)
         self.moka_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.moka_A[name] = nn.Linear(self.in_features, rows, bias=False)  # its own init is kaiming_uniform(a=sqrt 5)
-        self.moka_B[name] = B = nn.Linear(r if config.shared_b else rows, self.out_features, bias=False)
+        self.moka_A[name] = DownProjection(self.in_features, rows, bias=False)  # its init is kaiming_uniform(a=sqrt 5)
+        self.moka_B[name] = B = UpProjection(r if config.shared_b else rows, self.out_features, bias=False)
         nn.init.zeros_(B.weight)
         self.place(name)
         if config.frozen_a:
@@ -132,16 +122,19 @@ class RoutedLinear(TunerLayer):
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        h = self.base_layer(x, *args, **kwargs)
+        if self.folds and not self.training and self.context.is_text_step(x):
+            return self.base_layer(x, *args, **kwargs)
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.moka_A]
         if not names:
-            return h
+            return self.base_layer(x, *args, **kwargs)
         if self.folds and self.training and torch.is_grad_enabled():
             raise AdapterError(
                 "The text path is folded into the weights, where it does not train: unfold_text() first."
             )
         routing = self.context.look_up(x)
-        out = h
+        if self._can_be_fast(x, routing):
+            return self._fast(names, routing, x, *args, **kwargs)
+        h = out = self.base_layer(x, *args, **kwargs)
         for name in names:
             if routing is not None:
                 x_BTD = x if x.dim() == 3 else x.view(*(routing.shape or ()), -1)
@@ -149,6 +142,38 @@ class RoutedLinear(TunerLayer):
             elif name not in self.folds:
                 out = out + self._text(name, x)
         return out.to(h.dtype)
+
+    # -- the fast path: routed_fast.py --
+
+    def _can_be_fast(self, x: Tensor, routing: Routing | None) -> bool:
+        """Else the plain path: it folds, reads keys that are not text, and is what a compiler can fuse by itself."""
+        if self.folds or torch.compiler.is_compiling() or not x.is_floating_point():
+            return False
+        return (routing is None or routing.keys_are_text) and (
+            isinstance(self.base_layer, nn.Linear) or _seen(x) == x.dtype
+        )
+
+    def _fast(self, names: list[str], routing: Routing | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x, own, parts = x.to(_seen(x)), self._owns_base(), []
+        for name in names:
+            choice = Choice(self.settings[name], routing)
+            dropped = self.moka_dropout[name](x)
+            passed, u = self.moka_A[name](dropped, choice, own)
+            x = passed if dropped is x else x
+            parts.append((name, u, choice))
+        h = self.base_layer(x, *args, **kwargs)
+        own = own and not h._is_view()  # in autograd, changing a view costs more than it saves
+        for name, u, choice in parts:
+            h = self.moka_B[name](u, h, choice, own)
+        return h
+
+    def _owns_base(self) -> bool:
+        """Whether the base layer's output and its input's gradient are fresh and seen by no hook: then they may change."""
+        base = self.base_layer
+        hooked = base._forward_hooks or base._backward_hooks or base._backward_pre_hooks or _has_any_global_hook()
+        return type(base) is nn.Linear and not hooked and "forward" not in vars(base)
+
+    # -- the plain path --
 
     def _stacked(self, name: str, x: Tensor) -> Tensor:
         """Every modality's A x at once: (..., M*r)."""
@@ -273,6 +298,13 @@ class RoutedLinear(TunerLayer):
 
     def unmerge(self) -> None:
         """Nothing to do: nothing is ever merged."""
+
+
+def _seen(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer reads x."""
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 class MokaModel(Tuner):
