@@ -157,9 +157,8 @@ class RoutedLinear(TunerLayer):
         x, own, parts = x.to(_seen(x)), self._owns_base(), []
         for name in names:
             choice = Choice(self.settings[name], routing)
-            dropped = self.moka_dropout[name](x)
-            passed, u = self.moka_A[name](dropped, choice, own)
-            x = passed if dropped is x else x
+            dropout = getattr(self.moka_dropout[name], "p", 0.0) if self.training else 0.0
+            x, u = self.moka_A[name](x, choice, dropout, own)
             parts.append((name, u, choice))
         h = self.base_layer(x, *args, **kwargs)
         own = own and not h._is_view()  # in autograd, changing a view costs more than it saves

@@ -8,7 +8,8 @@ Where the plain path leaves 30 operators and a dozen tensors of (N,D) to autogra
 - hands x through Down, so that Down's backward gets the gradient dx' of the base layer and that of u together, and the
   whole dx = dx' + du A is one GEMM that accumulates, whatever the base layer is;
 - adds s z B^T into the base layer's output in place, by one GEMM, where that output is nobody else's;
-- keeps for backward x and the chosen rows u_own (N,r): as much as LoRA keeps. Logits, softmax and z are computed again.
+- keeps for backward x and the chosen rows u_own (N,r), as much as LoRA keeps, or less: x is the one that q, k and v share,
+  also with dropout, of which it keeps the mask. Logits, softmax and z are computed again.
 
 A is padded by a block of zeros, the path of padding tokens, so that choosing each token's own block is one gather of rows
 without any mask. Keys get one more column, a sink that takes all the weight of tokens without attention; it is left out of
@@ -70,14 +71,16 @@ class Choice:
 
 
 class DownProjection(nn.Linear):
-    """The modalities' A, stacked (M*r, D). Called with a choice: x', u of `Down`; without: A x."""
+    """The modalities' A, stacked (M*r, D). Called with a choice: x', u of `_Down`; without: A x."""
 
-    def forward(self, x: Tensor, choice: Choice | None = None, own: bool = False) -> Any:  # type: ignore[override]
-        """own: the gradient that x' gets is nobody else's, and may be changed in place."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, choice: Choice | None = None, dropout: float = 0.0, own: bool = False
+    ) -> Any:
+        """dropout: of the x that A reads. own: the gradient that x' gets is nobody else's, and may be changed."""
         if choice is None:
             return super().forward(x)
         rows = min(choice.blocks, choice.at.modalities) * choice.at.r
-        passed, u = _Down.apply(x, self.weight, rows, choice.blocks * choice.at.r, own)
+        passed, u = _Down.apply(x, self.weight, rows, choice.blocks * choice.at.r, dropout, own)
         return (passed if x.requires_grad else x), u
 
 
@@ -92,32 +95,52 @@ class UpProjection(nn.Linear):
 
 
 class _Down(torch.autograd.Function):
-    """x, A -> x itself, A x (N, columns): the first `rows` of A, and zeros up to `columns`."""
+    """x, A -> x itself, A dropout(x) (N, columns): the first `rows` of A, and zeros up to `columns`.
+
+    Of dropout the mask is kept (a byte an element), not the dropped x.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: int, columns: int, own: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, rows: int, columns: int, dropout: float, own: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight)
-        ctx.rows, ctx.own = rows, own
+        ctx.rows, ctx.dropout, ctx.own = rows, dropout, own
+        x_ND = x.reshape(-1, x.shape[-1])
         with _exact(x):
+            if dropout:
+                x_ND, mask_ND = torch.native_dropout(x_ND, dropout, True)
+            ctx.save_for_backward(x, weight, *((mask_ND,) if dropout else ()))
             a = nn.functional.pad(weight[:rows], (0, 0, 0, columns - rows)).to(x.dtype)
-            return x, x.reshape(-1, x.shape[-1]) @ a.t()
+            return x, x_ND @ a.t()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
         if du is None:
-            return dx, None, None, None, None
-        x, weight = ctx.saved_tensors
-        x_ND, du, da = x.reshape(-1, x.shape[-1]), du[:, : ctx.rows], None
+            return dx, None, None, None, None, None
+        x, weight, *masks = ctx.saved_tensors
+        x_ND, da = x.reshape(-1, x.shape[-1]), None
+        du = du[:, : ctx.rows]
         with _exact(x):
+            if masks:
+                x_ND, du = x_ND * masks[0], du / (1 - ctx.dropout)
             if ctx.needs_input_grad[1]:
                 da = (du.t() @ x_ND).to(weight.dtype)
                 if len(da) < len(weight):
                     da = nn.functional.pad(da, (0, 0, 0, len(weight) - len(da)))
             if ctx.needs_input_grad[0]:
-                dx = _accumulate(dx, du, weight[: ctx.rows].to(x.dtype), ctx.own).view(x.shape)
-        return dx, da, None, None, None
+                a = weight[: ctx.rows].to(x.dtype)
+                dx_ND = None if dx is None else dx.reshape(-1, x.shape[-1])
+                if masks:
+                    more = torch.mm(du, a, out=x_ND).mul_(masks[0])  # x_ND is a copy of its own here
+                    dx_ND = more if dx_ND is None else more.add_(dx_ND)
+                elif dx_ND is None:
+                    dx_ND = du @ a
+                else:
+                    dx_ND = dx_ND.addmm_(du, a) if ctx.own else torch.addmm(dx_ND, du, a)
+                dx = dx_ND.view(x.shape)
+        return dx, da, None, None, None, None
 
 
 class _Up(torch.autograd.Function):
@@ -164,14 +187,6 @@ class _Up(torch.autograd.Function):
         return g, du, db, None, None
 
 
-def _accumulate(dx: Tensor | None, du: Tensor, a: Tensor, own: bool) -> Tensor:
-    """dx + du A (N,D)."""
-    if dx is None:
-        return du @ a
-    dx_ND = dx.reshape(-1, a.shape[1])
-    return dx_ND.addmm_(du, a) if own else torch.addmm(dx_ND, du, a)
-
-
 def _attention(own_NR: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     """The keys (B,R,K), laid out so that every GEMM below is wide, and the weight (B,T,K) of each for each token."""
     if not choice.attends:
@@ -209,7 +224,7 @@ def _attention_backward(dz_NR: Tensor, own_NR: Tensor, key_BRK: Tensor, p_BTK: T
         torch.bmm(own_BTR.transpose(1, 2), dlogits_BTK[..., :Q]), dz_BTR.transpose(1, 2), p_BTK[..., :Q],
         beta=scale, alpha=at.attention_weight,
     )  # fmt: skip
-    return down_NR.index_add_(0, routing.key_rows(padded=False), dkey_BRQ.transpose(1, 2).reshape(-1, at.r))
+    return down_NR.index_add_(0, routing.key_rows(padded=False), dkey_BRQ.transpose(1, 2).contiguous().view(-1, at.r))
 
 
 def _pick(wide: Tensor, choice: Choice) -> Tensor:
