@@ -269,8 +269,9 @@ class RoutingContext:
 
     def is_text_step(self, x: Tensor) -> bool:
         """Whether a layer's input (B,1,D) is the next token of each row, which is text."""
-        routing = self.routing
-        return x.dim() == 3 and x.shape[1] == 1 and (routing is None or (routing.shape or (0, 2))[1] > 1)
+        if x.dim() != 3 or x.shape[1] != 1:
+            return False
+        return self.routing is None or self.routing.modality_ids is None or self.routing.modality_ids.shape[1] > 1
 
     def checkpoint_contexts(self) -> tuple[Restored, Restored]:
         """`context_fn` for torch's non-reentrant checkpoint: recompute under the routing of this forward."""

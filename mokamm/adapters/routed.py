@@ -123,7 +123,7 @@ class RoutedLinear(TunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.folds and not self.training and self.context.is_text_step(x):
-            return self.base_layer(x, *args, **kwargs)
+            return self._folded_step(x, *args, **kwargs)
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.moka_A]
         if not names:
             return self.base_layer(x, *args, **kwargs)
@@ -154,7 +154,7 @@ class RoutedLinear(TunerLayer):
         )
 
     def _fast(self, names: list[str], routing: Routing | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x, own, parts = x.to(_seen(x)), self._owns_base(), []
+        x, own, parts = x.to(_seen(x)), self._base_is_bare(), []
         for name in names:
             choice = Choice(self.settings[name], routing)
             dropout = getattr(self.moka_dropout[name], "p", 0.0) if self.training else 0.0
@@ -166,11 +166,19 @@ class RoutedLinear(TunerLayer):
             h = self.moka_B[name](u, h, choice, own)
         return h
 
-    def _owns_base(self) -> bool:
-        """Whether the base layer's output and its input's gradient are fresh and seen by no hook: then they may change."""
-        base = self.base_layer
-        hooked = base._forward_hooks or base._backward_hooks or base._backward_pre_hooks or _has_any_global_hook()
-        return type(base) is nn.Linear and not hooked and "forward" not in vars(base)
+    def _base_is_bare(self) -> bool:
+        """Whether the base layer is a Linear and nothing else: what it gives, forward and backward, is fresh and unseen."""
+        base = self._modules["base_layer"]
+        if type(base) is not nn.Linear or "forward" in base.__dict__ or _has_any_global_hook():
+            return False
+        return not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+
+    def _folded_step(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer alone, whose weight holds the text path. So short that decoding costs what the base costs."""
+        if not self._base_is_bare():
+            return self.base_layer(x, *args, **kwargs)
+        own = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
+        return nn.functional.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
 
     # -- the plain path --
 
