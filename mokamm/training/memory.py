@@ -209,24 +209,26 @@ def _layer(network: Network, setting: Setting) -> float:
 
 
 def _inputs(network: Network, setting: Setting) -> float:
-    """What a layer's trained Linears keep: their inputs, and what adapters compute in their rank."""
+    """What a layer's trained Linears keep: their inputs, and what adapters compute in their rank.
+
+    MokA (mokamm/adapters/routed_fast.py) reads the input that the frozen Linear reads, and of dropout keeps the mask.
+    """
     if network.method == "none":
         return 0.0
     e, places = _compute(network, setting), setting.batch * setting.length
     autocast = setting.bf16 and setting.stage is None
-    if network.method == "full":
+    if network.method in ("full", "moka"):
         # q, k, v, gate and up cast the float32 stream for themselves under autocast
         apart = autocast and network.weight_bytes == 4
-        kept = network.inputs - network.intermediate - network.heads * network.head_width if apart else 0
-        return float(places * e * (kept + network.intermediate if apart else network.distinct_inputs))
+        kept = network.inputs - network.heads * network.head_width if apart else network.distinct_inputs
+        rank = network.linears * network.rank * e if network.method == "moka" else 0
+        mask = network.inputs if network.method == "moka" and network.dropout else 0
+        return float(places * (kept * e + rank + mask))
     cast = setting.stage is None and (autocast or network.weight_bytes != 4)  # adapters are float32 without DeepSpeed
     a = (2 if autocast else 4) if cast else e
     kept = network.inputs if cast or network.dropout else network.distinct_inputs
     mask = network.inputs * (a if setting.on_cpu else 1) if network.dropout else 0
-    wide = network.rank
-    if network.method == "moka":
-        wide = network.rank * (network.modalities + 2) + setting.keys
-    return float(places * (kept * a + mask + network.linears * wide * a))
+    return float(places * (kept * a + mask + network.linears * network.rank * a))
 
 
 def _compute(network: Network, setting: Setting) -> int:
