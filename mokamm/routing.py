@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class Routing:
         key_index: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> None:
-        self._memo: dict[tuple, Tensor] = {}
+        self._memo: dict[tuple, Any] = {}
         self._views: dict[tuple, Routing] = {}
         self.max_id: int | None = None
         self.keys_are_text = True  # as far as is known without waiting for a device
@@ -94,6 +95,10 @@ class Routing:
     def repeated(self, times: int) -> Routing:
         """Every row `times` times in a row, as `generate` does for beams and for several sequences per prompt."""
         return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    def tiled(self, times: int) -> Routing:
+        """The whole batch `times` times, one after another; memoised."""
+        return self._once(("tiled", times), lambda: self._map(lambda t: t.repeat(times, 1))) if times > 1 else self
 
     def view(self, rows: int, device: torch.device) -> Routing:
         """This routing for a layer on `device` that sees `rows` rows (a multiple of B); memoised."""
@@ -154,17 +159,21 @@ class Routing:
 
         return self._once(("bias", dtype), make)
 
-    def block_rows(self, modalities: int) -> Tensor:
-        """(B*T,): of B*T*(M+1) blocks, M+1 a token, the one of each token's modality; padding has the last."""
+    def block_rows(self, modalities: int, layers: int = 1) -> Tensor:
+        """(layers*B*T,): of B*T*layers*(M+1) blocks, M+1 a token and layer, those of the tokens' own modalities.
+
+        Layer by layer; a padding token has the last block.
+        """
         self.check_modalities(modalities)
 
         def make() -> Tensor:
             assert self.modality_ids is not None
             ids_N = self.modality_ids.flatten()
-            first_N = torch.arange(len(ids_N), device=ids_N.device) * (modalities + 1)
-            return first_N + torch.where(ids_N < 0, modalities, ids_N)
+            own_N = torch.arange(len(ids_N), device=ids_N.device) * layers * (modalities + 1)
+            own_N = own_N + torch.where(ids_N < 0, modalities, ids_N)
+            return (torch.arange(layers, device=ids_N.device)[:, None] * (modalities + 1) + own_N).flatten()
 
-        return self._once(("rows", modalities), make)
+        return self._once(("rows", modalities, layers), make)
 
     def key_rows(self, padded: bool = True) -> Tensor:
         """(B*Q,): where the keys are among the B*T tokens; padded: (B*K,), K columns as in `attention_bias`."""
@@ -218,7 +227,7 @@ class Routing:
             setattr(copy, name, None if tensor is None else change(tensor))
         return copy
 
-    def _once(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
         if key not in self._memo:
             # not an inference tensor even where generation asks first: training may use the same routing later
             with torch.inference_mode(False), torch.no_grad():

@@ -37,7 +37,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mokamm.adapters.peft_bridge import Tuner, TunerLayer, first_match, register_method
-from mokamm.adapters.routed_fast import Choice, DownProjection, Settings, UpProjection
+from mokamm.adapters.routed_fast import DownProjection, UpProjection, together
+from mokamm.adapters.routed_plan import Settings, plan_of
+from mokamm.adapters.routed_siblings import Siblings, find_siblings
 from mokamm.routing import AdapterError, Routing, RoutingContext
 
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -100,7 +102,7 @@ class RoutedLinear(TunerLayer):
 
     def __init__(self, base_layer: nn.Module, context: RoutingContext) -> None:
         super().__init__(base_layer)
-        self.context = context
+        self.context, self.siblings = context, Siblings()
         self.settings: dict[str, Settings] = {}
         self.folds: dict[str, Fold] = {}
         self.moka_dropout, self.moka_A, self.moka_B = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
@@ -149,35 +151,58 @@ class RoutedLinear(TunerLayer):
         """Else the plain path: it folds, reads keys that are not text, and is what a compiler can fuse by itself."""
         if self.folds or torch.compiler.is_compiling() or not x.is_floating_point():
             return False
-        return (routing is None or routing.keys_are_text) and (
-            isinstance(self.base_layer, nn.Linear) or _seen(x) == x.dtype
-        )
+        if routing is not None and not routing.keys_are_text:
+            return False
+        return isinstance(self.base_layer, nn.Linear) or _seen(x) == x.dtype
 
     def _fast(self, names: list[str], routing: Routing | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x, own, parts = x.to(_seen(x)), self._base_is_bare(), []
+        if len(names) == 1 and self._is_bare(names[0]):
+            return self._with_siblings(names[0], routing, x)
+        x, parts = x.to(_seen(x)), []
         for name in names:
-            choice = Choice(self.settings[name], routing)
-            dropout = getattr(self.moka_dropout[name], "p", 0.0) if self.training else 0.0
-            x, u = self.moka_A[name](x, choice, dropout, own)
-            parts.append((name, u, choice))
+            plan = plan_of(self.settings[name], routing, x.dtype)
+            x, u = self.moka_A[name](x, plan, self._dropout(name))
+            parts.append((name, u, plan))
         h = self.base_layer(x, *args, **kwargs)
-        own = own and not h._is_view()  # in autograd, changing a view costs more than it saves
-        for name, u, choice in parts:
-            h = self.moka_B[name](u, h, choice, own)
+        for name, u, plan in parts:
+            h = self.moka_B[name](u, h, plan)
         return h
 
-    def _base_is_bare(self) -> bool:
-        """Whether the base layer is a Linear and nothing else: what it gives, forward and backward, is fresh and unseen."""
-        base = self._modules["base_layer"]
-        if type(base) is not nn.Linear or "forward" in base.__dict__ or _has_any_global_hook():
+    def _with_siblings(self, name: str, routing: Routing | None, x: Tensor) -> Tensor:
+        """This layer's output, and in the same go that of its siblings, which will be asked for theirs next."""
+        ready = self.siblings.take(self, x, routing)
+        if ready is not None:
+            return ready
+        layers = [self, *(layer for layer in self.siblings.others(self) if layer._can_join(self, name))]
+        read = x.to(_seen(x))
+        plan = plan_of(self.settings[name], routing, read.dtype, len(layers))
+        a, b = ([getattr(layer, factor)[name].weight for layer in layers] for factor in ("moka_A", "moka_B"))
+        outs = together(read, [layer.base_layer for layer in layers], a, b, plan, self._dropout(name))
+        self.siblings.keep(dict(zip(layers[1:], outs[1:], strict=True)), x, routing)
+        return outs[0]
+
+    def _can_join(self, first: RoutedLinear, name: str) -> bool:
+        """Whether this layer can be computed together with `first`, whose only active adapter has this name."""
+        if self.disable_adapters or [own for own in self.active_adapters if own in self.moka_A] != [name]:
             return False
-        return not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        alike = self.settings[name] == first.settings[name] and self._dropout(name) == first._dropout(name)
+        return alike and self.settings[name].shared_b and not self.folds and self._is_bare(name)
+
+    def _is_bare(self, name: str) -> bool:
+        """Whether this layer is a frozen Linear, A and B, on none of which anything hangs: no hook, no other forward."""
+        base, A, B = self._modules["base_layer"], self.moka_A[name], self.moka_B[name]
+        bare = _is_bare(base, nn.Linear) and _is_bare(A, DownProjection) and _is_bare(B, UpProjection)
+        return bare and not cast(nn.Linear, base).weight.requires_grad
+
+    def _dropout(self, name: str) -> float:
+        return getattr(self.moka_dropout[name], "p", 0.0) if self.training else 0.0
 
     def _folded_step(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer alone, whose weight holds the text path. So short that decoding costs what the base costs."""
-        if not self._base_is_bare():
+        base = self._modules["base_layer"]
+        if not _is_bare(base, nn.Linear):
             return self.base_layer(x, *args, **kwargs)
-        own = self._modules["base_layer"]._parameters  # type: ignore[union-attr]
+        own = base._parameters  # type: ignore[union-attr]
         return nn.functional.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
 
     # -- the plain path --
@@ -307,6 +332,14 @@ class RoutedLinear(TunerLayer):
         """Nothing to do: nothing is ever merged."""
 
 
+def _is_bare(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether calling a module is calling its class's forward and nothing else."""
+    if type(module) is not kind or "forward" in module.__dict__ or _has_any_global_hook():
+        return False
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooked
+
+
 def _seen(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer reads x."""
     kind = x.device.type
@@ -323,6 +356,10 @@ class MokaModel(Tuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         self.context = RoutingContext()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        find_siblings(model, RoutedLinear)
 
     def new_layer(self, target: nn.Module) -> RoutedLinear:
         return RoutedLinear(target, self.context)

@@ -1,257 +1,232 @@
-r"""The routed layer's fast path: the same numbers as `routed.py`'s plain one, by two hand-written derivatives.
+r"""The routed layer's fast path: the same numbers as `routed.py`'s plain one, by hand-written derivatives.
 
-    x --Down--> x' --base layer--> h --Up--> h + s z B^T          Down: u = A x, and hands x on to the base layer as x'
-         \----> u  (N,(M+1)*r) ------^                           Up:   z = u_own + lambda softmax(l u_own k^T) k
+Where the base layers are plain, frozen Linears, those that read the same input (q, k, v; gate, up) are one function:
 
-Where the plain path leaves 30 operators and a dozen tensors of (N,D) to autograd, this one
+    x --> W_i x + s z_i B_i^T        `_Together`: u = [A_1; A_2; ..] x by one GEMM, the rank space once for all of them
 
-- hands x through Down, so that Down's backward gets the gradient dx' of the base layer and that of u together, and the
-  whole dx = dx' + du A is one GEMM that accumulates, whatever the base layer is;
-- adds s z B^T into the base layer's output in place, by one GEMM, where that output is nobody else's;
-- keeps for backward x and the chosen rows u_own (N,r), as much as LoRA keeps, or less: x is the one that q, k and v share,
-  also with dropout, of which it keeps the mask. Logits, softmax and z are computed again.
+Everywhere else (ZeRO-3, quantised weights, hooks, several adapters, ...) the base layer is called as a module:
 
-A is padded by a block of zeros, the path of padding tokens, so that choosing each token's own block is one gather of rows
-without any mask. Keys get one more column, a sink that takes all the weight of tokens without attention; it is left out of
-the sum. So the number of operators depends on nothing, and none waits for the device.
+    x --_Down--> x' --base layer--> h --_Up--> h + s z B^T         _Down: u = A x, and hands x on to the base layer as x'
+          \----> u ------------------^                             _Up:   z from u
 
-Down and Up run inside the forward of the modules that own A and B, so that whatever hangs on these modules (ZeRO-3 gathers
-a module's weights before its forward and backward) finds them as usual. Everything is computed in x's dtype: no float32 copy
-of x beside a float32 adapter. Cost beside W x: GEMMs of width (M+1)*r and r, and six small kernels forward. Measured by
-`eval/speed/adapters.py`. Shape legend: N = B*T, B batch, T tokens, D width, R rank, M modalities, Q key tokens, K = Q + 1.
+so that _Down's backward gets the gradient dx' of the base layer and du together. _Down and _Up run inside the forward of
+the modules that own A and B: whatever hangs on these (ZeRO-3 gathers a module's weights before its forward and its
+backward) finds them as usual. Both ways
+
+- add s z B^T into the base layer's output in place, and du A into the input's gradient, each by one GEMM;
+- keep for backward x and the picked rows (N,r), as much as LoRA keeps, or less: x is the one that q, k and v share, also
+  with dropout, of which they keep the mask. Logits, softmax and z are computed again;
+- compute in x's dtype: no float32 copy of x beside a float32 adapter.
+
+Cost beside W x: GEMMs of width (M+1)*r and r, and six small kernels forward. Measured by `eval/speed/adapters.py`. A second
+derivative is refused. Shape legend: N = B*T, D width, R rank, M modalities; `routed_plan.py` has the rank space.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mokamm.routing import Routing
+from mokamm.adapters.routed_plan import (
+    Plan,
+    add_update,
+    attended,
+    attention,
+    attention_backward,
+    pick,
+    place,
+    split_a,
+    stacked_a,
+    update_backward_b,
+    update_backward_z,
+)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a layer keeps of one adapter's config."""
-
-    r: int
-    scaling: float
-    modalities: int
-    attention_weight: float
-    logit_scale: float  # of scaled queries with unscaled keys
-    shared_b: bool
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A batch's routing as a layer with these settings reads it; without a routing, all is text."""
-
-    at: Settings
-    routing: Routing | None
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of r columns in u: one a modality and one of zeros; text alone is one block."""
-        return 1 if self.routing is None else self.at.modalities + 1
-
-    @property
-    def keys(self) -> int:
-        """Q; the columns after these are the sink and the padding of K."""
-        assert self.routing is not None
-        assert self.routing.key_index is not None
-        return self.routing.key_index.shape[1]
-
-    @property
-    def attends(self) -> bool:
-        return self.routing is not None and self.at.attention_weight != 0 and self.at.modalities > 1
+def together(
+    x: Tensor, linears: list[nn.Linear], a: list[Tensor], b: list[Tensor], plan: Plan, dropout: float
+) -> tuple[Tensor, ...]:
+    """Outputs of frozen Linears with their adapters, for one input that all of them read."""
+    own = [linear._parameters for linear in linears]
+    weights, biases = [p["weight"] for p in own], [p["bias"] for p in own]
+    return _Together.apply(x, plan, dropout, *weights, *biases, *a, *b)
 
 
 class DownProjection(nn.Linear):
-    """The modalities' A, stacked (M*r, D). Called with a choice: x', u of `_Down`; without: A x."""
+    """The modalities' A, stacked (M*r, D). Called with a plan: x', u of `_Down`; without: A x."""
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, choice: Choice | None = None, dropout: float = 0.0, own: bool = False
-    ) -> Any:
-        """dropout: of the x that A reads. own: the gradient that x' gets is nobody else's, and may be changed."""
-        if choice is None:
+    def forward(self, x: Tensor, plan: Plan | None = None, dropout: float = 0.0) -> Any:  # type: ignore[override]
+        """dropout: of the x that A reads."""
+        if plan is None:
             return super().forward(x)
-        rows = min(choice.blocks, choice.at.modalities) * choice.at.r
-        passed, u = _Down.apply(x, self.weight, rows, choice.blocks * choice.at.r, dropout, own)
+        passed, u = _Down.apply(x, self.weight, plan, dropout)
         return (passed if x.requires_grad else x), u
 
 
 class UpProjection(nn.Linear):
-    """B (D, r or M*r). Called with the base layer's output and a choice: h of `Up`; without: B z."""
+    """B (D, r or M*r). Called with the base layer's output and a plan: h of `_Up`; without: B z."""
 
-    def forward(self, z: Tensor, h: Tensor | None = None, choice: Choice | None = None, own: bool = False) -> Tensor:
-        """own: h is nobody else's, and may be changed in place."""
-        if h is None:
-            return super().forward(z)
-        return _Up.apply(h, z, self.weight, choice, own)
+    def forward(self, z: Tensor, h: Tensor | None = None, plan: Plan | None = None) -> Tensor:
+        return super().forward(z) if h is None else _Up.apply(h, z, self.weight, plan)
+
+
+class _Together(torch.autograd.Function):
+    """x, W_1.., bias_1.., A_1.., B_1.. -> W_i x + bias_i + s z_i B_i^T."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Plan, dropout: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+        L = plan.layers
+        weights, biases, a, b = tensors[:L], tensors[L : 2 * L], tensors[2 * L : 3 * L], tensors[3 * L :]
+        x_ND, outs = _flat(x), []
+        with _exact(x):
+            weights = tuple(weight.to(x.dtype) for weight in weights)
+            u, masks = _down(x_ND, a, plan, dropout)
+            own = pick(u, plan)
+            z = attended(own, *attention(own, plan), plan).view(L, -1, plan.at.r)
+            for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+                h = nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+                add_update(_flat(h), z[i], b[i], plan, in_place=True)
+                outs.append(h)
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.dropout = plan, dropout
+        ctx.save_for_backward(x, own, *weights, *a, *b, *masks)
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan, L = ctx.plan, ctx.plan.layers
+        x, own, *tensors = ctx.saved_tensors
+        weights, a, b, masks = tensors[:L], tensors[L : 2 * L], tensors[2 * L : 3 * L], tensors[3 * L :]
+        needs_x, needs_a, needs_b = (ctx.needs_input_grad[i:] for i in (0, 3 + 2 * L, 3 + 3 * L))
+        dx_ND, db = None, cast(list[Tensor | None], [None] * L)
+        with _exact(x):
+            key_p = attention(own, plan)
+            z = attended(own, *key_p, plan).view(L, -1, plan.at.r)
+            dz = torch.empty_like(z)
+            for i, g in enumerate(gradients):
+                if g is None:
+                    dz[i].zero_()
+                    continue
+                g_ND = _flat(g)
+                dz[i] = update_backward_z(g_ND, b[i], plan)
+                if needs_b[i]:
+                    db[i] = update_backward_b(g_ND, z[i], b[i], plan)
+                if needs_x[0]:
+                    dx_ND = g_ND @ weights[i] if dx_ND is None else dx_ND.addmm_(g_ND, weights[i])
+            du = place(attention_backward(dz.view_as(own), own, *key_p, plan), plan)
+            dx_ND, da = _down_backward(
+                _flat(x), tuple(a), plan, ctx.dropout, masks, du, dx_ND, True, needs_x[0], any(needs_a[:L])
+            )
+        dx = None if dx_ND is None else dx_ND.view(x.shape)
+        return dx, None, None, *(None,) * (2 * L), *da, *db
 
 
 class _Down(torch.autograd.Function):
-    """x, A -> x itself, A dropout(x) (N, columns): the first `rows` of A, and zeros up to `columns`.
-
-    Of dropout the mask is kept (a byte an element), not the dropped x.
-    """
+    """x, A -> x itself, A dropout(x) (N, blocks*r)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, rows: int, columns: int, dropout: float, own: bool
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.rows, ctx.dropout, ctx.own = rows, dropout, own
-        x_ND = x.reshape(-1, x.shape[-1])
+    def forward(ctx: Any, x: Tensor, weight: Tensor, plan: Plan, dropout: float) -> tuple[Tensor, Tensor]:
         with _exact(x):
-            if dropout:
-                x_ND, mask_ND = torch.native_dropout(x_ND, dropout, True)
-            ctx.save_for_backward(x, weight, *((mask_ND,) if dropout else ()))
-            a = nn.functional.pad(weight[:rows], (0, 0, 0, columns - rows)).to(x.dtype)
-            return x, x_ND @ a.t()
+            u, masks = _down(_flat(x), (weight,), plan, dropout)
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.dropout = plan, dropout
+        ctx.save_for_backward(x, weight, *masks)
+        return x, u
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
         if du is None:
-            return dx, None, None, None, None, None
+            return dx, None, None, None
         x, weight, *masks = ctx.saved_tensors
-        x_ND, da = x.reshape(-1, x.shape[-1]), None
-        du = du[:, : ctx.rows]
+        dx_ND = None if dx is None else _flat(dx)
+        needs_x, needs_a, *_ = ctx.needs_input_grad
         with _exact(x):
-            if masks:
-                x_ND, du = x_ND * masks[0], du / (1 - ctx.dropout)
-            if ctx.needs_input_grad[1]:
-                da = (du.t() @ x_ND).to(weight.dtype)
-                if len(da) < len(weight):
-                    da = nn.functional.pad(da, (0, 0, 0, len(weight) - len(da)))
-            if ctx.needs_input_grad[0]:
-                a = weight[: ctx.rows].to(x.dtype)
-                dx_ND = None if dx is None else dx.reshape(-1, x.shape[-1])
-                if masks:
-                    more = torch.mm(du, a, out=x_ND).mul_(masks[0])  # x_ND is a copy of its own here
-                    dx_ND = more if dx_ND is None else more.add_(dx_ND)
-                elif dx_ND is None:
-                    dx_ND = du @ a
-                else:
-                    dx_ND = dx_ND.addmm_(du, a) if ctx.own else torch.addmm(dx_ND, du, a)
-                dx = dx_ND.view(x.shape)
-        return dx, da, None, None, None, None
+            dx_ND, (da,) = _down_backward(
+                _flat(x),
+                (weight,),
+                ctx.plan,
+                ctx.dropout,
+                masks,
+                du,
+                None if dx is None else _flat(dx),
+                False,
+                needs_x,
+                needs_a,
+            )
+        return None if dx_ND is None else dx_ND.view(x.shape), da, None, None
 
 
 class _Up(torch.autograd.Function):
     """h, u, B -> h + s z B^T."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, u: Tensor, weight: Tensor, choice: Choice, own: bool) -> Tensor:
+    def forward(ctx: Any, h: Tensor, u: Tensor, weight: Tensor, plan: Plan) -> Tensor:
         with _exact(h):
-            own_NR = _pick(u, choice)
-            key_BRK, p_BTK = _attention(own_NR, choice)
-            z = _spread(_sum(own_NR, key_BRK, p_BTK, choice), choice)
-            h_ND = h.reshape(-1, h.shape[-1])
-            b = _b(weight, choice, h.dtype)
-            if own:
-                h_ND.addmm_(z, b.t(), alpha=choice.at.scaling)
-                ctx.mark_dirty(h)
-                out = h
-            else:
-                out = torch.addmm(h_ND, z, b.t(), alpha=choice.at.scaling).view(h.shape)
-        ctx.save_for_backward(own_NR, weight)
-        ctx.choice = choice
+            own = pick(u, plan)
+            z = attended(own, *attention(own, plan), plan)
+            out = add_update(_flat(h), z, weight, plan, in_place=False).view(h.shape)
+        ctx.plan = plan
+        ctx.save_for_backward(own, weight)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        own_NR, weight = ctx.saved_tensors
-        choice: Choice = ctx.choice
-        g_ND, du, db = g.reshape(-1, g.shape[-1]), None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        own, weight = ctx.saved_tensors
+        plan, g_ND, du, db = ctx.plan, _flat(g), None, None
         with _exact(g):
-            key_BRK, p_BTK = _attention(own_NR, choice)
+            key_p = attention(own, plan)
             if ctx.needs_input_grad[2]:
-                z = _spread(_sum(own_NR, key_BRK, p_BTK, choice), choice)
-                db = (z.t() @ g_ND).t()[:, : weight.shape[1]]  # z^T g, not g^T z: a GEMM is fast on wide rows
-                db = torch.mul(db, choice.at.scaling, out=db.new_empty(db.shape)).to(weight.dtype)
-                if db.shape[1] < weight.shape[1]:
-                    db = nn.functional.pad(db, (0, weight.shape[1] - db.shape[1]))
+                db = update_backward_b(g_ND, attended(own, *key_p, plan), weight, plan)
             if ctx.needs_input_grad[1]:
-                b = _b(weight, choice, g.dtype).t()
-                dz_NR = g_ND @ torch.mul(b, choice.at.scaling, out=b.new_empty(b.shape)).t()
-                if choice.routing is not None and not choice.at.shared_b:
-                    dz_NR = _pick(dz_NR, choice)
-                du = _place(_attention_backward(dz_NR, own_NR, key_BRK, p_BTK, choice), choice)
-        return g, du, db, None, None
+                dz = update_backward_z(g_ND, weight, plan).to(own.dtype)
+                du = place(attention_backward(dz, own, *key_p, plan), plan)
+        return g, du, db, None
 
 
-def _attention(own_NR: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
-    """The keys (B,R,K), laid out so that every GEMM below is wide, and the weight (B,T,K) of each for each token."""
-    if not choice.attends:
-        return own_NR, own_NR
-    at, routing = choice.at, choice.routing
-    assert routing is not None
-    bias_BTK = routing.attention_bias(own_NR.dtype)
-    own_BTR = own_NR.view(*bias_BTK.shape[:2], at.r)
-    key_BKR = own_NR.index_select(0, routing.key_rows()).view(len(bias_BTK), -1, at.r)
-    key_BRK = key_BKR.transpose(1, 2).contiguous()
-    scale = at.logit_scale * at.scaling  # own is unscaled here
-    return key_BRK, torch.baddbmm(bias_BTK, own_BTR, key_BRK, alpha=scale).softmax(-1)
+def _down(x_ND: Tensor, a: tuple[Tensor, ...], plan: Plan, dropout: float) -> tuple[Tensor, list[Tensor]]:
+    """u of all layers; with dropout, each layer's mask."""
+    stacked = stacked_a(a, plan, x_ND.dtype)
+    if not dropout:
+        return x_ND @ stacked.t(), []
+    dropped = [torch.native_dropout(x_ND, dropout, True) for _ in a]
+    parts = [x @ part.t() for (x, _), part in zip(dropped, stacked.chunk(plan.layers), strict=True)]
+    return torch.cat(parts, dim=1), [mask for _, mask in dropped]
 
 
-def _sum(own_NR: Tensor, key_BRK: Tensor, p_BTK: Tensor, choice: Choice) -> Tensor:
-    """z = u_own + lambda attention."""
-    if not choice.attends:
-        return own_NR
-    own_BTR = own_NR.view(*p_BTK.shape[:2], -1)
-    key_BQR, p_BTQ = key_BRK[..., : choice.keys].transpose(1, 2), p_BTK[..., : choice.keys]
-    return torch.baddbmm(own_BTR, p_BTQ, key_BQR, alpha=choice.at.attention_weight).view_as(own_NR)
+def _down_backward(
+    x_ND: Tensor, a: tuple[Tensor, ...], plan: Plan, dropout: float, masks: list[Tensor], du: Tensor,
+    dx_ND: Tensor | None, own: bool, needs_x: bool, needs_a: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """dx + du A, and dA = du^T x of every layer. own: dx may be changed in place."""
+    stacked, da = stacked_a(a, plan, x_ND.dtype), None
+    if not masks:
+        da = du.t() @ x_ND if needs_a else None
+        if needs_x and dx_ND is None:
+            dx_ND = du @ stacked
+        elif needs_x and dx_ND is not None:
+            dx_ND = dx_ND.addmm_(du, stacked) if own else torch.addmm(dx_ND, du, stacked)
+    else:
+        parts = []
+        for mask, part, own_du in zip(
+            masks, stacked.chunk(plan.layers), (du / (1 - dropout)).chunk(plan.layers, dim=1), strict=True
+        ):
+            dropped_ND = x_ND * mask
+            parts.append(own_du.t() @ dropped_ND)
+            if needs_x:
+                more_ND = torch.mm(own_du, part, out=dropped_ND).mul_(mask)
+                dx_ND = more_ND if dx_ND is None else more_ND.add_(dx_ND)
+        da = torch.cat(parts) if needs_a else None
+    return dx_ND, [None] * len(a) if da is None else [*split_a(da, a, plan)]
 
 
-def _attention_backward(dz_NR: Tensor, own_NR: Tensor, key_BRK: Tensor, p_BTK: Tensor, choice: Choice) -> Tensor:
-    """dz -> the gradient of u_own, as a query, as a summand, and as a key."""
-    if not choice.attends:
-        return dz_NR
-    at, routing, Q = choice.at, choice.routing, choice.keys
-    assert routing is not None
-    scale = at.logit_scale * at.scaling * at.attention_weight
-    own_BTR, dz_BTR = (tensor.view(*p_BTK.shape[:2], at.r) for tensor in (own_NR, dz_NR))
-    dlogits_BTK = torch._softmax_backward_data(torch.bmm(dz_BTR, key_BRK), p_BTK, -1, p_BTK.dtype)
-    down_NR = torch.baddbmm(dz_BTR, dlogits_BTK, key_BRK.transpose(1, 2), alpha=scale).view_as(own_NR)
-    dkey_BRQ = torch.baddbmm(
-        torch.bmm(own_BTR.transpose(1, 2), dlogits_BTK[..., :Q]), dz_BTR.transpose(1, 2), p_BTK[..., :Q],
-        beta=scale, alpha=at.attention_weight,
-    )  # fmt: skip
-    return down_NR.index_add_(0, routing.key_rows(padded=False), dkey_BRQ.transpose(1, 2).contiguous().view(-1, at.r))
-
-
-def _pick(wide: Tensor, choice: Choice) -> Tensor:
-    """(N, blocks*r) -> (N,r): every token's own block."""
-    if choice.routing is None:
-        return wide
-    return wide.view(-1, choice.at.r).index_select(0, choice.routing.block_rows(choice.at.modalities))
-
-
-def _place(own_NR: Tensor, choice: Choice) -> Tensor:
-    """(N,r) -> (N, blocks*r): into every token's own block, zeros elsewhere."""
-    if choice.routing is None:
-        return own_NR
-    wide = own_NR.new_zeros(len(own_NR) * choice.blocks, choice.at.r)
-    return wide.index_copy_(0, choice.routing.block_rows(choice.at.modalities), own_NR).view(len(own_NR), -1)
-
-
-def _spread(z_NR: Tensor, choice: Choice) -> Tensor:
-    """z as B reads it: placed in its block where every modality has a B of its own."""
-    return z_NR if choice.at.shared_b else _place(z_NR, choice)
-
-
-def _b(weight: Tensor, choice: Choice, dtype: torch.dtype) -> Tensor:
-    """B as wide as `_spread` makes z."""
-    if choice.at.shared_b or choice.routing is None:
-        return weight[:, : choice.at.r].to(dtype)
-    return nn.functional.pad(weight, (0, choice.at.r)).to(dtype)
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _exact(x: Tensor) -> AbstractContextManager[Any]:

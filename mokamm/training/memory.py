@@ -211,19 +211,20 @@ def _layer(network: Network, setting: Setting) -> float:
 def _inputs(network: Network, setting: Setting) -> float:
     """What a layer's trained Linears keep: their inputs, and what adapters compute in their rank.
 
-    MokA (mokamm/adapters/routed_fast.py) reads the input that the frozen Linear reads, and of dropout keeps the mask.
+    MokA (mokamm/adapters/routed_fast.py) keeps an input once for all that read it, cast or not, and of dropout the mask.
     """
     if network.method == "none":
         return 0.0
     e, places = _compute(network, setting), setting.batch * setting.length
     autocast = setting.bf16 and setting.stage is None
-    if network.method in ("full", "moka"):
+    if network.method == "moka":
+        mask = network.inputs if network.dropout else 0
+        return float(places * ((network.distinct_inputs + network.linears * network.rank) * e + mask))
+    if network.method == "full":
         # q, k, v, gate and up cast the float32 stream for themselves under autocast
         apart = autocast and network.weight_bytes == 4
         kept = network.inputs - network.heads * network.head_width if apart else network.distinct_inputs
-        rank = network.linears * network.rank * e if network.method == "moka" else 0
-        mask = network.inputs if network.method == "moka" and network.dropout else 0
-        return float(places * (kept * e + rank + mask))
+        return float(places * e * kept)
     cast = setting.stage is None and (autocast or network.weight_bytes != 4)  # adapters are float32 without DeepSpeed
     a = (2 if autocast else 4) if cast else e
     kept = network.inputs if cast or network.dropout else network.distinct_inputs

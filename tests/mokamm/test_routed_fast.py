@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from eval.speed.counting import saved_bytes
-from mokamm.adapters import MokaConfig, RoutedLinear, set_routing
+from mokamm.adapters import MokaConfig, RoutedLinear, routed, set_routing
+from mokamm.adapters.routed_fast import together
 from mokamm.routing import Routing
 
 BATCHES = {
@@ -48,6 +52,10 @@ def layer_of(base: nn.Module | None = None, dtype: torch.dtype = torch.float64, 
     return layer
 
 
+def is_fast(h: Tensor) -> bool:
+    return h.grad_fn.name() in ("_TogetherBackward", "_UpBackward")
+
+
 def run(layer: RoutedLinear, routing: Routing, fast: bool, x: Tensor | None = None) -> dict[str, Tensor]:
     """h and the gradients of x, A and B."""
     layer.zero_grad()
@@ -61,7 +69,7 @@ def run(layer: RoutedLinear, routing: Routing, fast: bool, x: Tensor | None = No
         if not fast:
             patch.setattr(RoutedLinear, "_can_be_fast", lambda *args: False)
         h = layer(x)
-    assert ("_Up" in h.grad_fn.name()) is fast
+    assert is_fast(h) is fast
     h.backward(torch.randn(h.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(h.dtype))
     found = {"h": h.detach(), "x": x.grad}
     for name, parameter in layer.named_parameters():
@@ -125,7 +133,7 @@ def test_gradients_are_the_derivatives(method: str) -> None:
             return torch.func.functional_call(layer, parameters, (x,))
 
         inputs = (x, layer.moka_A["default"].weight, layer.moka_B["default"].weight)
-        assert "_Up" in h(*inputs).grad_fn.name()
+        assert is_fast(h(*inputs))
         assert torch.autograd.gradcheck(h, inputs, fast_mode=True)
 
 
@@ -241,9 +249,9 @@ def test_it_steps_aside() -> None:
     layer, x = layer_of(), torch.randn(1, 4, WIDTH, dtype=torch.float64, requires_grad=True)
     layer.context.routing = Routing(torch.tensor([[0, 1, 2, 0]]), torch.tensor([[False, True, False, True]]))
     assert not layer.context.routing.keys_are_text
-    assert "_Up" not in layer(x).grad_fn.name()
+    assert not is_fast(layer(x))
     layer.context.routing = Routing(torch.tensor([[0, 1, 2, 0]]), torch.tensor([[False, False, False, True]]))
-    assert "_Up" in layer(x).grad_fn.name()
+    assert is_fast(layer(x))
     compiled = torch.compile(layer, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-12)
     grads = [
@@ -277,3 +285,122 @@ def test_it_keeps_no_more_for_backward_than_lora(dropout: float) -> None:
         kept.append(saved_bytes(lambda model=model: model.base_model.model["proj"](x)))
     assert kept[0] <= kept[1]
     assert dropout or kept[1] == x.nbytes + 36 * 3 * 4
+
+
+class TestSiblings:
+    """q, k and v, and gate and up, are computed together: the numbers of the plain path, whatever happens between."""
+
+    IDS = torch.tensor([[0, 1, 1, 2, 0, 0, 0, -1], [1, 1, 0, 0, 2, 2, 0, 0]])
+    KEYS = torch.tensor([[0, 0, 0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0, 1, 0]]).bool()
+
+    def llm(self, **options: object) -> nn.Module:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, attention_bias=True,
+        )  # fmt: skip
+        model = get_peft_model(LlamaForCausalLM(config).double(), MokaConfig(**{"r": 3, "lora_alpha": 5, **options}))
+        for name, parameter in model.named_parameters():
+            if "moka_" in name:
+                nn.init.normal_(parameter, std=0.3)
+        return model.train()
+
+    def gradients(self, model: nn.Module, fast: bool = True) -> dict[str, Tensor]:
+        model.zero_grad()
+        set_routing(model, Routing(self.IDS, self.KEYS))
+        x = torch.randn(2, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            if not fast:
+                patch.setattr(RoutedLinear, "_can_be_fast", lambda *args: False)
+            torch.manual_seed(5)
+            logits = model(inputs_embeds=x, use_cache=False).logits
+            logits.square().sum().backward()
+        assert not any(layer.siblings.outputs for layer in model.base_model.routed_layers())
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {"logits": logits.detach(), "x": x.grad, **found}
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.2])
+    @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["", "reentrant", "non-reentrant"])
+    def test_in_an_llm(self, dropout: float, checkpointing: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, calls = self.llm(lora_dropout=dropout), []
+        expected = self.gradients(model, fast=False)
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        monkeypatch.setattr(routed, "together", lambda *args: calls.append(len(args[1])) or together(*args))
+        assert_close(self.gradients(model), expected, 1e-11)
+        assert calls[:4] == [3, 1, 2, 1]  # q k v, o, gate up, down
+        assert len(expected) == 30
+
+    def test_text_alone(self) -> None:
+        model = self.llm()
+        results = []
+        for fast in (True, False):
+            model.zero_grad()
+            with pytest.MonkeyPatch.context() as patch:
+                if not fast:
+                    patch.setattr(RoutedLinear, "_can_be_fast", lambda *args: False)
+                set_routing(model, Routing.text_only())
+                model(input_ids=self.IDS.clamp(min=0), use_cache=False).logits.square().sum().backward()
+            results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        assert_close(*results, 1e-11)
+
+    def test_other_settings_disabled_ones_and_other_kinds_run_alone(self) -> None:
+        def disable(model: nn.Module) -> None:  # as CoTo does
+            model.base_model.model.model.layers[0].self_attn.k_proj._disable_adapters = True
+
+        def hook(model: nn.Module) -> None:
+            model.base_model.model.model.layers[1].self_attn.v_proj.base_layer.register_forward_hook(lambda *_: None)
+
+        def train_base(model: nn.Module) -> None:
+            model.base_model.model.model.layers[1].mlp.up_proj.base_layer.requires_grad_(True)
+
+        pattern = {"attention_weight_pattern": {"v_proj": 0.0, r"layers\.1\.mlp\.up_proj": 2.0}}
+        for options, change in [
+            (pattern, None),
+            ({}, disable),
+            ({}, hook),
+            ({}, train_base),
+            ({"shared_b": False}, None),
+        ]:
+            model = self.llm(**options)
+            if change:
+                change(model)
+            assert_close(self.gradients(model), self.gradients(model, fast=False), 1e-11)
+
+    def test_another_input_or_a_changed_one_is_computed_anew(self) -> None:
+        model = self.llm().eval()
+        attention = model.base_model.model.model.layers[0].self_attn
+        set_routing(model, Routing(self.IDS, self.KEYS))
+        x, other = (torch.randn(2, 8, 16, dtype=torch.float64) for _ in range(2))
+        with torch.no_grad():
+            expected = {id(t): attention.k_proj(t) for t in (x, other)}
+            attention.v_proj(x)
+            attention.q_proj(x)
+            assert attention.k_proj.siblings.outputs
+            torch.testing.assert_close(attention.k_proj(other), expected[id(other)], rtol=0, atol=1e-12)
+            attention.q_proj(x)
+            torch.testing.assert_close(attention.k_proj(x), expected[id(x)], rtol=0, atol=1e-12)
+            attention.q_proj(x)
+            x.mul_(2)
+            changed = attention.k_proj(x)
+            assert not torch.allclose(changed, expected[id(x)])
+            attention.q_proj(x)
+            set_routing(model, Routing(self.IDS.clamp(max=0), self.KEYS))
+            assert not torch.allclose(attention.k_proj(x), changed)
+        assert attention.v_proj(x).requires_grad
+        attention.q_proj(x)
+        assert attention.k_proj.siblings.outputs
+        twin = copy.deepcopy(model)
+        own = twin.base_model.model.model.layers[0].self_attn
+        assert set(own.q_proj.siblings.layers) == {own.q_proj, own.k_proj, own.v_proj}
+        assert not own.q_proj.siblings.outputs
+
+    def test_an_attention_that_reads_two_inputs_has_none(self) -> None:
+        parts = {name: nn.Linear(4, 4) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        model = nn.ModuleDict({"cross_attn": nn.ModuleDict(parts), "self_attn": nn.ModuleDict(copy.deepcopy(parts))})
+        get_peft_model(model, MokaConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+        sizes = {
+            name: len(layer.siblings.layers) for name, layer in model.named_modules() if hasattr(layer, "siblings")
+        }
+        assert {name for name, size in sizes.items() if size == 3} == {f"self_attn.{n}_proj" for n in "qkv"}
+        assert sizes["cross_attn.q_proj"] == sizes["self_attn.o_proj"] == 0
