@@ -106,18 +106,18 @@ class _Together(torch.autograd.Function):
         with _exact(x):
             key_p = attention(own, plan)
             z = attended(own, *key_p, plan).view(L, -1, plan.at.r)
-            dz = torch.empty_like(z)
+            dz = []
             for i, g in enumerate(gradients):
                 if g is None:
-                    dz[i].zero_()
+                    dz.append(torch.zeros_like(z[i]))
                     continue
                 g_ND = _flat(g)
-                dz[i] = update_backward_z(g_ND, b[i], plan)
+                dz.append(update_backward_z(g_ND, b[i], plan))
                 if needs_b[i]:
                     db[i] = update_backward_b(g_ND, z[i], b[i], plan)
                 if needs_x[0]:
                     dx_ND = g_ND @ weights[i] if dx_ND is None else dx_ND.addmm_(g_ND, weights[i])
-            du = place(attention_backward(dz.view_as(own), own, *key_p, plan), plan)
+            du = place(attention_backward(dz[0] if L == 1 else torch.cat(dz), own, *key_p, plan), plan)
             dx_ND, da = _down_backward(
                 _flat(x), tuple(a), plan, ctx.dropout, masks, du, dx_ND, True, needs_x[0], any(needs_a[:L])
             )
@@ -204,7 +204,11 @@ def _down_backward(
     dx_ND: Tensor | None, own: bool, needs_x: bool, needs_a: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """dx + du A, and dA = du^T x of every layer. own: dx may be changed in place."""
-    stacked, da = stacked_a(a, plan, x_ND.dtype), None
+    if plan.layers == 1:  # without the block of zeros
+        stacked, da = a[0][: plan.rows_of_a].to(x_ND.dtype), None
+        du = du[:, : plan.rows_of_a]
+    else:
+        stacked, da = stacked_a(a, plan, x_ND.dtype), None
     if not masks:
         da = du.t() @ x_ND if needs_a else None
         if needs_x and dx_ND is None:

@@ -52,6 +52,11 @@ class Plan:
         """Blocks of r columns that a layer has in u."""
         return 1 if self.rows is None else self.at.modalities + 1
 
+    @property
+    def rows_of_a(self) -> int:
+        """Rows of A that are read: all, or those of text."""
+        return self.at.r if self.rows is None else self.at.r * self.at.modalities
+
 
 def plan_of(at: Settings, routing: Routing | None, dtype: torch.dtype, layers: int = 1) -> Plan:
     """Made once a batch, for all layers alike."""
@@ -140,7 +145,7 @@ def stacked_a(weights: tuple[Tensor, ...], plan: Plan, dtype: torch.dtype) -> Te
 def split_a(da: Tensor, weights: tuple[Tensor, ...], plan: Plan) -> list[Tensor]:
     """The gradient of `stacked_a` as those of the layers' A."""
     parts = [part[: len(weight)] for part, weight in zip(da.chunk(plan.layers), weights, strict=True)]
-    if plan.rows is None:
+    if plan.rows_of_a < len(weights[0]):
         parts = [nn.functional.pad(p, (0, 0, 0, len(w) - len(p))) for p, w in zip(parts, weights, strict=True)]
     return [part.to(weight.dtype) for part, weight in zip(parts, weights, strict=True)]
 
