@@ -9,7 +9,7 @@
 Samples of 730 tokens: 320 vision, 320 audio, a question of 40 (subjects.py). Overhead = a method's step less the base's,
 in the same round; printed are medians over rounds, and the ratio of overheads to LoRA's and to the plain formula's.
 Beside the seconds stand figures without noise (counting.py): operators (CUDA: kernels), waits for the device, bytes kept
-for backward and peak bytes, the last two less the base's own. Nothing is downloaded.
+for backward (less the base's own) and the step's peak bytes. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import nn
 
 from eval.printing import stdout_kept_clean
 from eval.speed.counting import operations, peak_bytes, saved_bytes, waits
+from eval.speed.reporting import print_tables, surroundings
 from eval.speed.subjects import (
     LENGTH,
     METHODS,
@@ -64,8 +65,7 @@ def compare(base: nn.Module, setup: Setup, batch: int, rounds: int, methods: tup
     row["waits"] = {name: waits(step, setup.device) for name, step in counted.items()}
     if not setup.compile and not setup.checkpointing:
         row["saved_bytes"] = _less_base({name: saved_bytes(forward) for name, forward in forwards.items()})
-    peaks = {name: peak_bytes(step, setup.device) for name, step in steps.items()}
-    row["peak_bytes"] = {**peaks}
+    row["peak_bytes"] = {name: peak_bytes(step, setup.device) for name, step in steps.items()}
     row["ratios"].update(_byte_ratios(row))
     return row
 
@@ -75,6 +75,20 @@ def sizes(base: Any) -> tuple[int, int]:
     if isinstance(base, nn.ModuleDict):
         return base["proj"].in_features, base["proj"].out_features  # type: ignore[return-value]
     return base.config.hidden_size, base.config.vocab_size
+
+
+def compare_what_fits(
+    base: nn.Module, setup: Setup, batch: int, rounds: int, methods: tuple[str, ...]
+) -> dict[str, Any]:
+    """As `compare`; where the device's memory does not suffice, without the plain formula, and else a row that says so."""
+    try:
+        return compare(base, setup, batch, rounds, methods)
+    except torch.cuda.OutOfMemoryError:
+        pass  # outside of the handler, whose traceback holds the tensors
+    torch.cuda.empty_cache()
+    if "plain" in methods:
+        return compare_what_fits(base, setup, batch, rounds, tuple(m for m in methods if m != "plain"))
+    return {"width": sizes(base)[0], "batch": batch, "failed": "out of memory", "ratios": {}}
 
 
 def _waited(step: Any, device: str) -> Any:
@@ -126,7 +140,7 @@ def decode(base: nn.Module, setup: Setup, tokens: int, rounds: int) -> dict[str,
     made = subjects(base, setup, ("base", "lora", "moka"))
     made["moka unfolded"] = subjects(base, setup, ("moka",))["moka"]
     # folding changes the frozen weights, which all share: the folded model gets its own
-    own = subjects(_owned(base), setup, ("moka",))["moka"]
+    own = subjects(copy.deepcopy(base), setup, ("moka",))["moka"]
     own.module.base_model.fold_text()  # type: ignore[union-attr, operator]
     made["moka"] = own
     x = torch.randn(1, LENGTH, sizes(base)[0], device=setup.device, dtype=setup.dtype)
@@ -159,28 +173,26 @@ def decode(base: nn.Module, setup: Setup, tokens: int, rounds: int) -> dict[str,
     }
 
 
-def _owned(base: nn.Module) -> nn.Module:
-    return copy.deepcopy(base)
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     setup = Setup(
         dropout=args.dropout, device=args.device, dtype=DTYPES[args.dtype], checkpointing=args.checkpointing,
-        compile=args.compile,
+        compile=args.compile, adapter_dtype=DTYPES.get(args.adapter_dtype),
     )  # fmt: skip
     methods = tuple(name for name in METHODS if name in args.methods)
     found: dict[str, Any] = {}
     if "layer" in args.parts:
-        one = Setup(dropout=setup.dropout, device=setup.device, dtype=setup.dtype, compile=setup.compile)
+        one = replace(setup, checkpointing=False)
         found["layer"] = [
-            _said(compare(new_linear(width, one), one, batch, args.rounds * 8 // batch, methods))
+            _said(compare_what_fits(new_linear(width, one), one, batch, args.rounds * 8 // batch, methods))
             for width in args.widths
             for batch in args.batches
         ]
     if {"model", "decode"} & set(args.parts):
         base = llama_7b(setup, args.layers) if args.device == "cuda" else mini_llm(setup)
         if "model" in args.parts:
-            found["model"] = [_said(compare(base, setup, b, args.model_rounds, methods)) for b in args.batches]
+            found["model"] = [
+                _said(compare_what_fits(base, setup, b, args.model_rounds, methods)) for b in args.batches
+            ]
         if "decode" in args.parts:
             found["decode"] = _said(decode(base, setup, args.tokens, args.model_rounds))
     return found
@@ -192,58 +204,6 @@ def _said(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def surroundings(args: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions, command: what a figure is worth nothing without."""
-    import peft
-    import transformers
-
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = f"{models[0]} x {len(models)}" if models else cpu
-    machine: dict[str, Any] = {"cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version()}
-    if args.device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    versions = {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
-    settings = {key: value for key, value in vars(args).items() if key not in ("json", "out")}
-    return {"machine": machine, "versions": versions, "seed": 0, "settings": settings}
-
-
-def print_tables(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for part in ("layer", "model"):
-        if part not in found:
-            continue
-        names = list(found[part][0]["seconds"])
-        table = Table(
-            "width", "B", *(f"{n} ms" for n in names), "moka/lora", "moka/plain", title=f"{part}: step, overhead"
-        )
-        counts = Table("width", "B", "figure", *names, "moka/lora", title=f"{part}: counted")
-        for row in found[part]:
-            where = (str(row["width"]), str(row["batch"]))
-            ratios = [row["ratios"].get(f"overhead moka/{other}") for other in ("lora", "plain")]
-            table.add_row(
-                *where,
-                *(f"{1e3 * row['seconds'][n]:.2f}" for n in names),
-                *("-" if r is None else f"{r:.2f}" for r in ratios),
-            )
-            for what in ("operations", "waits", "saved_bytes", "peak_bytes"):
-                values, ratio = row.get(what, {}), row["ratios"].get(f"{what} moka/lora")
-                cells = [f"{values[n]:,}" if n in values else "-" for n in names]
-                counts.add_row(*where, what, *cells, "" if ratio is None else f"{ratio:.3f}")
-        console.print(table, counts)
-    if "decode" in found:
-        table = Table("method", "tokens/s", "of the base's", title="decode")
-        for name, speed in found["decode"]["tokens_per_second"].items():
-            ratio = found["decode"]["ratios"].get(f"{name}/base", 1.0)
-            table.add_row(name, f"{speed:.1f}", f"{ratio:.3f}")
-        console.print(table)
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -251,6 +211,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--parts", nargs="+", choices=("layer", "model", "decode"), default=["layer", "model", "decode"]
     )
+    parser.add_argument("--adapter-dtype", choices=DTYPES, help="default: as PEFT makes them, float32")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="base must be among them")
     parser.add_argument("--widths", nargs="+", type=int, help="default: 512 1024 on the CPU, 4096 on CUDA")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,7 +52,7 @@ def operations(step: Step, device: str = "cpu") -> int:
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             step()
             torch.cuda.synchronize()
-        return sum(event.count for event in seen.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+        return sum(event.count for event in seen.key_averages() if event.device_type == DeviceType.CUDA)
     with _Seen() as mode:
         step()
     return sum(mode.operators.values())

@@ -38,6 +38,7 @@ class Setup:
     dropout: float = 0.0
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype | None = None  # None: as PEFT makes them, float32 on a bfloat16 base
     checkpointing: bool = False
     compile: bool = False
 
@@ -96,7 +97,7 @@ def subjects(base: nn.Module, setup: Setup, methods: tuple[str, ...] = METHODS) 
     made = {method: WRAP[method](_twin(base), setup) for method in methods}
     for subject in made.values():
         subject.module.train()
-        _randomise(subject.module)
+        _randomise(subject.module, setup)
         if setup.checkpointing:
             subject.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     return made
@@ -129,11 +130,12 @@ def _twin(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, shared)
 
 
-def _randomise(module: nn.Module) -> None:
+def _randomise(module: nn.Module, setup: Setup) -> None:
     torch.manual_seed(1)
     for parameter in module.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.02)
+            parameter.data = parameter.data.to(setup.adapter_dtype or parameter.dtype)
 
 
 def _base(module: nn.Module, setup: Setup) -> Subject:
