@@ -13,7 +13,8 @@ attend to the question's tokens. Both are facts of the batch, not of a layer, so
 until the next one is set, because gradient checkpointing runs layers again during the backward pass.
 
 Cost: a handful of small kernels per batch, memoised per dtype. Built from CPU tensors nothing here waits for a device;
-built from CUDA tensors without `key_index` it waits once, to learn Q. Layers never wait.
+built from CUDA tensors without `key_index` it waits once, to learn Q. Layers never wait. Build it on the CPU and move it by
+`to`: only there is it known without waiting that all keys are text, which the layers' fast path needs.
 
 Shape legend: B batch, T tokens, D width, R rank, M modalities, Q key tokens.
 """

@@ -20,8 +20,11 @@ only the scalar before the softmax differs, and that is how it is computed here.
 `fold_text` puts the text path into the frozen weight, W' = W + s B A_text, so that one set of weights prefills and
 decodes: text then costs nothing, a media token adds s B((A_m - A_text) x + lambda att), padding adds -s B A_text x.
 
-Cost per layer beside W x: 2 GEMMs of width M*r and r and about nine small kernels, whatever the batch; no loop over
-samples, no wait for the device. Shape legend: B batch, T tokens, D width, R rank, M modalities, Q key tokens.
+This file has the plain path, which serves folded weights, keys that are not text, and compilers; `routed_fast.py` computes
+the same by hand-written derivatives everywhere else. Cost per layer beside W x: 2 GEMMs of width M*r and r and about nine
+small kernels, whatever the batch; no loop over samples, no wait for the device.
+
+Shape legend: B batch, T tokens, D width, R rank, M modalities, Q key tokens.
 """
 
 from __future__ import annotations
@@ -156,7 +159,7 @@ class RoutedLinear(TunerLayer):
         return isinstance(self.base_layer, nn.Linear) or _seen(x) == x.dtype
 
     def _fast(self, names: list[str], routing: Routing | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if len(names) == 1 and self._is_bare(names[0]):
+        if len(names) == 1 and self._is_bare(names[0], x):
             return self._with_siblings(names[0], routing, x)
         x, parts = x.to(_seen(x)), []
         for name in names:
@@ -173,7 +176,7 @@ class RoutedLinear(TunerLayer):
         ready = self.siblings.take(self, x, routing)
         if ready is not None:
             return ready
-        layers = [self, *(layer for layer in self.siblings.others(self) if layer._can_join(self, name))]
+        layers = [self, *(layer for layer in self.siblings.others(self) if layer._can_join(self, name, x))]
         read = x.to(_seen(x))
         plan = plan_of(self.settings[name], routing, read.dtype, len(layers))
         a, b = ([getattr(layer, factor)[name].weight for layer in layers] for factor in ("moka_A", "moka_B"))
@@ -181,18 +184,21 @@ class RoutedLinear(TunerLayer):
         self.siblings.keep(dict(zip(layers[1:], outs[1:], strict=True)), x, routing)
         return outs[0]
 
-    def _can_join(self, first: RoutedLinear, name: str) -> bool:
+    def _can_join(self, first: RoutedLinear, name: str, x: Tensor) -> bool:
         """Whether this layer can be computed together with `first`, whose only active adapter has this name."""
         if self.disable_adapters or [own for own in self.active_adapters if own in self.moka_A] != [name]:
             return False
         alike = self.settings[name] == first.settings[name] and self._dropout(name) == first._dropout(name)
-        return alike and self.settings[name].shared_b and not self.folds and self._is_bare(name)
+        return alike and self.settings[name].shared_b and not self.folds and self._is_bare(name, x)
 
-    def _is_bare(self, name: str) -> bool:
-        """Whether this layer is a frozen Linear, A and B, on none of which anything hangs: no hook, no other forward."""
+    def _is_bare(self, name: str, x: Tensor) -> bool:
+        """Whether this layer is a frozen Linear that reads x as it is, A and B; no hook or the like hangs on any."""
         base, A, B = self._modules["base_layer"], self.moka_A[name], self.moka_B[name]
-        bare = _is_bare(base, nn.Linear) and _is_bare(A, DownProjection) and _is_bare(B, UpProjection)
-        return bare and not cast(nn.Linear, base).weight.requires_grad
+        if not (_is_bare(base, nn.Linear) and _is_bare(A, DownProjection) and _is_bare(B, UpProjection)):
+            return False
+        weight = cast(nn.Linear, base).weight
+        fits = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        return fits and not weight.requires_grad and type(weight.data) is Tensor
 
     def _dropout(self, name: str) -> float:
         return getattr(self.moka_dropout[name], "p", 0.0) if self.training else 0.0

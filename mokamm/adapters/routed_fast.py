@@ -92,7 +92,8 @@ class _Together(torch.autograd.Function):
                 outs.append(h)
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.dropout = plan, dropout
-        ctx.save_for_backward(x, own, *weights, *a, *b, *masks)
+        kept = weights if ctx.needs_input_grad[0] else tensors[:L]  # under autocast these are copies
+        ctx.save_for_backward(x, own, *kept, *a, *b, *masks)
         return tuple(outs)
 
     @staticmethod

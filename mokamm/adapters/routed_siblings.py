@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mokamm.routing import Routing
 
 NAMES = ({"q_proj", "k_proj", "v_proj"}, {"query", "key", "value"}, {"gate_proj", "up_proj"}, {"w1", "w3"})
-READ_ANOTHER = ("cross", "encoder_attn")  # in the name of an attention whose keys come from elsewhere
+READ_ANOTHER = ("cross", "encoder_attn")  # in the path of an attention whose keys come from elsewhere
 
 
 class Siblings:
@@ -56,7 +56,7 @@ class Siblings:
 def find_siblings(model: nn.Module, kind: type[nn.Module]) -> None:
     """Gives every layer of a kind its siblings, by the names of the children of one module."""
     for path, parent in model.named_modules():
-        if any(part in path.rpartition(".")[2].lower() for part in READ_ANOTHER):
+        if any(part in path.lower() for part in READ_ANOTHER):
             continue
         children = dict(parent.named_children())
         for names in NAMES:

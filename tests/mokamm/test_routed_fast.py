@@ -384,7 +384,9 @@ class TestSiblings:
             x.mul_(2)
             changed = attention.k_proj(x)
             assert not torch.allclose(changed, expected[id(x)])
-            attention.q_proj(x)
+            for layer in (attention.q_proj, attention.v_proj, attention.q_proj):  # k's turn, its output waiting
+                layer(x)
+            assert attention.k_proj in attention.k_proj.siblings.outputs
             set_routing(model, Routing(self.IDS.clamp(max=0), self.KEYS))
             assert not torch.allclose(attention.k_proj(x), changed)
         assert attention.v_proj(x).requires_grad
