@@ -13,7 +13,8 @@ attend to the question's tokens. Both are facts of the batch, not of a layer, so
 until the next one is set, because gradient checkpointing runs layers again during the backward pass.
 
 Cost: a handful of small kernels per batch, memoised per dtype. Built from CPU tensors nothing here waits for a device;
-built from CUDA tensors without `key_index` it waits once, to learn Q. Layers never wait.
+built from CUDA tensors without `key_index` it waits once, to learn Q. Layers never wait. Build it on the CPU and move it by
+`to`: only there is it known without waiting that all keys are text, which the layers' fast path needs.
 
 Shape legend: B batch, T tokens, D width, R rank, M modalities, Q key tokens.
 """
@@ -22,9 +23,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class AdapterError(ValueError):
@@ -51,9 +53,10 @@ class Routing:
         key_index: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> None:
-        self._memo: dict[tuple, Tensor] = {}
+        self._memo: dict[tuple, Any] = {}
         self._views: dict[tuple, Routing] = {}
         self.max_id: int | None = None
+        self.keys_are_text = True  # as far as is known without waiting for a device
         self.modality_ids, self.key_mask = modality_ids, key_mask
         self.key_index, self.key_valid = key_index, key_valid
         if modality_ids is None:
@@ -68,6 +71,7 @@ class Routing:
         elif key_index.shape[1] == 0:  # no sample has a question: one key that does not count
             self.key_index = key_index.new_zeros(len(key_index), 1)
             self.key_valid = self.key_index.bool()
+        self.keys_are_text = modality_ids.device.type == "cpu" and self._all_keys_are_text()
 
     @classmethod
     def text_only(cls) -> Routing:
@@ -92,6 +96,10 @@ class Routing:
     def repeated(self, times: int) -> Routing:
         """Every row `times` times in a row, as `generate` does for beams and for several sequences per prompt."""
         return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    def tiled(self, times: int) -> Routing:
+        """The whole batch `times` times, one after another; memoised."""
+        return self._once(("tiled", times), lambda: self._map(lambda t: t.repeat(times, 1))) if times > 1 else self
 
     def view(self, rows: int, device: torch.device) -> Routing:
         """This routing for a layer on `device` that sees `rows` rows (a multiple of B); memoised."""
@@ -152,16 +160,75 @@ class Routing:
 
         return self._once(("bias", dtype), make)
 
+    def block_rows(self, modalities: int, layers: int = 1) -> Tensor:
+        """(layers*B*T,): of B*T*layers*(M+1) blocks, M+1 a token and layer, those of the tokens' own modalities.
+
+        Layer by layer; a padding token has the last block.
+        """
+        self.check_modalities(modalities)
+
+        def make() -> Tensor:
+            assert self.modality_ids is not None
+            ids_N = self.modality_ids.flatten()
+            own_N = torch.arange(len(ids_N), device=ids_N.device) * layers * (modalities + 1)
+            own_N = own_N + torch.where(ids_N < 0, modalities, ids_N)
+            return (torch.arange(layers, device=ids_N.device)[:, None] * (modalities + 1) + own_N).flatten()
+
+        return self._once(("rows", modalities, layers), make)
+
+    def key_rows(self, padded: bool = True) -> Tensor:
+        """(B*Q,): where the keys are among the B*T tokens; padded: (B*K,), K columns as in `attention_bias`."""
+
+        def make() -> Tensor:
+            assert self.key_index is not None
+            assert self.modality_ids is not None
+            B, T = self.modality_ids.shape
+            index_BK = nn.functional.pad(
+                self.key_index, (0, self._columns() - self.key_index.shape[1] if padded else 0)
+            )
+            return (index_BK + T * torch.arange(B, device=index_BK.device)[:, None]).flatten()
+
+        return self._once(("keys", padded), make)
+
+    def attention_bias(self, dtype: torch.dtype) -> Tensor:
+        """(B,T,K): 0 where a token attends, elsewhere so low that softmax gives 0.
+
+        The columns are the keys, then a sink, and closed ones up to a multiple of 8. A media token of a sample with
+        keys attends to these, every other token to the sink alone.
+        """
+
+        def make() -> Tensor:
+            assert self.key_valid is not None
+            assert self.modality_ids is not None
+            Q, K = self.key_valid.shape[1], self._columns()
+            reads_BT1 = ((self.modality_ids > 0) & self.key_valid.any(dim=1, keepdim=True)).unsqueeze(-1)
+            open_BTK = reads_BT1 & nn.functional.pad(self.key_valid, (0, K - Q)).unsqueeze(1)
+            open_BTK[..., Q : Q + 1] = ~reads_BT1
+            return (~open_BTK).to(dtype).mul(torch.finfo(dtype).min / 2)
+
+        return self._once(("open", dtype), make)
+
+    def _columns(self) -> int:
+        """Q keys and a sink, as a multiple of 8: whole vectors for a softmax, aligned rows for a GEMM."""
+        assert self.key_index is not None
+        return -(-(self.key_index.shape[1] + 1) // 8) * 8
+
+    def _all_keys_are_text(self) -> bool:
+        assert self.modality_ids is not None
+        assert self.key_index is not None
+        assert self.key_valid is not None
+        return not bool(((self.modality_ids.gather(1, self.key_index) != 0) & self.key_valid).any())
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Routing:
         """A copy with `change` applied to every tensor, without checking or synchronising again."""
         copy = Routing.text_only()
-        copy.max_id = self.max_id
+        copy.max_id, copy.keys_are_text = self.max_id, self.keys_are_text
         for name in ("modality_ids", "key_mask", "key_index", "key_valid"):
             tensor = getattr(self, name)
             setattr(copy, name, None if tensor is None else change(tensor))
         return copy
 
-    def _once(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
         if key not in self._memo:
             # not an inference tensor even where generation asks first: training may use the same routing later
             with torch.inference_mode(False), torch.no_grad():
@@ -209,6 +276,12 @@ class RoutingContext:
             "the routing of this very batch, padding included, before each forward (rows repeated for beams are "
             "understood, without gradients); a chat prefills each turn anew instead of going on from a cache."
         )
+
+    def is_text_step(self, x: Tensor) -> bool:
+        """Whether a layer's input (B,1,D) is the next token of each row, which is text."""
+        if x.dim() != 3 or x.shape[1] != 1:
+            return False
+        return self.routing is None or self.routing.modality_ids is None or self.routing.modality_ids.shape[1] > 1
 
     def checkpoint_contexts(self) -> tuple[Restored, Restored]:
         """`context_fn` for torch's non-reentrant checkpoint: recompute under the routing of this forward."""

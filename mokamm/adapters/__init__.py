@@ -169,9 +169,10 @@ def wrap(llm: nn.Module, method: str, modalities: list[str], options: dict[str, 
     """
     if method not in METHODS:
         raise AdapterError(f"Unknown adapter method '{method}'{nearest(method, METHODS)}")
+    known = (*OPTIONS, *OTHER_OPTIONS)
     for name in options:
-        if name not in OPTIONS:
-            raise AdapterError(f"Unknown adapter option '{name}'{nearest(name, OPTIONS)}")
+        if name not in known:
+            raise AdapterError(f"Unknown adapter option '{name}'{nearest(name, known)}")
     if options.get("target_parameters") and method not in EXPERT_METHODS:
         raise AdapterError(
             f"target_parameters: method '{method}' cannot adapt fused expert weights: its layers wrap linear modules, and "

@@ -43,22 +43,29 @@ class FrozenA(nn.Linear):
             self.weight.copy_(draw(key, shape, config.a_seed, config.a_version))
 
 
-def new_a(layer: TunerLayer, rows: int, config: Any, key: str) -> nn.Linear:
-    """A layer's A on the device of its base; drawn where it is frozen, else with nn.Linear's own initialisation."""
+def new_a(
+    layer: TunerLayer,
+    rows: int,
+    config: Any,
+    key: str,
+    kind: type[nn.Linear] = nn.Linear,
+    frozen: type[FrozenA] = FrozenA,
+) -> nn.Linear:
+    """A layer's A on the device of its base: `frozen` and drawn, or `kind` with nn.Linear's own initialisation."""
     device = getattr(layer.get_base_layer(), "weight", torch.empty(0)).device
     if not config.frozen_a:
-        return nn.Linear(layer.in_features, rows, bias=False, device="meta" if device.type == "meta" else None)
-    A = FrozenA(layer.in_features, rows, device)
+        return kind(layer.in_features, rows, bias=False, device="meta" if device.type == "meta" else None)
+    A = frozen(layer.in_features, rows, device)
     A.draw_into(key, config)
     return A
 
 
-def new_b(layer: TunerLayer, columns: int, config: Any) -> nn.Module:
+def new_b(layer: TunerLayer, columns: int, config: Any, kind: type[nn.Linear] = nn.Linear) -> nn.Module:
     """A layer's B, zero: sparse, waiting for its mask, or dense."""
     device = getattr(layer.get_base_layer(), "weight", torch.empty(0)).device
     if config.sparse_b:
         return SparseB(columns, layer.out_features, device)
-    B = nn.Linear(columns, layer.out_features, bias=False, device="meta" if device.type == "meta" else None)
+    B = kind(columns, layer.out_features, bias=False, device="meta" if device.type == "meta" else None)
     nn.init.zeros_(B.weight)
     return B
 

@@ -21,8 +21,11 @@ on MokA (`model.base_model.set_mask(mask)`; frozen_tuner.py, sparse_b.py).
 `fold_text` puts the text path into the frozen weight, W' = W + s B A_text, so that one set of weights prefills and
 decodes: text then costs nothing, a media token adds s B((A_m - A_text) x + lambda att), padding adds -s B A_text x.
 
-Cost per layer beside W x: 2 GEMMs of width M*r and r and about nine small kernels, whatever the batch; no loop over
-samples, no wait for the device. Shape legend: B batch, T tokens, D width, R rank, M modalities, Q key tokens.
+This file has the plain path, which serves folded weights, keys that are not text, and compilers; `routed_fast.py` computes
+the same by hand-written derivatives everywhere else. Cost per layer beside W x: 2 GEMMs of width M*r and r and about nine
+small kernels, whatever the batch; no loop over samples, no wait for the device.
+
+Shape legend: B batch, T tokens, D width, R rank, M modalities, Q key tokens.
 """
 
 from __future__ import annotations
@@ -35,11 +38,15 @@ from typing import Any, NoReturn, cast
 import torch
 from peft import PeftConfig, PeftType
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mokamm.adapters.checks import check_format, check_lora_options, plain_weight
 from mokamm.adapters.frozen_a import VERSION
 from mokamm.adapters.frozen_tuner import FrozenATuner, new_a, new_b
 from mokamm.adapters.peft_bridge import TunerLayer, first_match, register_method
+from mokamm.adapters.routed_fast import DownProjection, FrozenDownProjection, UpProjection, together
+from mokamm.adapters.routed_plan import Settings, plan_of
+from mokamm.adapters.routed_siblings import Siblings, find_siblings
 from mokamm.adapters.sparse_b import dense_weight
 from mokamm.routing import AdapterError, Routing, RoutingContext
 
@@ -90,18 +97,6 @@ class MokaConfig(PeftConfig):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a layer keeps of one adapter's config."""
-
-    r: int
-    scaling: float
-    modalities: int
-    attention_weight: float
-    logit_scale: float
-    shared_b: bool
-
-
-@dataclass(frozen=True)
 class Fold:
     """What takes a folded text path out again, bit by bit: its factors, and the few entries subtraction would miss."""
 
@@ -119,7 +114,7 @@ class RoutedLinear(TunerLayer):
 
     def __init__(self, base_layer: nn.Module, context: RoutingContext) -> None:
         super().__init__(base_layer)
-        self.context = context
+        self.context, self.siblings = context, Siblings()
         self.settings: dict[str, Settings] = {}
         self.folds: dict[str, Fold] = {}
         self.moka_dropout, self.moka_A, self.moka_B = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
@@ -132,22 +127,27 @@ class RoutedLinear(TunerLayer):
         logit_scale = (s if config.scale_logits else 1 / s) / math.sqrt(r)
         self.settings[name] = Settings(r, s, len(config.modalities), float(weight), logit_scale, config.shared_b)
         self.moka_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.moka_A[name] = new_a(self, rows, config, key)  # kaiming_uniform(a=sqrt 5)
-        self.moka_B[name] = new_b(self, r if config.shared_b else rows, config)
+        self.moka_A[name] = new_a(
+            self, rows, config, key, DownProjection, FrozenDownProjection
+        )  # kaiming_uniform(a=sqrt 5)
+        self.moka_B[name] = new_b(self, r if config.shared_b else rows, config, UpProjection)
         self.place(name)
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        h = self.base_layer(x, *args, **kwargs)
+        if self.folds and not self.training and self.context.is_text_step(x):
+            return self._folded_step(x, *args, **kwargs)
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.moka_A]
         if not names:
-            return h
+            return self.base_layer(x, *args, **kwargs)
         if self.folds and self.training and torch.is_grad_enabled():
             raise AdapterError(
                 "The text path is folded into the weights, where it does not train: unfold_text() first."
             )
         routing = self.context.look_up(x)
-        out = h
+        if self._can_be_fast(names, x, routing):
+            return self._fast(names, routing, x, *args, **kwargs)
+        h = out = self.base_layer(x, *args, **kwargs)
         for name in names:
             if routing is not None:
                 x_BTD = x if x.dim() == 3 else x.view(*(routing.shape or ()), -1)
@@ -155,6 +155,77 @@ class RoutedLinear(TunerLayer):
             elif name not in self.folds:
                 out = out + self._text(name, x)
         return out.to(h.dtype)
+
+    # -- the fast path: routed_fast.py --
+
+    def _can_be_fast(self, names: list[str], x: Tensor, routing: Routing | None) -> bool:
+        """Else the plain path: it folds, reads keys that are not text, has sparse B's, and can be fused by a compiler."""
+        if self.folds or torch.compiler.is_compiling() or not x.is_floating_point():
+            return False
+        if routing is not None and not routing.keys_are_text:
+            return False
+        if not all(isinstance(self.moka_B[name], UpProjection) for name in names):
+            return False
+        return isinstance(self.base_layer, nn.Linear) or _seen(x) == x.dtype
+
+    def _fast(self, names: list[str], routing: Routing | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if len(names) == 1 and self._is_bare(names[0], x):
+            return self._with_siblings(names[0], routing, x)
+        x, parts = x.to(_seen(x)), []
+        for name in names:
+            plan = plan_of(self.settings[name], routing, x.dtype)
+            x, u = self.moka_A[name](x, plan, self._dropout(name))
+            parts.append((name, u, plan))
+        h = self.base_layer(x, *args, **kwargs)
+        for name, u, plan in parts:
+            h = self.moka_B[name](u, h, plan)
+        return h
+
+    def _with_siblings(self, name: str, routing: Routing | None, x: Tensor) -> Tensor:
+        """This layer's output, and in the same go that of its siblings, which will be asked for theirs next."""
+        ready = self.siblings.take(self, x, routing)
+        if ready is not None:
+            return ready
+        layers = [self, *(layer for layer in self.siblings.others(self) if layer._can_join(self, name, x))]
+        read = x.to(_seen(x))
+        plan = plan_of(self.settings[name], routing, read.dtype, len(layers))
+        a, b = ([getattr(layer, factor)[name].weight for layer in layers] for factor in ("moka_A", "moka_B"))
+        outs = together(read, [layer.base_layer for layer in layers], a, b, plan, self._dropout(name))
+        self.siblings.keep(dict(zip(layers[1:], outs[1:], strict=True)), x, routing)
+        return outs[0]
+
+    def _can_join(self, first: RoutedLinear, name: str, x: Tensor) -> bool:
+        """Whether this layer can be computed together with `first`, whose only active adapter has this name."""
+        if self.disable_adapters or [own for own in self.active_adapters if own in self.moka_A] != [name]:
+            return False
+        alike = self.settings[name] == first.settings[name] and self._dropout(name) == first._dropout(name)
+        return alike and self.settings[name].shared_b and not self.folds and self._is_bare(name, x)
+
+    def _is_bare(self, name: str, x: Tensor) -> bool:
+        """Whether this layer is a frozen Linear that reads x as it is, A and B; no hook or the like hangs on any."""
+        base, A, B = self._modules["base_layer"], self.moka_A[name], self.moka_B[name]
+        if not (
+            _is_bare(base, nn.Linear)
+            and _is_bare(A, DownProjection, FrozenDownProjection)
+            and _is_bare(B, UpProjection)
+        ):
+            return False
+        weight = cast(nn.Linear, base).weight
+        fits = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        return fits and not weight.requires_grad and type(weight.data) is Tensor
+
+    def _dropout(self, name: str) -> float:
+        return getattr(self.moka_dropout[name], "p", 0.0) if self.training else 0.0
+
+    def _folded_step(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer alone, whose weight holds the text path. So short that decoding costs what the base costs."""
+        base = self._modules["base_layer"]
+        if not _is_bare(base, nn.Linear):
+            return self.base_layer(x, *args, **kwargs)
+        own = base._parameters  # type: ignore[union-attr]
+        return nn.functional.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
+
+    # -- the plain path --
 
     def _stacked(self, name: str, x: Tensor) -> Tensor:
         """Every modality's A x at once: (..., M*r)."""
@@ -271,6 +342,21 @@ class RoutedLinear(TunerLayer):
         """Nothing to do: nothing is ever merged."""
 
 
+def _is_bare(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of one of these very classes, and calling it is calling its forward and nothing else."""
+    if module is None or type(module) not in kinds or "forward" in module.__dict__ or _has_any_global_hook():
+        return False
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooked
+
+
+def _seen(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer reads x."""
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+
+
 class MokaModel(FrozenATuner):
     """The tuner: holds the routing of the current batch for all of its layers."""
 
@@ -281,6 +367,10 @@ class MokaModel(FrozenATuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         self.context = RoutingContext()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        find_siblings(model, RoutedLinear)
 
     def new_layer(self, target: nn.Module) -> RoutedLinear:
         return RoutedLinear(target, self.context)

@@ -206,21 +206,27 @@ def _layer(network: Network, setting: Setting) -> float:
 
 
 def _inputs(network: Network, setting: Setting) -> float:
-    """What a layer's trained Linears keep: their inputs, and what adapters compute in their rank."""
+    """What a layer's trained Linears keep: their inputs, and what adapters compute in their rank.
+
+    MokA (mokamm/adapters/routed_fast.py) keeps an input once for all that read it, cast or not, and of dropout the mask.
+    """
     if network.method == "none":
         return 0.0
     e, places = _compute(network, setting), setting.batch * setting.length
     autocast = setting.bf16 and setting.stage is None
+    if network.method == "moka":
+        mask = network.inputs if network.dropout else 0
+        return float(places * ((network.distinct_inputs + network.linears * network.rank) * e + mask))
     if network.method == "full":
         # q, k, v, gate and up cast the float32 stream for themselves under autocast
         apart = autocast and network.weight_bytes == 4
-        kept = network.inputs - network.intermediate - network.heads * network.head_width if apart else 0
-        return float(places * e * (kept + network.intermediate if apart else network.distinct_inputs))
+        kept = network.inputs - network.heads * network.head_width if apart else network.distinct_inputs
+        return float(places * e * kept)
     cast = setting.stage is None and (autocast or network.weight_bytes != 4)  # adapters are float32 without DeepSpeed
     a = (2 if autocast else 4) if cast else e
     kept = network.inputs if cast or network.dropout else network.distinct_inputs
     mask = network.inputs * (a if setting.on_cpu else 1) if network.dropout else 0
-    wide = {"moka": network.rank * (network.modalities + 2) + setting.keys, "hira": 0}.get(network.method, network.rank)
+    wide = {"hira": 0}.get(network.method, network.rank)
     lengths = 2 * network.outputs if network.method == "dora" else 0  # both parts of what a length multiplies
     return float(places * (kept * a + mask + (network.linears * wide + lengths) * a) + network.changed * a)
 

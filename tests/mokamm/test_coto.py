@@ -18,10 +18,11 @@ from data.schema import UserError
 from mokamm.adapters import METHODS, AdapterError, Coto, Routing, set_routing, wrap
 from mokamm.adapters.coto import MEAN_SHARE, blocks_of, constant, rising
 from mokamm.config import AdapterConfig, ConfigError, load_config
-from mokamm.names import WITHOUT_ADAPTERS
+from mokamm.names import DENSE, WITHOUT_ADAPTERS
 from mokamm.training.stream import MicroBatches, plan
 from mokamm.training.watch import read_metrics
 from mokamm.weights import load_weights
+from tests.mokamm.toy_lori import cut, random_b
 
 ROOT = Path(__file__).resolve().parents[2]
 OF_THE_FAMILY = {  # every method with adapters, and MokA's switches
@@ -46,6 +47,8 @@ def adapted(name: str, layers: int = 4) -> nn.Module:
     """A small LLM under a method, no weight of the adapter at zero."""
     method, options = OF_THE_FAMILY[name]
     model = wrap(llama(layers), method, ["text", "vision"], {"r": 3, "lora_alpha": 6, **options})
+    if method in DENSE:  # a sparse B has nothing to train before its mask is set
+        model.base_model.set_mask(cut(random_b(model)))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -192,12 +192,13 @@ def test_activations_are_what_the_backward_pass_keeps(name):
     assert peak == pytest.approx(found["peak"], rel=0.15)
 
 
-@pytest.mark.parametrize("name", ["moka fp32", "moka deepspeed bf16", "moka autocast"])
-def test_checkpointed_activations(name):
+@pytest.mark.parametrize(("name", "over"), [("moka fp32", 0.15), ("moka deepspeed bf16", 0.15), ("moka autocast", 0.2)])
+def test_checkpointed_activations(name, over):
+    """Predicted is more than measured: the logits' gradient is gone by the time a layer is recomputed as a whole."""
     llm, network, setting, autocast = prepared(name, 2, 96, checkpointing=True, num_hidden_layers=6)
     found = measured(llm, 2, 96, autocast)
     peak = memory.activation_bytes(network, setting) + memory.logit_bytes(network, setting)
-    assert peak + memory.working_bytes(network, setting) == pytest.approx(found["peak"], rel=0.15)
+    assert 0.95 < (peak + memory.working_bytes(network, setting)) / found["peak"] < 1 + over
 
 
 @pytest.mark.parametrize("name", ["moka fp32", "moka deepspeed bf16"])

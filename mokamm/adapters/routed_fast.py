@@ -1,0 +1,245 @@
+r"""The routed layer's fast path: the same numbers as `routed.py`'s plain one, by hand-written derivatives.
+
+Where the base layers are plain, frozen Linears, those that read the same input (q, k, v; gate, up) are one function:
+
+    x --> W_i x + s z_i B_i^T        `_Together`: u = [A_1; A_2; ..] x by one GEMM, the rank space once for all of them
+
+Everywhere else (ZeRO-3, quantised weights, hooks, several adapters, ...) the base layer is called as a module:
+
+    x --_Down--> x' --base layer--> h --_Up--> h + s z B^T         _Down: u = A x, and hands x on to the base layer as x'
+          \----> u ------------------^                             _Up:   z from u
+
+so that _Down's backward gets the gradient dx' of the base layer and du together. _Down and _Up run inside the forward of
+the modules that own A and B: whatever hangs on these (ZeRO-3 gathers a module's weights before its forward and its
+backward) finds them as usual. Both ways
+
+- add s z B^T into the base layer's output in place, and du A into the input's gradient, each by one GEMM;
+- keep for backward x and the picked rows (N,r), as much as LoRA keeps, or less: x is the one that q, k and v share, also
+  with dropout, of which they keep the mask. Logits, softmax and z are computed again;
+- compute in x's dtype: no float32 copy of x beside a float32 adapter.
+
+Cost beside W x: GEMMs of width (M+1)*r and r, and six small kernels forward. Measured by `eval/speed/adapters.py`. A second
+derivative is refused. Shape legend: N = B*T, D width, R rank, M modalities; `routed_plan.py` has the rank space.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mokamm.adapters.frozen_tuner import FrozenA
+from mokamm.adapters.routed_plan import (
+    Plan,
+    add_update,
+    attended,
+    attention,
+    attention_backward,
+    pick,
+    place,
+    split_a,
+    stacked_a,
+    update_backward_b,
+    update_backward_z,
+)
+
+
+def together(
+    x: Tensor, linears: list[nn.Linear], a: list[Tensor], b: list[Tensor], plan: Plan, dropout: float
+) -> tuple[Tensor, ...]:
+    """Outputs of frozen Linears with their adapters, for one input that all of them read."""
+    own = [linear._parameters for linear in linears]
+    weights, biases = [p["weight"] for p in own], [p["bias"] for p in own]
+    return _Together.apply(x, plan, dropout, *weights, *biases, *a, *b)
+
+
+class DownProjection(nn.Linear):
+    """The modalities' A, stacked (M*r, D). Called with a plan: x', u of `_Down`; without: A x."""
+
+    def forward(self, x: Tensor, plan: Plan | None = None, dropout: float = 0.0) -> Any:  # type: ignore[override]
+        """dropout: of the x that A reads."""
+        if plan is None:
+            return super().forward(x)
+        passed, u = _Down.apply(x, self.weight, plan, dropout)
+        return (passed if x.requires_grad else x), u
+
+
+class FrozenDownProjection(FrozenA, DownProjection):
+    """The modalities' A where it is drawn and never trains."""
+
+
+class UpProjection(nn.Linear):
+    """B (D, r or M*r). Called with the base layer's output and a plan: h of `_Up`; without: B z."""
+
+    def forward(self, z: Tensor, h: Tensor | None = None, plan: Plan | None = None) -> Tensor:
+        return super().forward(z) if h is None else _Up.apply(h, z, self.weight, plan)
+
+
+class _Together(torch.autograd.Function):
+    """x, W_1.., bias_1.., A_1.., B_1.. -> W_i x + bias_i + s z_i B_i^T."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Plan, dropout: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+        L = plan.layers
+        weights, biases, a, b = tensors[:L], tensors[L : 2 * L], tensors[2 * L : 3 * L], tensors[3 * L :]
+        x_ND, outs = _flat(x), []
+        with _exact(x):
+            weights = tuple(weight.to(x.dtype) for weight in weights)
+            u, masks = _down(x_ND, a, plan, dropout)
+            own = pick(u, plan)
+            z = attended(own, *attention(own, plan), plan).view(L, -1, plan.at.r)
+            for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+                h = nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+                add_update(_flat(h), z[i], b[i], plan, in_place=True)
+                outs.append(h)
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.dropout = plan, dropout
+        kept = weights if ctx.needs_input_grad[0] else tensors[:L]  # under autocast these are copies
+        ctx.save_for_backward(x, own, *kept, *a, *b, *masks)
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan, L = ctx.plan, ctx.plan.layers
+        x, own, *tensors = ctx.saved_tensors
+        weights, a, b, masks = tensors[:L], tensors[L : 2 * L], tensors[2 * L : 3 * L], tensors[3 * L :]
+        needs_x, needs_a, needs_b = (ctx.needs_input_grad[i:] for i in (0, 3 + 2 * L, 3 + 3 * L))
+        dx_ND, db = None, cast(list[Tensor | None], [None] * L)
+        with _exact(x):
+            key_p = attention(own, plan)
+            z = attended(own, *key_p, plan).view(L, -1, plan.at.r)
+            dz = []
+            for i, g in enumerate(gradients):
+                if g is None:
+                    dz.append(torch.zeros_like(z[i]))
+                    continue
+                g_ND = _flat(g)
+                dz.append(update_backward_z(g_ND, b[i], plan))
+                if needs_b[i]:
+                    db[i] = update_backward_b(g_ND, z[i], b[i], plan)
+                if needs_x[0]:
+                    dx_ND = g_ND @ weights[i] if dx_ND is None else dx_ND.addmm_(g_ND, weights[i])
+            du = place(attention_backward(dz[0] if L == 1 else torch.cat(dz), own, *key_p, plan), plan)
+            dx_ND, da = _down_backward(
+                _flat(x), tuple(a), plan, ctx.dropout, masks, du, dx_ND, True, needs_x[0], any(needs_a[:L])
+            )
+        dx = None if dx_ND is None else dx_ND.view(x.shape)
+        return dx, None, None, *(None,) * (2 * L), *da, *db
+
+
+class _Down(torch.autograd.Function):
+    """x, A -> x itself, A dropout(x) (N, blocks*r)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, plan: Plan, dropout: float) -> tuple[Tensor, Tensor]:
+        with _exact(x):
+            u, masks = _down(_flat(x), (weight,), plan, dropout)
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.dropout = plan, dropout
+        ctx.save_for_backward(x, weight, *masks)
+        return x, u
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
+        if du is None:
+            return dx, None, None, None
+        x, weight, *masks = ctx.saved_tensors
+        dx_ND = None if dx is None else _flat(dx)
+        needs_x, needs_a, *_ = ctx.needs_input_grad
+        with _exact(x):
+            dx_ND, (da,) = _down_backward(
+                _flat(x),
+                (weight,),
+                ctx.plan,
+                ctx.dropout,
+                masks,
+                du,
+                None if dx is None else _flat(dx),
+                False,
+                needs_x,
+                needs_a,
+            )
+        return None if dx_ND is None else dx_ND.view(x.shape), da, None, None
+
+
+class _Up(torch.autograd.Function):
+    """h, u, B -> h + s z B^T."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, u: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+        with _exact(h):
+            own = pick(u, plan)
+            z = attended(own, *attention(own, plan), plan)
+            out = add_update(_flat(h), z, weight, plan, in_place=False).view(h.shape)
+        ctx.plan = plan
+        ctx.save_for_backward(own, weight)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        own, weight = ctx.saved_tensors
+        plan, g_ND, du, db = ctx.plan, _flat(g), None, None
+        with _exact(g):
+            key_p = attention(own, plan)
+            if ctx.needs_input_grad[2]:
+                db = update_backward_b(g_ND, attended(own, *key_p, plan), weight, plan)
+            if ctx.needs_input_grad[1]:
+                dz = update_backward_z(g_ND, weight, plan).to(own.dtype)
+                du = place(attention_backward(dz, own, *key_p, plan), plan)
+        return g, du, db, None
+
+
+def _down(x_ND: Tensor, a: tuple[Tensor, ...], plan: Plan, dropout: float) -> tuple[Tensor, list[Tensor]]:
+    """u of all layers; with dropout, each layer's mask."""
+    stacked = stacked_a(a, plan, x_ND.dtype)
+    if not dropout:
+        return x_ND @ stacked.t(), []
+    dropped = [torch.native_dropout(x_ND, dropout, True) for _ in a]
+    parts = [x @ part.t() for (x, _), part in zip(dropped, stacked.chunk(plan.layers), strict=True)]
+    return torch.cat(parts, dim=1), [mask for _, mask in dropped]
+
+
+def _down_backward(
+    x_ND: Tensor, a: tuple[Tensor, ...], plan: Plan, dropout: float, masks: list[Tensor], du: Tensor,
+    dx_ND: Tensor | None, own: bool, needs_x: bool, needs_a: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """dx + du A, and dA = du^T x of every layer. own: dx may be changed in place."""
+    if plan.layers == 1:  # without the block of zeros
+        stacked, da = a[0][: plan.rows_of_a].to(x_ND.dtype), None
+        du = du[:, : plan.rows_of_a]
+    else:
+        stacked, da = stacked_a(a, plan, x_ND.dtype), None
+    if not masks:
+        da = du.t() @ x_ND if needs_a else None
+        if needs_x and dx_ND is None:
+            dx_ND = du @ stacked
+        elif needs_x and dx_ND is not None:
+            dx_ND = dx_ND.addmm_(du, stacked) if own else torch.addmm(dx_ND, du, stacked)
+    else:
+        parts = []
+        for mask, part, own_du in zip(
+            masks, stacked.chunk(plan.layers), (du / (1 - dropout)).chunk(plan.layers, dim=1), strict=True
+        ):
+            dropped_ND = x_ND * mask
+            parts.append(own_du.t() @ dropped_ND)
+            if needs_x:
+                more_ND = torch.mm(own_du, part, out=dropped_ND).mul_(mask)
+                dx_ND = more_ND if dx_ND is None else more_ND.add_(dx_ND)
+        da = torch.cat(parts) if needs_a else None
+    return dx_ND, [None] * len(a) if da is None else [*split_a(da, a, plan)]
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _exact(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off, where it is on: everything here has x's dtype already."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
