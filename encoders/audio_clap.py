@@ -1,8 +1,8 @@
 """Sound: the audio tower of CLAP (HTS-AT, a Swin transformer over a mel spectrogram) through transformers.
 
 It reads one fixed window of 10 s at 48 kHz. As its feature extractor does, a shorter segment is repeated as often as it
-fits into the window, and the rest is silence; the mask then keeps the columns of the first copy, rounded up. A published
-tower gives 32 columns of 2 frequency rows for 10 s, ordered by time here: 1 s is 4 columns, 8 patches of width 768. Our
+fits into the window, and the rest is silence; the mask then keeps the columns of the first copy, rounded up. The
+published towers give 32 columns of 2 frequency rows for 10 s, ordered by time here: 1 s is 4 columns, 8 patches. Our
 sound is at 16 kHz and is resampled, so the network hears nothing above 8 kHz. Only the last stage is offered, because
 the stages differ in their grids. Fused towers (laion/clap-htsat-fused) choose among random crops and are refused.
 
@@ -69,7 +69,7 @@ class ClapEncoder(WaveformEncoder):
         return mel[:, None], columns.clamp(1, self.columns) * self.frequency_rows
 
     def fill_window(self, segments_FS: Tensor, lengths: Tensor) -> Tensor:
-        """Resample to the network's rate and repeat each segment within the window, as the extractor's `padding` says."""
+        """Resample to the network's rate, and fill the window with each segment as the extractor's `padding` says."""
         from torchaudio.functional import resample
 
         sound = resample(segments_FS, SAMPLE_RATE, self.rate)

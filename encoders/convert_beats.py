@@ -1,4 +1,6 @@
-"""Convert a published BEATs checkpoint to safetensors, once: `python -m encoders.convert_beats FILE.pt OUT.safetensors`.
+"""Convert a published BEATs checkpoint to safetensors, once:
+
+    python -m encoders.convert_beats FILE.pt OUT.safetensors
 
 The `.pt` is read with `weights_only=True`, so that no code in it runs, and every key of it must fit the model that its
 own cfg describes. The result holds the same weights, the cfg as JSON in its metadata, and no pickle; it appears whole

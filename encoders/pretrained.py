@@ -28,8 +28,8 @@ def read(load: Callable[..., Any], path: str | Path, what: str, **options: Any) 
         return load(str(path), **options)
     except pickle.UnpicklingError as error:
         raise EncoderError(
-            f"{what} at '{path}' were refused: the file holds Python objects (possibly code) beside tensors and was not "
-            "executed; take a checkpoint in safetensors"
+            f"{what} at '{path}' were refused: the file holds Python objects (possibly code) beside tensors and was "
+            "not executed; take a checkpoint in safetensors"
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

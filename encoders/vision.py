@@ -111,7 +111,7 @@ class TransformersFrameEncoder(FrameEncoder):
 
 
 def _image_processor(path: str | Path, what: str, image_size: int | None) -> Any:
-    """The checkpoint's image processor; with `image_size`, one that ends at that square size in the same proportions."""
+    """The checkpoint's image processor; with `image_size`, one that ends at that square in the same proportions."""
     from transformers import AutoImageProcessor
 
     name = f"{what} preprocessor_config.json"
