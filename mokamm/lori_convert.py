@@ -21,6 +21,7 @@ from mokamm.adapters.masks import Mask, pack, unpack
 from mokamm.adapters.peft_bridge import PREFIX
 from mokamm.convert import Options, Plan
 from mokamm.lori_mask import read_mask, write_mask
+from mokamm.weights import share
 
 MOSTLY_ZERO = 0.5  # share of B's entries from which on a LoRA is taken for a LoRI-S
 COPIED = (
@@ -154,5 +155,6 @@ def _write(out: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Non
 
     out.mkdir(parents=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, out / TENSORS, metadata={"format": "pt"})
+    share(out / TENSORS)
     lists = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (out / CONFIG).write_text(json.dumps(lists, indent=2, sort_keys=True))

@@ -45,12 +45,15 @@ def write_mask(mask: Mask, path: str | Path, made_from: str = "") -> None:
     import torch
     from safetensors.torch import save_file
 
+    from mokamm.weights import share
+
     tensors = {f"{name}.mask": bits.contiguous() for name, bits in mask.bits.items()}
     tensors |= {f"{name}.shape": torch.tensor(shape, dtype=torch.int32) for name, shape in mask.shapes.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata={"format": FORMAT, "a_hash": mask.a_hash or "", "made_from": made_from})
+    share(temporary)
     os.replace(temporary, path)
 
 

@@ -97,6 +97,13 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def share(path: Path) -> None:
+    """Give a file the permissions of the user's umask: safetensors writes for its user alone, and a run may be shared."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 # ---- save ------------------------------------------------------------------------------------------------------------
 
 

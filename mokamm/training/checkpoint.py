@@ -41,6 +41,7 @@ from mokamm.weights import (
     manifest_problems,
     save_weights,
     saved_tensors,
+    share,
     write_manifest,
 )
 
@@ -170,11 +171,9 @@ def gathered(model: Any, engine: Engine, ranks: Ranks) -> dict[str, torch.Tensor
 
 def put_in_place(temporary: Path, target: Path) -> None:
     """Flush a finished folder to disk and give it its name; one that is there already is replaced."""
-    mask = os.umask(0)
-    os.umask(mask)
     for path in sorted(temporary.rglob("*"), reverse=True):
         if path.is_file():
-            path.chmod(0o666 & ~mask)  # safetensors writes for its user alone, and a run may be shared
+            share(path)
         _flush(path)
     _flush(temporary)
     if target.exists():
