@@ -6,6 +6,7 @@
       LoRI-S), with or without --mask
     another LoRA folder (LoRI-D)                        lora     cleaned: the lora_ tensors alone
     a published mask (masks/0.9_mask.pt)                mask     a mask file for adapter.mask
+    a published MokA checkpoint, or its stage 1         moka     adapter/ and projectors.safetensors, for training.init_from
 
 An importer of another kind of source is one function `plan_...(source, options) -> Plan | None` in IMPORTERS: None where
 the source is not its own. `--dry-run` says what would be written. Nothing is overwritten.
@@ -23,7 +24,7 @@ from pathlib import Path
 from data.schema import UserError
 from mokamm.mistakes import is_users
 
-FORMATS = ("lora", "lori_s", "mask")
+FORMATS = ("lora", "lori_s", "mask", "moka")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Plan:
 def plan(source: Path, options: Options) -> Plan:
     """Raises UserError or AdapterError where no importer knows the source, or it cannot become what is asked for."""
     from mokamm.lori_convert import plan_adapter, plan_mask
+    from mokamm.published_moka import plan_published
 
-    importers: tuple[Callable[[Path, Options], Plan | None], ...] = (plan_mask, plan_adapter)
+    importers: tuple[Callable[[Path, Options], Plan | None], ...] = (plan_published, plan_mask, plan_adapter)
     if not source.exists():
         raise UserError(f"no such file or folder: {source} (working directory {Path.cwd()})")
     for importer in importers:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from data.schema import UserError
+from mokamm.convert import Options, Plan
 from mokamm.weights import ADAPTER, PROJECTORS, write_manifest
 
 ADAPTER_FILE, OTHER_FILE = "adapter_model.bin", "non_lora_trainables.bin"
@@ -227,20 +227,37 @@ def _layer(module: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def account(published: Published, show: Callable[[str], None]) -> None:
-    """Print what became of every key, in groups."""
-    show(f"a {published.kind} checkpoint of MokA: {len(published.used)} keys used, {len(published.left_out)} left out")
+# ---- mokamm convert --------------------------------------------------------------------------------------------------
+
+
+def plan_published(source: Path, options: Options) -> Plan | None:
+    """An importer of mokamm/convert.py; None for another kind of folder."""
+    if not source.is_dir() or not is_published(source):
+        return None
+    if options.to not in (None, "moka"):
+        raise UserError(f"{source} is a checkpoint of MokA; it cannot become {options.to}")
+    published, base = read_published(source), _settings(source).get("base_model_name_or_path")
+    return Plan(
+        "\n  ".join(account(published)), "moka", lambda out: write_published(published, out, base), left_out(published)
+    )
+
+
+def account(published: Published) -> list[str]:
+    """What was found, for people."""
+    lines = [
+        f"{published.kind} checkpoint of MokA: {len(published.used)} keys used, {len(published.left_out)} left out"
+    ]
     if published.moka:
-        show("  adapter: " + ", ".join(f"{key} {value}" for key, value in published.moka.items() if value != {}))
+        lines.append("adapter: " + ", ".join(f"{key} {value}" for key, value in published.moka.items() if value != {}))
     for modality in sorted({key.partition(".")[0] for key in published.projectors}):
         count = sum(t.numel() for key, t in published.projectors.items() if key.startswith(modality + "."))
-        show(f"  projector of {modality}: {count:,} parameters")
-    for reason, keys in _by_reason(published.left_out.items()).items():
-        show(f"  left out: {len(keys)} keys such as {keys[0]}: {reason}")
+        lines.append(f"projector of {modality}: {count:,} parameters; it has no boundaries: set boundaries: false")
+    return lines
 
 
-def _by_reason(left_out: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+def left_out(published: Published) -> list[str]:
+    """One line for each reason, with how many keys it holds for."""
     grouped: dict[str, list[str]] = {}
-    for key, reason in left_out:
+    for key, reason in published.left_out.items():
         grouped.setdefault(reason, []).append(key)
-    return grouped
+    return [f"left out: {len(keys)} keys, such as {keys[0]}: {reason}" for reason, keys in grouped.items()]

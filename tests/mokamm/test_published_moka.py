@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, LlamaConfig, LlamaForCausalLM
 
 from data.schema import UserError
+from mokamm.convert import main as convert
 from mokamm.projectors import build_projector
 from mokamm.published_moka import ADAPTER_FILE, OTHER_FILE, is_published, read_published, write_published
 from mokamm.routing import Routing
+from mokamm.weights import manifest_problems
 
 R, ALPHA = 4, 16
 IDS = torch.tensor([[0, 1, 1, 0, 2, 2, 0, 0, 0], [0, 2, 1, 1, 0, 0, 0, 0, 0]])
@@ -201,3 +204,22 @@ def test_a_pickle_that_holds_code_is_refused(tmp_path):
     torch.save({"model.vl_projector.visual_ln.weight": Code()}, tmp_path / "p" / OTHER_FILE)
     with pytest.raises(UserError, match="weights_only"):
         read_published(tmp_path / "p")
+
+
+def test_the_command_accounts_for_every_key_and_a_run_can_begin_from_the_result(tmp_path, capsys):
+    visual, _ = published_projector("model.vl_projector", "visual")
+    adapter = adapter_state(llama(), AUDIO_VISUAL)
+    source = publish(tmp_path / "published", adapter, visual)
+    assert convert(["--dry-run", "--json", str(source), str(tmp_path / "ours")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["to"], told["written"]) == ("moka", False)
+    used = len(adapter) + len(visual) - 5
+    assert f"audio-visual checkpoint of MokA: {used} keys used, 5 left out" in told["found"]
+    assert "text branch" in told["warnings"][0]
+    assert not (tmp_path / "ours").exists()
+    assert convert([str(source), str(tmp_path / "ours")]) == 0
+    assert manifest_problems(tmp_path / "ours") == []
+    config = json.loads((tmp_path / "ours" / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["modalities"]) == ("MOKA", 4, ["text", "vision", "audio"])
+    assert convert(["--to", "lora", str(source), str(tmp_path / "other")]) == 2
+    assert "cannot become lora" in capsys.readouterr().err
