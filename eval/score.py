@@ -48,7 +48,7 @@ from eval.benchmarks.base import total
 from eval.comparison.differences import sign_flips
 from eval.intervals import bootstrap_interval
 from eval.predictions import Collected, collect, read
-from eval.printing import print_rules
+from eval.printing import print_rules, stdout_kept_clean
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -145,7 +145,8 @@ def _pairs(one: Collected, other: Collected) -> list[tuple[Row, Row]]:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        result = score(args.benchmark, args.predictions, args.annotations, args.against)
+        with stdout_kept_clean(args.json):
+            result = score(args.benchmark, args.predictions, args.annotations, args.against)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -54,7 +54,7 @@ class LibriSpeech(Asr):
 
     def from_record(self, fields: Fields, index: int) -> Row:
         row = super().from_record(fields, index)
-        row.unit = fields.unit or chapter(row.id)
+        row.unit = fields.unit or chapter(Path(fields.media).stem or row.id)
         return row
 
 
