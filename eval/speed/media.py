@@ -102,12 +102,9 @@ def cases(folder: Path) -> dict[str, dict[str, Decode]]:
         path = folder / f"{name}.mp4"
         write_video(path, size, rate)
         media = Media("video", path.name, "vision")
-        found[name] = {
-            "ours": lambda media=media: loader.frames(media, SEGMENTS),
-            "pyav": lambda path=path: plain_pyav(path),
-        }
+        found[name] = {"ours": partial(loader.frames, media, SEGMENTS), "pyav": partial(plain_pyav, path)}
         if _has_opencv():
-            found[name]["opencv"] = lambda path=path: plain_opencv(path)
+            found[name]["opencv"] = partial(plain_opencv, path)
     for name, suffix, rate, channels in (("sound", "flac", 16_000, 1), ("stereo", "wav", 44_100, 2)):
         path = folder / f"{name}.{suffix}"
         write_sound(path, rate, channels)
