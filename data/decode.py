@@ -51,7 +51,6 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS:
 _GUESSED_DURATION = {"mp3", "aac", "amr", "mpegts", "mpeg"}  # FFmpeg estimates these from the bit rate
 _SOUND_DELAY = Fraction(1, 20)  # s; a sound track that starts later than this after the picture is padded with silence
 _CODEC_PADDING = Fraction(1, 10)  # s; up to so much more than the header says is a codec's last block, and cut away
-_MIXED_AT_ONCE = 64  # frames
 _WAV_UNKNOWN = 0x7FFFF000  # programs that write to a pipe claim sizes from here on
 
 
@@ -329,30 +328,26 @@ def _rgb(
 def _decoded_sound(container: Any, stream: Any, path: Path, limits: MediaLimits) -> tuple[np.ndarray, int, Fraction]:
     """(mono samples (S,), their rate, the delay of the first in seconds)."""
     pieces: list[np.ndarray] = []
-    held: list[np.ndarray] = []  # frames not yet mixed; a codec's are so short that one by one costs more than decoding
     count, rate, delay = 0, 0, Fraction(0)
     for frame in container.decode(stream):
-        if not count:
+        if not pieces:
             rate, delay = frame.sample_rate, _delay(container, frame)
         if frame.sample_rate != rate:
             raise MediaError(f"{path}: its sampling rate changes in mid-file; convert it: ffmpeg -i IN -ar 16000 OUT")
-        array = frame.to_ndarray()
-        array = array if frame.format.is_planar else array.reshape(-1, frame.layout.nb_channels).T
-        if len(held) == _MIXED_AT_ONCE or (held and (len(array), array.dtype) != (len(held[0]), held[0].dtype)):
-            pieces.append(_mono(held))
-            held = []
-        held.append(array)
+        pieces.append(_mono(frame))
         count += frame.samples
         if count > limits.max_seconds * rate and count > _CODEC_PADDING * rate:
             _check_seconds(path, Fraction(count, rate) - _CODEC_PADDING, limits)
     if not count:
         raise MediaError(f"{path}: holds no sound samples (a recording of zero length?); record or export it again")
-    return np.concatenate([*pieces, _mono(held)]), rate, delay
+    return np.concatenate(pieces), rate, delay
 
 
-def _mono(frames: list[np.ndarray]) -> np.ndarray:
-    """Mean over the channels of frames (channels, S), float32 (S,); integers are scaled by their type's full range."""
-    array = frames[0] if len(frames) == 1 else np.concatenate(frames, axis=1)
+def _mono(frame: Any) -> np.ndarray:
+    """Mean over the channels of one decoded frame, float32 (S,); integers are scaled by their type's full range."""
+    array = frame.to_ndarray()
+    channels = frame.layout.nb_channels
+    array = array if frame.format.is_planar else array.reshape(-1, channels).T
     if array.dtype == np.uint8:
         array = (array.astype(np.float64) - 128) / 128
     elif array.dtype.kind == "i":

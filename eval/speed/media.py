@@ -102,10 +102,7 @@ def cases(folder: Path) -> dict[str, dict[str, Decode]]:
         path = folder / f"{name}.mp4"
         write_video(path, size, rate)
         media = Media("video", path.name, "vision")
-        found[name] = {
-            "ours": partial(loader.frames, media, SEGMENTS),
-            "pyav": partial(plain_pyav, path),
-        }
+        found[name] = {"ours": partial(loader.frames, media, SEGMENTS), "pyav": partial(plain_pyav, path)}
         if _has_opencv():
             found[name]["opencv"] = partial(plain_opencv, path)
     for name, suffix, rate, channels in (("sound", "flac", 16_000, 1), ("stereo", "wav", 44_100, 2)):

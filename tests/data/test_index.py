@@ -6,7 +6,7 @@ import json
 import pickle
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.schema import BadSample, UserError
@@ -19,7 +19,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     values=st.lists(VALUES, max_size=6),
     window=st.integers(1, 40),
@@ -38,7 +38,7 @@ def test_elements_are_those_of_json(tmp_path_factory, values, window, indent, as
     assert [value for *_, value in found] == json.loads(text) or "\\ud" in ascii(text)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(values=st.lists(VALUES, min_size=1, max_size=4), data=st.data(), window=st.integers(1, 40))
 def test_a_broken_array_is_told_where_json_tells_it(tmp_path_factory, values, data, window):
     text = json.dumps(values, indent=data.draw(st.sampled_from([None, 1])))

@@ -18,5 +18,5 @@ def test_a_million_rows_stay_under_300_mb():
     command = [sys.executable, "eval/speed/rows.py", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for form, found in json.loads(done.stdout)["forms"].items():
-        assert found["growth_mb"] < 80, form  # 28 bytes a row, and what an epoch's order takes
+        assert found["growth_mb"] < 200, form  # 28 bytes a row, three times in the pickle; and an epoch's order
         assert found["opened_mb"] < 300, form
