@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,7 @@ def real(world: Path, folder: Path, run: Path, **overrides: Any) -> RunConfig:
     )
 
 
+@pytest.mark.skipif("MOKAMM_SLOW_TESTS" not in os.environ, reason="four models are built; set MOKAMM_SLOW_TESTS=1")
 def test_a_real_run_trains_answers_and_is_gone_on_from(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
