@@ -2,9 +2,9 @@
 
 Training steps (forward, backward, AdamW) of an LLM with random weights on the same inputs, which require a gradient, so
 that the frozen LLM alone has a backward pass too. In turns within one process: the frozen LLM, and per method the adapter
-whole and under CoTo. A run has STEPS steps, each timed `rounds` times; a run's time is the sum over its steps of their
-medians (and, beside it, of their fastest: on a machine that others use, medians are theirs too). Two LLMs: the miniature
-one (5 layers of width 192), and a wider one (4 of 512).
+whole and under CoTo. A run has STEPS steps and is gone through `rounds` times; its time is the sum over its steps of the
+median time of all those in which as many blocks act. On a CPU with one thread (OMP_NUM_THREADS=1) the process's own CPU
+time counts, so that other programs do not. Two LLMs: the miniature one (5 layers of width 192), a wider one (4 of 512).
 
     saved              1 - with CoTo / without              beside what the source reports for LLaMA-2-7B on a GPU
     overhead_saved     the same, of what the adapter adds to the frozen LLM
@@ -17,6 +17,7 @@ import argparse
 import json
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -105,29 +106,32 @@ def measure(build: Callable[[], nn.Module], args: argparse.Namespace) -> dict[st
         if method != "none":
             cotos[name] = Coto(llm, partial(rising, total_steps=STEPS), seed=0)
             steps[f"{name} + coto"] = step_of(llm, inputs, cotos[name])
-    seconds = in_turns(steps, STEPS * args.rounds)
+    own_time = args.device == "cpu" and torch.get_num_threads() == 1
+    seconds = in_turns(steps, STEPS * args.rounds, time.process_time if own_time else time.perf_counter)
     return {name: _row(name, seconds, cotos[name]) for name in METHODS}
 
 
 def _row(name: str, seconds: dict[str, list[float]], coto: Coto) -> dict[str, Any]:
-    drawn = [acts for t in range(STEPS) for acts in coto.active(t)]
-    row: dict[str, Any] = {"reported": REPORTED.get(name), "skipped": round(1 - sum(drawn) / len(drawn), 4)}
-    for which, of in (("medians", statistics.median), ("fastest", min)):
-        frozen, whole, under = (_run(seconds[key], of) for key in ("frozen", name, f"{name} + coto"))
-        row[which] = {
-            "seconds_frozen": round(frozen, 5),
-            "seconds": round(whole, 5),
-            "seconds_with_coto": round(under, 5),
-            "overhead": round(whole / frozen - 1, 4),
-            "overhead_saved": round((whole - under) / (whole - frozen), 4),
-            "saved": round(1 - under / whole, 4),
-        }
-    return row
+    acting = [sum(coto.active(t)) for t in range(STEPS)]
+    skipped = 1 - sum(acting) / (STEPS * len(coto.blocks))
+    frozen, whole = statistics.median(seconds["frozen"]), statistics.median(seconds[name])
+    under = _run(seconds[f"{name} + coto"], acting)
+    return {
+        "seconds_frozen": round(frozen, 5),
+        "seconds": round(whole, 5),
+        "seconds_with_coto": round(under, 5),
+        "overhead": round(whole / frozen - 1, 4),
+        "skipped": round(skipped, 4),
+        "overhead_saved": round((whole - under) / (whole - frozen), 4),
+        "saved": round(1 - under / whole, 4),
+        "reported": REPORTED.get(name),
+    }
 
 
-def _run(seconds: list[float], of: Callable[[list[float]], float]) -> float:
-    """Mean seconds a step of a run: each step's median, or fastest, over the rounds."""
-    return sum(of(seconds[t::STEPS]) for t in range(STEPS)) / STEPS
+def _run(seconds: list[float], acting: list[int]) -> float:
+    """Mean seconds a step of a run; steps in which equally many blocks act cost the same, and are taken together."""
+    by_number = {n: [s for t, s in enumerate(seconds) if acting[t % STEPS] == n] for n in set(acting)}
+    return sum(statistics.median(by_number[n]) for n in acting) / STEPS
 
 
 def cpu_name() -> str:
@@ -164,14 +168,12 @@ def main() -> None:
         return
     for name, result in found["llms"].items():
         for method, row in result.items():
-            reported = f"; source: {row['reported']:.1%}" if row["reported"] else ""
-            print(f"{name}, {method}: CoTo skips {row['skipped']:.1%}{reported}")
-            for which in ("medians", "fastest"):
-                r = row[which]
-                print(
-                    f"  {which} {r['seconds'] * 1000:6.1f} ms a step, overhead {r['overhead']:.0%}; CoTo saves "
-                    f"{r['overhead_saved']:.0%} of it, {r['saved']:.1%} of the time"
-                )
+            reported = f" (source: {row['reported']:.1%})" if row["reported"] else ""
+            print(
+                f"{name}, {method}: {row['seconds'] * 1000:.1f} ms a step, overhead {row['overhead']:.0%}; CoTo skips "
+                f"{row['skipped']:.1%} and saves {row['overhead_saved']:.0%} of the overhead, {row['saved']:.1%} of the "
+                f"time{reported}"
+            )
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.hira.layer import Linear as HiraLinear  # noqa: F401  for hira.py
+from peft.tuners.hira.layer import Linear as HiraLinear
 from peft.tuners.lora.variants import _register_frozen_peft_weight
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import register_peft_method
@@ -188,6 +188,17 @@ def let_act(layer: BaseTunerLayer, acts: bool) -> None:
     PEFT's `enable_adapters` would take requires_grad away, and with it the parameters from an engine that is built.
     """
     layer._disable_adapters = not acts
+
+
+def borrowed(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """(layer, parameter) where a layer reads a parameter of a module inside it, which it does not call: HiRA, DoRA.
+
+    What shards parameters and makes them whole when their module is called (ZeRO-3) must know of them.
+    """
+    for layer in tuner_layers(model).values():
+        if isinstance(layer, HiraLinear) or getattr(layer, "lora_magnitude_vector", None):
+            module = cast(nn.Module, layer)
+            yield from ((module, parameter) for parameter in module.parameters())
 
 
 def change_class(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> nn.Module:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from data.schema import UserError
+from mokamm.adapters.peft_bridge import borrowed
 from mokamm.config import TrainingConfig, find_path
 from mokamm.training.launch import Ranks, limit_waiting
 from mokamm.training.optimization import optimizer_arguments
@@ -115,6 +116,9 @@ class DeepSpeedEngine:
         self.rank, self.world = ranks.rank, ranks.world
         optimizer = _optimizer_class(config)(groups, **optimizer_arguments(training))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        if self.stage == 3:
+            for layer, parameter in borrowed(model):  # DeepSpeed itself sees it only while the parameter is not whole
+                deepspeed.zero.register_external_parameter(layer, parameter)
         limit_waiting(training.ddp_timeout)
         self.plain = not hasattr(self.optimizer, "_global_grad_norm")  # stage 0 in float32: no optimizer of DeepSpeed's
         self.norm = 0.0
