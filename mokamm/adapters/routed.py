@@ -179,8 +179,10 @@ class RoutedLinear(TunerLayer):
         layers = [self, *(layer for layer in self.siblings.others(self) if layer._can_join(self, name, x))]
         read = x.to(_seen(x))
         plan = plan_of(self.settings[name], routing, read.dtype, len(layers))
-        a, b = ([getattr(layer, factor)[name].weight for layer in layers] for factor in ("moka_A", "moka_B"))
-        outs = together(read, [layer.base_layer for layer in layers], a, b, plan, self._dropout(name))
+        a = [layer._factor(name, "moka_A")._parameters["weight"] for layer in layers]
+        b = [layer._factor(name, "moka_B")._parameters["weight"] for layer in layers]
+        linears = [layer._modules["base_layer"] for layer in layers]
+        outs = together(read, linears, a, b, plan, self._dropout(name))
         self.siblings.keep(dict(zip(layers[1:], outs[1:], strict=True)), x, routing)
         return outs[0]
 
@@ -193,7 +195,7 @@ class RoutedLinear(TunerLayer):
 
     def _is_bare(self, name: str, x: Tensor) -> bool:
         """Whether this layer is a frozen Linear that reads x as it is, A and B; no hook or the like hangs on any."""
-        base, A, B = self._modules["base_layer"], self.moka_A[name], self.moka_B[name]
+        base, A, B = self._modules["base_layer"], self._factor(name, "moka_A"), self._factor(name, "moka_B")
         if not (_is_bare(base, nn.Linear) and _is_bare(A, DownProjection) and _is_bare(B, UpProjection)):
             return False
         weight = cast(nn.Linear, base).weight
@@ -202,6 +204,10 @@ class RoutedLinear(TunerLayer):
 
     def _dropout(self, name: str) -> float:
         return getattr(self.moka_dropout[name], "p", 0.0) if self.training else 0.0
+
+    def _factor(self, name: str, factor: str) -> nn.Module:
+        """self.moka_A[name] or self.moka_B[name], without the detours of attributes: every layer asks every step."""
+        return self._modules[factor]._modules[name]  # type: ignore[union-attr, return-value]
 
     def _folded_step(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer alone, whose weight holds the text path. So short that decoding costs what the base costs."""
@@ -272,9 +278,8 @@ class RoutedLinear(TunerLayer):
                 "nothing or miss parts. Decode without fold_text(), or load the LLM unquantized and whole."
             )
 
-    @staticmethod
-    def _factor(factors: nn.ModuleDict, name: str) -> Tensor:
-        return cast(nn.Linear, factors[name]).weight.detach()
+    def _frozen(self, name: str, factor: str) -> Tensor:
+        return cast(Tensor, self._factor(name, factor).weight).detach()
 
     @torch.no_grad()
     def fold_text(self) -> None:
@@ -284,8 +289,8 @@ class RoutedLinear(TunerLayer):
             if name not in self.moka_A or name in self.folds or self.disable_adapters:
                 continue
             r, weight = self.settings[name].r, self.base_weight
-            b = self._factor(self.moka_B, name)[:, :r] * self.settings[name].scaling
-            a = self._factor(self.moka_A, name)[:r].clone()
+            b = self._frozen(name, "moka_B")[:, :r] * self.settings[name].scaling
+            a = self._frozen(name, "moka_A")[:r].clone()
             delta = self._text_delta(b, a, weight)
             folded = (weight.to(delta.dtype) + delta).to(weight.dtype)
             back, bits = (folded.to(delta.dtype) - delta).to(weight.dtype), BITS[weight.element_size()]
