@@ -252,8 +252,12 @@ class RoutingContext:
             AdapterError: several tokens without a routing, or with one of another shape.
         """
         routing = self.routing
-        if routing is not None and routing.is_text_only:
-            return None
+        if routing is not None:
+            ids = routing.modality_ids
+            if ids is None:
+                return None
+            if x.dim() == 3 and x.shape[:2] == ids.shape and x.device == ids.device:
+                return routing  # as nearly always
         if routing is None:
             if x.shape[-2] == 1:
                 return None

@@ -10,6 +10,12 @@ from typing import Any
 
 import torch
 
+RATIOS = {
+    "moka/lora": "overhead moka/lora",
+    "fastest": "fastest overhead moka/lora",
+    "moka/plain": "overhead moka/plain",
+}
+
 
 def surroundings(args: argparse.Namespace) -> dict[str, Any]:
     """Machine, versions, command: what a figure is worth nothing without."""
@@ -38,16 +44,14 @@ def print_tables(found: dict[str, Any]) -> None:
         if part not in found:
             continue
         names = list(found["settings"]["methods"])
-        table = Table(
-            "width", "B", *(f"{n} ms" for n in names), "moka/lora", "moka/plain", title=f"{part}: step, overhead"
-        )
+        table = Table("width", "B", *(f"{n} ms" for n in names), *RATIOS, title=f"{part}: step, overhead")
         counts = Table("width", "B", "figure", *names, "moka/lora", title=f"{part}: counted")
         for row in found[part]:
             where = (str(row["width"]), str(row["batch"]))
             if "failed" in row:
                 table.add_row(*where, row["failed"])
                 continue
-            ratios = [row["ratios"].get(f"overhead moka/{other}") for other in ("lora", "plain")]
+            ratios = [row["ratios"].get(ratio) for ratio in RATIOS.values()]
             table.add_row(
                 *where,
                 *(_ms(row["seconds"].get(n)) for n in names),

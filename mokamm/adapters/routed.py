@@ -189,8 +189,10 @@ class RoutedLinear(TunerLayer):
         layers = [self, *(layer for layer in self.siblings.others(self) if layer._can_join(self, name, x))]
         read = x.to(_seen(x))
         plan = plan_of(self.settings[name], routing, read.dtype, len(layers))
-        a, b = ([getattr(layer, factor)[name].weight for layer in layers] for factor in ("moka_A", "moka_B"))
-        outs = together(read, [layer.base_layer for layer in layers], a, b, plan, self._dropout(name))
+        a = [layer._factor(name, "moka_A")._parameters["weight"] for layer in layers]
+        b = [layer._factor(name, "moka_B")._parameters["weight"] for layer in layers]
+        linears = [layer._modules["base_layer"] for layer in layers]
+        outs = together(read, linears, a, b, plan, self._dropout(name))
         self.siblings.keep(dict(zip(layers[1:], outs[1:], strict=True)), x, routing)
         return outs[0]
 
@@ -203,7 +205,7 @@ class RoutedLinear(TunerLayer):
 
     def _is_bare(self, name: str, x: Tensor) -> bool:
         """Whether this layer is a frozen Linear that reads x as it is, A and B; no hook or the like hangs on any."""
-        base, A, B = self._modules["base_layer"], self.moka_A[name], self.moka_B[name]
+        base, A, B = self._modules["base_layer"], self._factor(name, "moka_A"), self._factor(name, "moka_B")
         if not (
             _is_bare(base, nn.Linear)
             and _is_bare(A, DownProjection, FrozenDownProjection)
@@ -216,6 +218,10 @@ class RoutedLinear(TunerLayer):
 
     def _dropout(self, name: str) -> float:
         return getattr(self.moka_dropout[name], "p", 0.0) if self.training else 0.0
+
+    def _factor(self, name: str, factor: str) -> nn.Module:
+        """self.moka_A[name] or self.moka_B[name], without the detours of attributes: every layer asks every step."""
+        return self._modules[factor]._modules[name]  # type: ignore[union-attr, return-value]
 
     def _folded_step(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer alone, whose weight holds the text path. So short that decoding costs what the base costs."""

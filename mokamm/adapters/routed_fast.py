@@ -48,7 +48,7 @@ from mokamm.adapters.routed_plan import (
 
 
 def together(
-    x: Tensor, linears: list[nn.Linear], a: list[Tensor], b: list[Tensor], plan: Plan, dropout: float
+    x: Tensor, linears: list[Any], a: list[Any], b: list[Any], plan: Plan, dropout: float
 ) -> tuple[Tensor, ...]:
     """Outputs of frozen Linears with their adapters, for one input that all of them read."""
     own = [linear._parameters for linear in linears]
