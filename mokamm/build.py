@@ -152,7 +152,9 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
     outline = Outline(llm, projectors, Perception(encoders))
     outline.senses = {name: Sense.of(name, modalities[name], e, projectors[name]) for name, e in encoders.items()}
     for name in modalities.keys() - encoders.keys():
-        left_out[name] = f"the encoder is not in a local folder, nor its shape known ({modalities[name].encoder.path})"
+        left_out[name] = (
+            f"the encoder is not in a local folder ({modalities[name].encoder.path}), and its shape is not known here"
+        )
     try:
         tokenizer = _from_pretrained("AutoTokenizer", settings, local_files_only=offline)
         loader = media_loader(config.data.media_dir, config.data.limits)
@@ -273,8 +275,8 @@ def load_init(model: MultimodalLM, folders: str | Path | Sequence[str | Path]) -
             else:
                 where[name] = folder
         state |= {key: tensor for key, tensor in found.items() if where.get(key.split(".", 1)[0]) == folder}
-        method = model.config.adapter.method if model.config else ""
-        if (folder / ADAPTER).is_dir() and method not in LORI:  # begin_lori reads theirs
+        config = getattr(model, "config", None)
+        if (folder / ADAPTER).is_dir() and not (config and config.adapter.method in LORI):  # begin_lori reads theirs
             _init_adapter(model, folder / ADAPTER)
     _load_projectors(model, state, where)
 

@@ -26,7 +26,7 @@ EASE = {"lora": 4, "moka": 11, "bad": 1}  # clips answered right by seed 0; by e
 
 def comparison(out: Path) -> Comparison:
     """Three methods at one rate; `bad` diverges with its last seed."""
-    methods = [{"name": name, "overrides": {"adapter.method": "lora"}} for name in EASE]
+    methods = {name: {"overrides": {"adapter.method": "lora"}} for name in EASE}
     tree = {
         "base": "configs/mini/av_text.yaml", "output_dir": "-", "rates": [1e-3], "methods": methods,
         "overrides": {"training.deepspeed": None, "evaluation.benchmarks.1.benchmark": "miniworld_images"},
