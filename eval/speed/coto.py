@@ -153,7 +153,7 @@ def main() -> None:
     args = parser.parse_args()
     with stdout_kept_clean(args.json):
         found: dict[str, Any] = {
-            "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
+            "machine": torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
