@@ -22,8 +22,8 @@ from mokamm.config import RunConfig, load_config
 from mokamm.mistakes import is_users
 
 if TYPE_CHECKING:
-    from mokamm.build import Outline
     from mokamm.information import Answers
+    from mokamm.outline import Outline
     from mokamm.training.launch import Ranks
 
 ROWS = 32  # of a step, in the papers of MokA and LoRI
@@ -301,9 +301,9 @@ def collect(args: argparse.Namespace) -> Case:
     """Everything that is read. Raises UserError, EncoderError or AdapterError."""
     import torch
 
-    from mokamm.build import build_outline
     from mokamm.infer import quiet
     from mokamm.information import NATS_PER_TOKEN, count_answers
+    from mokamm.outline import build_outline
     from mokamm.training.launch import Ranks
     from mokamm.training.rate import total_steps
 

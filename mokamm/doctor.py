@@ -23,7 +23,7 @@ from mokamm.config import BenchmarkConfig, RunConfig, SourceConfig, find_path, l
 from mokamm.mistakes import is_users
 
 if TYPE_CHECKING:
-    from mokamm.build import Outline
+    from mokamm.outline import Outline
 
 BEATS = (
     "get BEATs_iter3_plus_AS2M.pt from github.com/microsoft/unilm/tree/master/beats, then: python -m "
@@ -159,8 +159,8 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
     """Parameters by part, tokens of a sample, bytes by ZeRO stage with and without offload; `problems`: what cannot be."""
     import torch
 
-    from mokamm.build import build_outline
     from mokamm.infer import quiet
+    from mokamm.outline import build_outline
     from mokamm.training.forecast import Forecast
     from mokamm.training.launch import Ranks
 

@@ -1,6 +1,6 @@
 """The memory of a run, told before its first step, compared with what is measured after it, and used for advice.
 
-    forecast = Forecast.of(model, config, ranks)     reads counts and shapes only: an Outline (mokamm/build.py) will do
+    forecast = Forecast.of(model, config, ranks)     reads counts and shapes only: an Outline (mokamm/outline.py) will do
     print(forecast.table())                          a line for each ZeRO stage, the chosen one marked
     with explained(forecast): ...                    running out of memory becomes a UserError with the three settings
                                                      that would help most, each predicted anew with its new value

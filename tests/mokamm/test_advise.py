@@ -71,7 +71,8 @@ def test_llama_3_8b_without_its_weights(capsys, folder, world):
 
 def test_the_outline_counts_what_the_real_model_has(mini_base, world):
     """Quickstart, all modalities: the memory of every stage, predicted without and with the LLM's weights."""
-    from mokamm.build import build_model, build_outline
+    from mokamm.build import build_model
+    from mokamm.outline import build_outline
     from mokamm.training.forecast import network_of, weights_of
 
     config = load_config(QUICK, [f"data.media_dir={world / 'train'}", "data.cache=null", "training.init_from=null"])
@@ -91,7 +92,7 @@ def test_the_outline_counts_what_the_real_model_has(mini_base, world):
 
 
 def test_answers_are_counted_or_sampled(monkeypatch, mini_base, world):
-    from mokamm.build import build_outline
+    from mokamm.outline import build_outline
 
     path = world / "train" / "told.jsonl"
     overrides = [f"model.llm.path={mini_base / 'llm'}", f"data.train.0.path={path}"]

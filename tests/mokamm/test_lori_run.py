@@ -16,8 +16,8 @@ from data.schema import UserError
 from mokamm.adapter_folder import AdapterFolder
 from mokamm.adapters import AdapterError, wrap
 from mokamm.adapters.masks import unpack
-from mokamm.build import begin_lori
 from mokamm.config import RunConfig, load_config
+from mokamm.init_from import begin_lori
 from mokamm.lori_mask import cut, read_mask, write_mask
 from mokamm.training import checkpoint, two_phase
 from mokamm.training.launch import seed_everything

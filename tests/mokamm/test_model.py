@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from data.collate import collate
 from data.schema import IGNORED, Message, Text, UserError
-from mokamm.build import load_init, trainable_parts
+from mokamm.build import trainable_parts
+from mokamm.init_from import load_init
 from mokamm.model import user_message
 
 METHODS = ["moka", "multi_lora", "lora", "dora", "hira", "full", "none"]

@@ -13,8 +13,8 @@ from torch import nn
 from data.schema import UserError
 from mokamm import infer, train
 from mokamm.adapters import set_routing, wrap
-from mokamm.build import load_init
 from mokamm.config import load_config
+from mokamm.init_from import load_init
 from mokamm.routing import Routing
 from mokamm.training.watch import read_metrics
 from mokamm.weights import WeightsError, load_weights, save_weights

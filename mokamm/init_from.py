@@ -1,0 +1,142 @@
+"""Where a run's weights begin: `training.init_from` and, for LoRI, `adapter.init_from` and `adapter.mask`.
+
+    stage-1 folders, runs or checkpoints --load_init--> projectors, each from one folder; the adapter, if both have one
+    an adapter and a mask --begin_lori--> A, mask and B of a LoRI
+
+Every key is accounted for; what does not fit is a UserError that names it. Cost: reading the files, and their hashes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.schema import UserError
+from mokamm.adapter_folder import AdapterFolder
+from mokamm.adapters.start import adopt_a, start_b
+from mokamm.config import RunConfig, find_path
+from mokamm.lori_mask import read_mask
+from mokamm.model import MultimodalLM
+from mokamm.names import LORI
+from mokamm.weights import (
+    ADAPTER,
+    MANIFEST,
+    PROJECTORS,
+    WeightsError,
+    is_adapter,
+    load_adapter,
+    manifest_problems,
+)
+
+log = logging.getLogger("mokamm")
+
+
+def load_init(model: MultimodalLM, folders: str | Path | Sequence[str | Path]) -> None:
+    """Begin from the projectors (and the adapter, if both have one) of stage-1 folders, runs or checkpoints.
+
+    Every key is accounted for: each modality of the config must be there whole, in one of the folders; one that only
+    the files have is skipped with a note. Raises UserError naming every key that does not fit.
+    """
+    state: dict[str, torch.Tensor] = {}
+    where: dict[str, Path] = {}  # modality -> file
+    for folder in map(_weights_folder, [folders] if isinstance(folders, str | Path) else folders):
+        found = _projectors_in(folder)
+        for name in sorted({key.split(".", 1)[0] for key in found}):
+            if name not in model.projectors:
+                log.warning("note: %s also holds a projector for '%s', which this config does not use", folder, name)
+            elif name in where:
+                raise UserError(
+                    f"training.init_from: {where[name]} and {folder} both hold a projector for '{name}'; name one of them"
+                )
+            else:
+                where[name] = folder
+        state |= {key: tensor for key, tensor in found.items() if where.get(key.split(".", 1)[0]) == folder}
+        config = getattr(model, "config", None)
+        if (folder / ADAPTER).is_dir() and not (config and config.adapter.method in LORI):  # begin_lori reads theirs
+            _init_adapter(model, folder / ADAPTER)
+    _load_projectors(model, state, where)
+
+
+def _weights_folder(named: str | Path) -> Path:
+    folder = find_path(str(named))
+    return folder / "final" if (folder / "final" / PROJECTORS).is_file() else folder
+
+
+def _projectors_in(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    path = folder / PROJECTORS
+    if not path.is_file():
+        raise UserError(f"training.init_from: {path} is missing; expected a folder that stage 1 wrote ({PROJECTORS})")
+    if (folder / MANIFEST).is_file() and (altered := manifest_problems(folder)):
+        raise UserError("\n  - ".join([f"training.init_from: {folder} is not whole:", *altered]))
+    return load_file(path)
+
+
+def _load_projectors(model: MultimodalLM, state: dict[str, torch.Tensor], where: dict[str, Path]) -> None:
+    absent = [name for name in model.projectors if name not in where]
+    if absent:
+        raise UserError(
+            f"training.init_from has no projector for {', '.join(absent)}; it has {', '.join(sorted(where)) or 'none'}. "
+            "Train stage 1 with that modality, or leave it out of model.modalities"
+        )
+    own = {name: tuple(tensor.shape) for name, tensor in model.projectors.state_dict().items()}
+    problems = [f"missing: {key}" for key in own if key not in state]
+    problems += [f"unexpected: {key}" for key in state if key not in own]
+    problems += [
+        f"{key} has the shape {tuple(state[key].shape)}, the config's is {shape}"
+        for key, shape in own.items()
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    if problems:
+        files = ", ".join(str(folder / PROJECTORS) for folder in dict.fromkeys(where.values()))
+        shown = problems[:8] + [f"... and {len(problems) - 8} more"] * (len(problems) > 8)
+        shown += _width_notes(model, state)
+        raise UserError("\n  - ".join([f"training.init_from: {files} does not fit model.modalities:", *shown]))
+    model.projectors.load_state_dict(state)
+
+
+def _width_notes(model: MultimodalLM, state: dict[str, torch.Tensor]) -> list[str]:
+    """What to do about projectors that were trained on features of another width than the encoder's."""
+    notes = []
+    for name, projector in model.projectors.items():
+        norm = state.get(f"{name}.norm.weight")
+        if norm is not None and len(norm) != projector.in_features:
+            notes.append(
+                f"model.modalities.{name}.encoder gives features of width {projector.in_features}, this projector was "
+                f"trained on width {len(norm)}: name the encoder, and its layer, that stage 1 had"
+            )
+    return notes
+
+
+def _init_adapter(model: MultimodalLM, folder: Path) -> None:
+    if is_adapter(model.llm):
+        try:
+            load_adapter(model.llm, folder)
+        except WeightsError as error:
+            raise WeightsError(f"training.init_from: {error}") from None
+    else:
+        log.warning("note: %s is not used: the model has no adapter", folder)
+
+
+def begin_lori(llm: Any, config: RunConfig) -> None:
+    """A, mask and B of a LoRI as its config says.
+
+    An adapter beside the projectors of `training.init_from` counts as `adapter.init_from` where that is not set. Raises
+    UserError or AdapterError for a mask or an adapter that is none, or not this model's.
+    """
+    adapter, start = config.adapter, config.adapter.init_from
+    if start is None:
+        places = (_weights_folder(folder) / ADAPTER for folder in config.training.init_folders)
+        start = next((str(place) for place in places if place.is_dir()), None)
+    source = AdapterFolder.open(find_path(start)).source() if start else None
+    if source:
+        adopt_a(llm, source)
+    if adapter.mask:
+        llm.base_model.set_mask(read_mask(find_path(adapter.mask)))
+    if source and not adapter.init_a_only:
+        start_b(llm, source)

@@ -1,0 +1,78 @@
+"""The shape of a run's model without its weights: what is counted and predicted before anything is downloaded.
+
+    build_outline(config) -> Outline     LLM, adapter and projectors on the meta device; encoders where they lie locally
+
+For mokamm/advise.py, mokamm/doctor.py and the memory forecast. Cost: seconds, whatever the LLM's size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.schema import UserError
+from mokamm.build import encoder_of, from_pretrained, media_loader, projector_of, wrapped
+from mokamm.config import RunConfig, find_path
+from mokamm.perception import Perception, Sense
+from mokamm.processor import Processor
+from mokamm.projectors import Projector
+
+
+class Outline(nn.Module):
+    """The shape of a run's model: LLM, adapter and projectors on the meta device, to be counted like a MultimodalLM.
+
+    left_out: what could not be built here, by name, with the reason; the projector of an absent encoder is not counted.
+    """
+
+    def __init__(self, llm: Any, projectors: dict[str, Projector], perception: Perception) -> None:
+        super().__init__()
+        self.llm, self.projectors = llm, nn.ModuleDict(projectors)
+        self.perception = perception
+        self.senses: dict[str, Sense] = {}
+        self.processor: Processor | None = None
+        self.left_out: dict[str, str] = {}
+
+
+def build_outline(config: RunConfig, offline: bool = False) -> Outline:
+    """Cost: seconds, whatever the LLM's size. Encoders in local folders are read (what they make of a segment decides
+    the projector's shape), the LLM's weights need not be there; of models that lie nowhere here, the published shape
+    is taken where mokamm/published_shapes.py has it. offline: nothing is asked of the hub. Raises as build_model does."""
+    from transformers import AutoModelForCausalLM
+
+    from mokamm.published_shapes import llm_config, stand_in
+
+    settings = config.model.llm
+    shape = llm_config(settings.path) if not find_path(settings.path).exists() else None
+    shape = shape or from_pretrained("AutoConfig", settings, local_files_only=offline)
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(
+            shape, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
+        )
+        llm = wrapped(llm, config)
+    modalities, left_out = config.model.modalities, {}
+    found = {
+        name: encoder_of(m) if find_path(m.encoder.path).exists() else stand_in(m.encoder.name, m.encoder.path)
+        for name, m in modalities.items()
+    }
+    encoders = {name: encoder for name, encoder in found.items() if encoder is not None}
+    width = llm.get_input_embeddings().weight.shape[1]
+    with torch.device("meta"):
+        projectors = {name: projector_of(modalities[name], encoder, width) for name, encoder in encoders.items()}
+    outline = Outline(llm, projectors, Perception(encoders))
+    outline.senses = {name: Sense.of(name, modalities[name], e, projectors[name]) for name, e in encoders.items()}
+    for name in modalities.keys() - encoders.keys():
+        left_out[name] = (
+            f"the encoder is not in a local folder ({modalities[name].encoder.path}), and its shape is not known here"
+        )
+    try:
+        tokenizer = from_pretrained("AutoTokenizer", settings, local_files_only=offline)
+        loader = media_loader(config.data.media_dir, config.data.limits)
+        outline.processor = Processor(
+            tokenizer, outline.senses, loader, None, config.data.max_length, config.adapter.keys
+        )
+    except UserError:
+        left_out["tokenizer"] = f"{settings.path} has no tokenizer that can be read"
+    outline.left_out = left_out
+    return outline
