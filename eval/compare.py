@@ -23,7 +23,9 @@ from pathlib import Path
 
 from eval.comparison import pool
 from eval.comparison.plan import FAILED
+from eval.comparison.progress import Progress, look
 from eval.comparison.settings import Comparison, load_comparison
+from eval.comparison.shown import Shown
 from mokamm.mistakes import is_users
 from mokamm.training.disk import hold, writing
 from mokamm.training.world import make_world
@@ -61,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(args: argparse.Namespace) -> int:
     comparison = load_comparison(args.config, args.out, args.methods.split(",") if args.methods else None)
     if args.list:
-        print_plan(pool.look(comparison))
+        print_plan(look(comparison))
         return 0
-    progress = pool.look(comparison) if args.report_only else run_all(comparison, args.jobs)
+    progress = look(comparison) if args.report_only else run_all(comparison, args.jobs)
     return report(progress, args)
 
 
-def run_all(comparison: Comparison, jobs: int) -> pool.Progress:
+def run_all(comparison: Comparison, jobs: int) -> Progress:
     """The whole plan, as far as it is not done yet."""
     with writing(comparison.out, "choose another folder (--out)"):
         comparison.out.mkdir(parents=True, exist_ok=True)
@@ -76,9 +78,9 @@ def run_all(comparison: Comparison, jobs: int) -> pool.Progress:
     if config.data.world:
         make_world(config.data.world)
     config.check_files(world_is_made=True)
-    progress = pool.look(comparison)
+    progress = look(comparison)
     pool.share_cores(jobs)
-    shown = pool.Shown(progress, jobs)
+    shown = Shown(progress, jobs)
     try:
         pool.carry_out(progress, jobs, shown.tell, shown.watch)
     finally:
@@ -86,7 +88,7 @@ def run_all(comparison: Comparison, jobs: int) -> pool.Progress:
     return progress
 
 
-def report(progress: pool.Progress, args: argparse.Namespace) -> int:
+def report(progress: Progress, args: argparse.Namespace) -> int:
     from eval.comparison.report import write_report
     from eval.comparison.results import gather
 
@@ -104,7 +106,7 @@ def report(progress: pool.Progress, args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def print_plan(progress: pool.Progress) -> None:
+def print_plan(progress: Progress) -> None:
     """Every run with its state and its command; rates chosen later are not foreseen."""
     comparison = progress.comparison
     for run in {**progress.known, **{task.run: None for task in progress.ready()}}:

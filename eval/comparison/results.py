@@ -27,7 +27,7 @@ import numpy as np
 from data.schema import UserError
 from eval.comparison.differences import Array, Estimate, difference, holm, score, sign_flips
 from eval.comparison.plan import FINISHED, Outcome, stand
-from eval.comparison.pool import Progress
+from eval.comparison.progress import Progress
 from eval.comparison.settings import MethodConfig, Run
 
 LIBRARIES = ("mokamm", "torch", "transformers", "peft", "numpy")

@@ -11,8 +11,9 @@ import pytest
 from data.schema import UserError
 from eval.comparison.differences import difference, holm, sign_flips
 from eval.comparison.plan import DIVERGED, FINISHED, Outcome
-from eval.comparison.pool import Progress
-from eval.comparison.report import page, side_by_side, write_report
+from eval.comparison.plots import side_by_side
+from eval.comparison.progress import Progress
+from eval.comparison.report import page, write_report
 from eval.comparison.results import gather
 from eval.comparison.settings import CompareConfig, Comparison, Run
 from eval.comparison.work import as_of_now, final_validation, read_outcome, settings_of, step_seconds, write_outcome
