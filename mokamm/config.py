@@ -146,6 +146,7 @@ class AdapterConfig(Section):
     attention_weight: float = 1.0
     attention_weight_pattern: dict[str, float] = {}
     scale_logits: bool = True
+    logits_by_keys: bool | None = None  # of checkpoints of MokA's own code until 2025-12-28
     shared_b: bool | None = None
     frozen_a: bool | None = None
     one_matmul: bool | None = None  # of hira; false: PEFT's own forward

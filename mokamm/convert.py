@@ -33,6 +33,7 @@ class Options:
 
     to: str | None = None
     mask: Path | None = None
+    logits_by_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--mask", type=Path, metavar="FILE", help="for a LoRI-S published as LoRA: which entries trained"
     )
+    parser.add_argument(
+        "--logits-by-keys", action="store_true", help="for a MokA checkpoint trained by its code of before 2025-12-28"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     try:
-        planned = plan(args.source, Options(args.to, args.mask))
+        planned = plan(args.source, Options(args.to, args.mask, args.logits_by_keys))
         if args.out.exists():
             raise UserError(f"{args.out} is there already; nothing is overwritten. Choose another name")
         if not args.dry_run:

@@ -10,8 +10,10 @@
 Two facts of those runs decide the configuration. The audio-visual code scales A's output before the attention
 (`scale_logits`, lambda 1). The visual-text code scales B's output (lambda 0.05), and only its layer 0 was ever trained
 with the attention and with A_image: in the other layers every token went through A_text, so A_image = A_text and
-lambda = 0 there. Parameters that never took part (the Q-Formers' text branch, rows of boundary tokens that were random
-at every start) are left out, each with its reason. Pickles are read with `weights_only=True`. Cost: reading the file.
+lambda = 0 there. Until 2025-12-28 the audio-visual code divided the logits by sqrt(number of question tokens) in place
+of sqrt(r): `--logits-by-keys` for checkpoints of that time. Parameters that never took part (the Q-Formers' text branch,
+rows of boundary tokens that were random at every start) are left out, each with its reason. Pickles are read with
+`weights_only=True`. Cost: reading the file.
 """
 
 from __future__ import annotations
@@ -85,8 +87,10 @@ def is_published(folder: Path) -> bool:
     )
 
 
-def read_published(folder: str | Path) -> Published:
+def read_published(folder: str | Path, logits_by_keys: bool = False) -> Published:
     """Read a published folder (a final one, or a stage 1 with projectors only).
+
+    logits_by_keys: it was trained by the audio-visual code of before 2025-12-28; nothing in the files says so.
 
     Raises UserError for a key that no rule knows, a layer with a matrix missing, or shapes that disagree; all at once.
     """
@@ -109,7 +113,7 @@ def read_published(folder: str | Path) -> Published:
         else:
             problems.append(f"{key} {tuple(tensor.shape)}: no rule knows this key")
     if matrices:
-        problems += _adapter(result, matrices, _settings(folder))
+        problems += _adapter(result, matrices, _settings(folder), logits_by_keys)
     if problems:
         more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise UserError("\n  - ".join([f"{folder} is not read: {len(problems)} mistakes", *problems[:8], *more]))
@@ -186,7 +190,9 @@ def _adapter_kind(key: str) -> str | None:
     return "visual-text" if VISUAL_TEXT.fullmatch(key) else None
 
 
-def _adapter(result: Published, matrices: dict[str, dict[str, Tensor]], settings: dict[str, Any]) -> list[str]:
+def _adapter(
+    result: Published, matrices: dict[str, dict[str, Tensor]], settings: dict[str, Any], by_keys: bool
+) -> list[str]:
     """Stack the A's of every module; fills `adapter` and `moka`, returns what is wrong."""
     names = {name for found in matrices.values() for name in found}
     visual = any("." in name for name in names)
@@ -216,6 +222,7 @@ def _adapter(result: Published, matrices: dict[str, dict[str, Tensor]], settings
         "modalities": ["text", "vision"] if visual else ["text", "vision", "audio"],
         "target_modules": sorted({module.rpartition(".")[2] for module in matrices}),
         "scale_logits": not visual,
+        "logits_by_keys": by_keys,
         "attention_weight": 0.0 if visual else 1.0,
         "attention_weight_pattern": {r"layers\.0\..*": VISUAL_LAMBDA} if visual else {},
     }
@@ -236,7 +243,7 @@ def plan_published(source: Path, options: Options) -> Plan | None:
         return None
     if options.to not in (None, "moka"):
         raise UserError(f"{source} is a checkpoint of MokA; it cannot become {options.to}")
-    published, base = read_published(source), _settings(source).get("base_model_name_or_path")
+    published, base = read_published(source, options.logits_by_keys), _settings(source).get("base_model_name_or_path")
     return Plan(
         "\n  ".join(account(published)), "moka", lambda out: write_published(published, out, base), left_out(published)
     )

@@ -219,6 +219,15 @@ class Routing:
         assert self.key_valid is not None
         return not bool(((self.modality_ids.gather(1, self.key_index) != 0) & self.key_valid).any())
 
+    def inverse_root_of_keys(self, dtype: torch.dtype) -> Tensor:
+        """(B,1,1): 1 / sqrt(number of keys), 1 where there is none."""
+
+        def make() -> Tensor:
+            assert self.key_valid is not None
+            return self.key_valid.sum(1).clamp_min(1).to(dtype).rsqrt()[:, None, None]
+
+        return self._once(("root", dtype), make)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Routing:
         """A copy with `change` applied to every tensor, without checking or synchronising again."""
         copy = Routing.text_only()

@@ -47,7 +47,7 @@ __all__ = [
 log = logging.getLogger("mokamm")
 
 LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules")
-ATTENTION_OPTIONS = ("attention_weight", "attention_weight_pattern", "scale_logits", "shared_b")
+ATTENTION_OPTIONS = ("attention_weight", "attention_weight_pattern", "scale_logits", "logits_by_keys", "shared_b")
 FROZEN_A_OPTIONS = ("a_seed", "store_a")
 MOKA_OPTIONS = (*LORA_OPTIONS, *ATTENTION_OPTIONS, "frozen_a", *FROZEN_A_OPTIONS)
 EXPERT_OPTIONS = ("target_parameters",)  # fused expert weights; of the methods below that train something else than all

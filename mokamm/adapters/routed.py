@@ -14,7 +14,8 @@ r"""MokA and its kin: one low-rank A per modality, cross-modal attention in the 
 s = alpha/r, keys = values = the question's tokens through A_text, an independent softmax per media token (arXiv
 2506.05191). Two variants are published, chosen by `scale_logits`: either s multiplies A's output before the attention
 (logits then carry s^2) or B's output (logits carry none). Both come to s B(u + lambda att(u)) with u = A x unscaled:
-only the scalar before the softmax differs, and that is how it is computed here. Further switches make the family:
+only the scalar before the softmax differs, and that is how it is computed here. Checkpoints of the published audio-visual
+code until 2025-12-28 divide by sqrt(number of keys) in place of sqrt(r): `logits_by_keys`. Further switches make the family:
 `shared_b=False` with `attention_weight=0` is one LoRA per modality, `frozen_a` is LoRI on MokA, with `sparse_b` LoRI-S
 on MokA (`model.base_model.set_mask(mask)`; frozen_tuner.py, sparse_b.py).
 
@@ -75,6 +76,12 @@ class MokaConfig(PeftConfig):
         default_factory=dict, metadata={"help": "regex of module names -> lambda there"}
     )
     scale_logits: bool = field(default=True, metadata={"help": "True: s before the attention; False: s after B"})
+    logits_by_keys: bool = field(
+        default=False,
+        metadata={
+            "help": "True: logits over sqrt(number of keys), as MokA's code until 2025-12-28; False: over sqrt(r)"
+        },
+    )
     shared_b: bool = field(default=True, metadata={"help": "False: one B per modality"})
     frozen_a: bool = field(default=False, metadata={"help": "True: A stays at its random initialisation"})
     sparse_b: bool = field(default=False, metadata={"help": "True: of B only the entries of a mask train"})
@@ -125,7 +132,8 @@ class RoutedLinear(TunerLayer):
         weight = config.attention_weight if pattern is None else config.attention_weight_pattern[pattern]
         # the attention below sees own = s u as its queries and u as its keys: s u u^T here, s^2 u u^T or u u^T wanted
         logit_scale = (s if config.scale_logits else 1 / s) / math.sqrt(r)
-        self.settings[name] = Settings(r, s, len(config.modalities), float(weight), logit_scale, config.shared_b)
+        modalities, by_keys = len(config.modalities), config.logits_by_keys
+        self.settings[name] = Settings(r, s, modalities, float(weight), logit_scale, config.shared_b, by_keys)
         self.moka_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.moka_A[name] = new_a(
             self, rows, config, key, DownProjection, FrozenDownProjection
@@ -164,7 +172,7 @@ class RoutedLinear(TunerLayer):
             return False
         if routing is not None and not routing.keys_are_text:
             return False
-        if not all(isinstance(self.moka_B[name], UpProjection) for name in names):
+        if any(self.settings[name].by_keys or not isinstance(self.moka_B[name], UpProjection) for name in names):
             return False
         return isinstance(self.base_layer, nn.Linear) or _seen(x) == x.dtype
 
@@ -270,6 +278,8 @@ class RoutedLinear(TunerLayer):
     def _attention(at: Settings, query_BTR: Tensor, text_BTR: Tensor, routing: Routing) -> Tensor:
         """softmax(A_m x (A_text x_q)^T / sqrt(r)) (A_text x_q), unscaled, at every token: (B,T,R)."""
         assert routing.key_index is not None
+        if at.by_keys:
+            query_BTR = query_BTR * (math.sqrt(at.r) * routing.inverse_root_of_keys(query_BTR.dtype))
         key_BQR = text_BTR.gather(1, routing.key_index.unsqueeze(-1).expand(-1, -1, at.r))
         bias_B1Q = routing.key_bias(query_BTR.dtype)
         logits_BTQ = torch.baddbmm(bias_B1Q, query_BTR, key_BQR.transpose(1, 2), alpha=at.logit_scale)

@@ -32,6 +32,7 @@ class Settings:
     attention_weight: float
     logit_scale: float  # of scaled queries with unscaled keys
     shared_b: bool
+    by_keys: bool = False  # the plain path alone divides by sqrt(number of keys)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,13 +66,13 @@ def publish(folder: Path, adapter: dict[str, Tensor], other: dict[str, Tensor]) 
     return folder
 
 
-def attended(query: Tensor, keys: Tensor) -> Tensor:
+def attended(query: Tensor, keys: Tensor, over: int = R) -> Tensor:
     """One token's softmax over the keys, in a loop: (R,)."""
-    scores = torch.stack([torch.exp(query @ key / math.sqrt(R)) for key in keys])
+    scores = torch.stack([torch.exp(query @ key / math.sqrt(over)) for key in keys])
     return sum((score / scores.sum() * key for score, key in zip(scores, keys, strict=True)), torch.zeros(R).double())
 
 
-def audio_visual_update(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+def audio_visual_update(state: dict[str, Tensor], name: str, x: Tensor, by_keys: bool = False) -> Tensor:
     """B (s A_m x + attention over s A_text x_q): s before the attention."""
     A = [state[f"base_model.model.{name}.lora_A{i}.weight"] for i in range(3)]
     B, s = state[f"base_model.model.{name}.lora_B0.weight"], ALPHA / R
@@ -80,7 +81,7 @@ def audio_visual_update(state: dict[str, Tensor], name: str, x: Tensor) -> Tenso
         keys = torch.stack([s * A[0] @ x[b, q] for q in range(x.shape[1]) if KEYS[b, q]])
         for t in range(x.shape[1]):
             z = s * A[int(IDS[b, t])] @ x[b, t]
-            out[b, t] = B @ (z + attended(z, keys) if IDS[b, t] else z)
+            out[b, t] = B @ (z + attended(z, keys, len(keys) if by_keys else R) if IDS[b, t] else z)
     return out
 
 
@@ -99,15 +100,19 @@ def visual_text_update(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor
 
 
 @pytest.mark.parametrize(
-    ("factors", "update", "ids"),
-    [(AUDIO_VISUAL, audio_visual_update, IDS), (VISUAL_TEXT, visual_text_update, IDS.clamp(max=1))],
-    ids=["audio-visual", "visual-text"],
+    ("factors", "update", "ids", "by_keys"),
+    [
+        (AUDIO_VISUAL, audio_visual_update, IDS, False),
+        (AUDIO_VISUAL, partial(audio_visual_update, by_keys=True), IDS, True),
+        (VISUAL_TEXT, visual_text_update, IDS.clamp(max=1), False),
+    ],
+    ids=["audio-visual", "audio-visual of before 2025-12-28", "visual-text"],
 )
-def test_the_converted_adapter_computes_what_the_published_one_did(factors, update, ids, tmp_path):
+def test_the_converted_adapter_computes_what_the_published_one_did(factors, update, ids, by_keys, tmp_path):
     state = adapter_state(llama(), factors)
     published = publish(tmp_path / "published", state, {})
     assert is_published(published)
-    read = read_published(published)
+    read = read_published(published, by_keys)
     assert set(read.used) == set(state)
     assert not read.left_out
     write_published(read, tmp_path / "ours")
