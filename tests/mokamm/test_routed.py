@@ -68,7 +68,8 @@ def loop(layer: RoutedLinear, weight: Tensor, x: Tensor, ids: Tensor, keys: Tens
                 continue
             z = before * A[m] @ x[b, t]
             if m > 0 and key_vectors:
-                scores = [math.exp(float(z @ key) / math.sqrt(r)) for key in key_vectors]
+                logits = [float(z @ key) / math.sqrt(r) for key in key_vectors]
+                scores = [math.exp(logit - max(logits)) for logit in logits]  # a large alpha would overflow
                 z = z + lam * sum(score / sum(scores) * key for score, key in zip(scores, key_vectors, strict=True))
             own_b = B if config.shared_b else B[:, m * r : (m + 1) * r]
             h[b, t] += after * own_b @ z
