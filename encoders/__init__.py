@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from encoders.errors import EncoderError, nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from encoders.base import Encoder
 
-__all__ = ["ENCODERS", "EncoderError", "build_encoder"]
+__all__ = ["ENCODERS", "EncoderError", "build_encoder", "check_options"]
 
 # name in a config -> "module:class", imported when it is built
 ENCODERS: dict[str, str] = {
@@ -43,6 +44,11 @@ def build_encoder(name: str, path: str | Path, **options: Any) -> Encoder:
     `options` are the keyword arguments of its class (all have `dtype` and `max_batch`). Raises EncoderError for an
     unknown name or option, for weights that are missing, broken or of another architecture, and for bad values.
     """
+    return check_options(name, options)(path, **options)  # type: ignore[call-arg, arg-type]
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> type[Encoder]:
+    """The class of an encoder. Raises EncoderError for an unknown name, or options that are none of its own."""
     import importlib
 
     from encoders.options import option_problems
@@ -50,8 +56,7 @@ def build_encoder(name: str, path: str | Path, **options: Any) -> Encoder:
     if name not in ENCODERS:
         raise EncoderError(f"unknown encoder '{name}'{nearest(name, ENCODERS)}")
     module, attribute = ENCODERS[name].split(":")
-    encoder_class = getattr(importlib.import_module(module), attribute)
+    encoder_class: type[Encoder] = getattr(importlib.import_module(module), attribute)
     if problems := option_problems(encoder_class, options):
         raise EncoderError(f"encoder '{name}' " + "; ".join(problems))
-    encoder: Encoder = encoder_class(path, **options)
-    return encoder
+    return encoder_class

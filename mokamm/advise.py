@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mokamm.config import RunConfig, load_config
+from mokamm.config import RunConfig, add_config_arguments, load_config
 from mokamm.mistakes import is_users
 
 if TYPE_CHECKING:
@@ -50,17 +50,14 @@ class Case(NamedTuple):
 
     @property
     def method(self) -> str:
-        return "none" if self.config.training.stage == 1 else self.config.adapter.method
+        return self.config.method
 
     def trained(self) -> dict[str, int]:
         """Trained elements by part."""
-        found: dict[str, int] = {}
-        for name, parameter in self.outline.named_parameters():
-            if parameter.requires_grad:
-                rest = "llm" if self.method == "full" else "adapter"
-                part = "projector" if name.startswith("projectors.") else rest
-                found[part] = found.get(part, 0) + parameter.numel()
-        return found
+        from mokamm.build import trainable_parts
+
+        parts = trainable_parts(self.outline)
+        return {part: sum(parameter.numel() for _, parameter in named) for part, named in parts.items()}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,8 +66,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Learning rate, rank, targets, batch, steps and memory of a configuration, and why.",
         epilog="example: mokamm advise configs/text/instruct.yaml adapter.r=64 --ranks 8 --gpu-gb 80",
     )
-    parser.add_argument("config", help="YAML file, as in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values to use instead of the file's")
+    add_config_arguments(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="processes of the run (default: one for each GPU here)")
     parser.add_argument(
         "--gpu-gb", type=float, metavar="GB", help="of a GPU that the run will have; default: this machine"

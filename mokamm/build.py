@@ -59,11 +59,11 @@ def build_model(
     width = llm.get_input_embeddings().weight.shape[1]
     projectors = {name: projector_of(modality, encoders[name], width) for name, modality in modalities.items()}
     llm = wrapped(llm, config)
-    if init and config.training.stage == 2 and config.adapter.method in LORI:
+    if init and config.method in LORI:
         begin_lori(llm, config)
     cache = config.data.cache
     perception = Perception(encoders, FeatureCache(cache.dir, cache.max_gb) if cache else None)
-    processor = _processor(config, tokenizer, encoders, projectors, perception.lookup)
+    processor = processor_of(config, tokenizer, encoders, projectors, perception.lookup)
     model = MultimodalLM(llm, projectors, perception, processor)
     model.config = config
     if init and config.training.init_folders:
@@ -81,25 +81,26 @@ def build_processor(config: RunConfig) -> tuple[Processor, dict[str, Encoder]]:
     tokenizer = from_pretrained("AutoTokenizer", config.model.llm)
     with torch.device("meta"):
         projectors = {name: projector_of(m, encoders[name], 8) for name, m in config.model.modalities.items()}
-    return _processor(config, tokenizer, encoders, projectors, None), encoders
+    return processor_of(config, tokenizer, encoders, projectors, None), encoders
 
 
-def _processor(
+def processor_of(
     config: RunConfig,
     tokenizer: Any,
     encoders: Mapping[str, Encoder],
     projectors: Mapping[str, Projector],
     lookup: Lookup | None,
 ) -> Processor:
-    senses = {n: Sense.of(n, m, encoders[n], projectors[n]) for n, m in config.model.modalities.items()}
+    """encoders, projectors: of the config's modalities, or of some of them."""
+    modalities = {name: m for name, m in config.model.modalities.items() if name in encoders}
+    senses = {n: Sense.of(n, m, encoders[n], projectors[n]) for n, m in modalities.items()}
     loader = media_loader(config.data.media_dir, config.data.limits, config.data.allow_outside)
     return Processor(tokenizer, senses, loader, lookup, config.data.max_length, config.adapter.keys)
 
 
 def wrapped(llm: Any, config: RunConfig) -> Any:
     """The LLM under the config's method; frozen in stage 1."""
-    method = "none" if config.training.stage == 1 else config.adapter.method
-    return wrap(llm, method, config.model.modality_names, adapter_options(config))
+    return wrap(llm, config.method, config.model.modality_names, adapter_options(config))
 
 
 def adapter_options(config: RunConfig) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def check_base(config: RunConfig, named: bool) -> None:
     )
 
 
-def trainable_parts(model: MultimodalLM) -> dict[str, list[tuple[str, nn.Parameter]]]:
+def trainable_parts(model: Any) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Parameters that train, with their names in the model: "projector", and "adapter" or (full fine-tuning) "llm"."""
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
     rest = "adapter" if is_adapter(model.llm) else "llm"

@@ -10,6 +10,7 @@ imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Collection
@@ -349,12 +350,17 @@ class RunConfig(Section):
                 f"model.llm.dtype is {self.model.llm.dtype} while training.bf16 is false: DeepSpeed trains all "
                 "parameters in one precision; set training.bf16=true, or model.llm.dtype=float32"
             )
-        if self.training.learning_rate == "auto" and (self.training.stage == 1 or self.adapter.method == "none"):
+        if self.training.learning_rate == "auto" and self.method == "none":
             raise ValueError(
                 "training.learning_rate is 'auto', which is the rate of the LLM's adapter, and nothing of the LLM is "
                 "trained here: write a number (the paper's projectors: 1e-4)"
             )
         return self
+
+    @property
+    def method(self) -> str:
+        """The adapter method that the run trains with: none in stage 1."""
+        return "none" if self.training.stage == 1 else self.adapter.method
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
@@ -411,6 +417,12 @@ class RunConfig(Section):
 def find_path(path: str) -> Path:
     """A local path from the working directory, else from this checkout (where the shipped base and configs are)."""
     return ROOT / path if not Path(path).exists() and (ROOT / path).exists() else Path(path)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The two arguments of every command that reads a configuration."""
+    parser.add_argument("config", help="YAML file, as in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values to use instead of the file's")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

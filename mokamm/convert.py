@@ -8,7 +8,7 @@
     a published mask (masks/0.9_mask.pt)                mask     a mask file for adapter.mask
     a published MokA checkpoint, or its stage 1         moka     adapter/ and projectors.safetensors, for training.init_from
 
-An importer of another kind of source is one function `plan_...(source, options) -> Plan | None` in IMPORTERS: None where
+An importer of another kind of source is one function `plan_...(source, options) -> Plan | None` named in `plan`: None where
 the source is not its own. `--dry-run` says what would be written. Nothing is overwritten.
 """
 

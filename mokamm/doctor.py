@@ -4,8 +4,8 @@
            --> shapes     the model on the meta device: parameters by part, tokens of a sample, memory by ZeRO stage
 
 Nothing is trained, downloaded or written, and no medium is opened. --shapes leaves the findings out: a recipe is
-checked where nothing of what it names is at hand. Exit codes: 0 all there; 1 something is missing, or a sample's media do
-not fit into data.max_length; 2 a mistake in the configuration. Cost: seconds.
+checked where nothing of what it names is at hand. Exit codes: 0 all there; 1 something is missing, the shapes cannot be
+had, or a sample's media do not fit into data.max_length; 2 a mistake in the configuration. Cost: seconds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from mokamm.config import BenchmarkConfig, RunConfig, SourceConfig, find_path, load_config
+from data.sources import SOURCES, is_there
+from mokamm.config import BenchmarkConfig, RunConfig, SourceConfig, add_config_arguments, find_path, load_config
 from mokamm.mistakes import is_users
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ HOMES = {
     "ave": "lists and videos: github.com/YapengTian/AVE-ECCV18",
     "llava": "hf download liuhaotian/LLaVA-Pretrain --repo-type dataset (or LLaVA-Instruct-150K, LanguageBind/Video-LLaVA)",
     "audiocaps": "csv files: github.com/cdjkim/audiocaps; the sounds are YouTube's",
-    "librispeech": "wget https://www.openslr.org/resources/12/{name}.tar.gz && tar xzf {name}.tar.gz -C {media_dir}/..",
+    "librispeech": "fetch {name}.tar.gz, OpenSLR's resource SLR12, then: tar xzf {name}.tar.gz -C {media_dir}/..",
 }
 OWN = "your own rows: README, Your own data"
 
@@ -54,8 +55,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mokamm doctor", description="What a configuration needs and whether it is there; its true shapes."
     )
-    parser.add_argument("config", help="YAML file, as in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values to use instead of the file's")
+    add_config_arguments(parser)
     parser.add_argument("--shapes", action="store_true", help="the dry run alone, without looking for files")
     parser.add_argument("--ranks", type=int, default=8, metavar="N", help="processes of the run (8, the paper's batch)")
     parser.add_argument("--gpu-gb", type=float, default=80.0, metavar="GB", help="of a GPU that the run will have (80)")
@@ -79,6 +79,7 @@ def findings(config: RunConfig) -> list[Finding]:
 def _packages(config: RunConfig) -> Iterator[Finding]:
     wanted = {
         "deepspeed": (config.training.deepspeed is not None, "uv sync"),
+        "datasets": (any(entry.source == "hf" for entry in config.data.train), "uv sync --extra datasets"),
         "flash_attn": (
             config.model.llm.attention == "flash_attention_2",
             "uv pip install flash-attn, or attention: sdpa",
@@ -95,8 +96,15 @@ def _weights(config: RunConfig) -> Iterator[Finding]:
     llm = config.model.llm
     yield _hub_or_folder("LLM", llm.path, llm.revision, "config.json")
     for name, modality in config.model.modalities.items():
-        encoder = modality.encoder
-        found = _hub_or_folder(f"{name} encoder", encoder.path, None, "config.json")
+        encoder, part = modality.encoder, f"{name} encoder"
+        if encoder.name == "open_clip" and encoder.options.get("pretrained") and not find_path(encoder.path).exists():
+            yield Finding(
+                part, encoder.path, True, "open_clip's own cache, not looked into: it fetches what is missing"
+            )
+            continue
+        hub = encoder.path.removeprefix("hf-hub:")
+        file = "open_clip_config.json" if hub != encoder.path else "config.json"
+        found = _hub_or_folder(part, hub, None, file)
         yield found._replace(fix=BEATS.format(path=encoder.path)) if encoder.name == "beats" else found
 
 
@@ -113,11 +121,14 @@ def _hub_or_folder(part: str, path: str, revision: str | None, file: str) -> Fin
         cached = try_to_load_from_cache(path, file, revision=revision)
     except HFValidationError:  # a file name, not a hub id
         return Finding(part, path, False, str(local.absolute()), "put the file there, or correct its path")
-    whole = isinstance(cached, str) and any(Path(cached).parent.glob("*.safetensors"))
+    whole = isinstance(cached, str) and any(p.suffix in (".safetensors", ".bin") for p in Path(cached).parent.iterdir())
     return Finding(part, path, whole, f"{local.absolute()}, {constants.HF_HUB_CACHE}", fix)
 
 
 def _beginning(config: RunConfig) -> Iterator[Finding]:
+    for what, path in (("mask", config.adapter.mask), ("adapter", config.adapter.init_from)):
+        if path is not None:
+            yield Finding(what, path, find_path(path).exists(), str(find_path(path).absolute()), "correct its path")
     for folder in config.training.init_folders:
         place = find_path(folder)
         there = (place / "final" / "projectors.safetensors").is_file() or (place / "projectors.safetensors").is_file()
@@ -133,8 +144,10 @@ def _data(config: RunConfig) -> Iterator[Finding]:
         kind = entry.source if isinstance(entry, SourceConfig) else entry.benchmark
         made = config.data.world is not None and Path(config.data.world.dir).resolve() in path.resolve().parents
         fix = HOMES.get(kind, OWN).format(name=path.name, media_dir=media_dir)
-        yield Finding(part, f"{kind}: {path}", path.exists() or made, str(path.absolute()), fix)
-        if not media_dir.is_dir() and not made:
+        there = is_there(kind, path) if isinstance(entry, SourceConfig) else path.exists()
+        yield Finding(part, f"{kind}: {path}", there or made, str(path.absolute()), fix)
+        on_hub = isinstance(entry, SourceConfig) and SOURCES[kind].hub and not path.exists()
+        if not media_dir.is_dir() and not made and not on_hub:
             yield Finding("media folder", str(media_dir), False, str(media_dir.absolute()), fix)
 
 
@@ -175,7 +188,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
             changes = {"stage": stage, "offload_optimizer": offload, "offload_parameters": offload and stage == 3}
             found = forecast.memory(**changes)
             memory[f"zero{stage}{'_offload' if offload else ''}"] = {**asdict(found), "total": found.total}
-    problems = [f"{name}: {why}" for name, why in outline.left_out.items() if name != "tokenizer"]
+    problems = []
     if tokens["media"] >= config.data.max_length:
         problems.append(
             f"data.max_length is {config.data.max_length}, and the media of one sample take {tokens['media']} tokens: no "
@@ -183,6 +196,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
         )
     return {
         "parameters": _parameters(outline),
+        "not_counted": {name: why for name, why in outline.left_out.items() if name != "tokenizer"},
         "tokens": tokens,
         "memory": memory,
         "gpu_bytes": gpu_gb * 2**30,
@@ -193,6 +207,8 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
 
 def _parameters(outline: Outline) -> dict[str, dict[str, int]]:
     """Elements of each part, and how many of them train."""
+    from mokamm.adapters.peft_bridge import BaseTunerLayer
+
     found: dict[str, dict[str, int]] = {}
 
     def add(part: str, parameter: Any) -> None:
@@ -200,9 +216,10 @@ def _parameters(outline: Outline) -> dict[str, dict[str, int]]:
         counts["all"] += parameter.numel()
         counts["trained"] += parameter.numel() if parameter.requires_grad else 0
 
-    for name, parameter in outline.llm.named_parameters():
-        inside = any(part.startswith(("moka_", "lora_", "hira_", "lori_")) for part in name.split("."))
-        add("adapter" if inside else "llm", parameter)
+    layers = [module for module in outline.llm.modules() if isinstance(module, BaseTunerLayer)]
+    own = {id(p) for layer in layers for n, p in cast(Any, layer).named_parameters() if not n.startswith("base_layer.")}
+    for parameter in outline.llm.parameters():
+        add("adapter" if id(parameter) in own else "llm", parameter)
     for name, projector in outline.projectors.items():
         for parameter in projector.parameters():
             add(f"{name} projector", parameter)
@@ -231,7 +248,11 @@ def show(config: RunConfig, path: str, found: list[Finding], shapes: dict[str, A
             print(f"        looked at {finding.where}\n        {finding.fix}")
     if found:
         print()
-    method = config.adapter.method if config.training.stage == 2 else "stage 1"
+    for problem in shapes["problems"]:
+        print(f"problem: {problem}")
+    if not shapes["parameters"]:
+        return
+    method = "stage 1" if config.training.stage == 1 else config.method
     print(f"{path}: {method} on {config.model.llm.path}, shapes alone")
     for part, counts in shapes["parameters"].items():
         trained = f", {counts['trained']:,} trained" if counts["trained"] else ""
@@ -245,8 +266,8 @@ def show(config: RunConfig, path: str, found: list[Finding], shapes: dict[str, A
         fits = "" if memory["total"] <= shapes["gpu_bytes"] else f"  more than the GPU's {size(shapes['gpu_bytes'])}"
         host = f", and {size(memory['host'])} of the computer's" if memory["host"] else ""
         print(f"    {name:15} {size(memory['total']):>8}{host}{fits}")
-    for problem in shapes["problems"]:
-        print(f"problem: {problem}")
+    for name, why in shapes["not_counted"].items():
+        print(f"  not counted: {name}: {why}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -254,12 +275,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = load_config(args.config, args.overrides)
         found = [] if args.shapes else findings(config)
-        shapes = dry_run(config, args.ranks, args.gpu_gb)
     except Exception as error:
         if not is_users(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    try:
+        shapes = dry_run(config, args.ranks, args.gpu_gb)
+    except Exception as error:
+        if not is_users(error):
+            raise
+        shapes = {"parameters": {}, "problems": [str(error)]}
     if args.json:
         print(json.dumps({"config": args.config, "findings": [f._asdict() for f in found], **shapes}))
     else:

@@ -52,9 +52,10 @@ def count_answers(config: RunConfig, processor: Processor | None) -> Answers:
     """The rows and answer tokens of data.train; what cannot be counted is named in `problems`."""
     found, parts = Answers(), []
     for i, entry in enumerate(config.data.train):
-        path, _ = config.locate(entry)
+        path, media_dir = config.locate(entry)
         try:
-            parts.append((open_source(entry.source, path, limit=entry.limit, **entry.options), entry.weight, path.stem))
+            rows = open_source(entry.source, path, limit=entry.limit, media_dir=media_dir, **entry.options)
+            parts.append((rows, entry.weight, path.stem))
         except UserError as error:
             found.problems.append(f"data.train.{i}: {error}")
     if found.problems:

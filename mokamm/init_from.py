@@ -27,6 +27,7 @@ from mokamm.weights import (
     MANIFEST,
     PROJECTORS,
     WeightsError,
+    differences,
     is_adapter,
     load_adapter,
     manifest_problems,
@@ -43,7 +44,8 @@ def load_init(model: MultimodalLM, folders: str | Path | Sequence[str | Path]) -
     """
     state: dict[str, torch.Tensor] = {}
     where: dict[str, Path] = {}  # modality -> file
-    for folder in map(_weights_folder, [folders] if isinstance(folders, str | Path) else folders):
+    folders = [folders] if isinstance(folders, str | Path) else folders
+    for folder in map(_weights_folder, folders):
         found = _projectors_in(folder)
         for name in sorted({key.split(".", 1)[0] for key in found}):
             if name not in model.projectors:
@@ -55,10 +57,18 @@ def load_init(model: MultimodalLM, folders: str | Path | Sequence[str | Path]) -
             else:
                 where[name] = folder
         state |= {key: tensor for key, tensor in found.items() if where.get(key.split(".", 1)[0]) == folder}
-        config = getattr(model, "config", None)
-        if (folder / ADAPTER).is_dir() and not (config and config.adapter.method in LORI):  # begin_lori reads theirs
-            _init_adapter(model, folder / ADAPTER)
     _load_projectors(model, state, where)
+    adapter, config = adapter_among(folders), getattr(model, "config", None)
+    if adapter and not (config and config.method in LORI):  # begin_lori reads theirs
+        _init_adapter(model, adapter)
+
+
+def adapter_among(folders: Sequence[str | Path]) -> Path | None:
+    """The adapter that lies in one of the folders. UserError where several have one."""
+    found = [place for folder in folders if (place := _weights_folder(folder) / ADAPTER).is_dir()]
+    if len(found) > 1:
+        raise UserError(f"training.init_from: {found[0]} and {found[1]} are two adapters; name one of them")
+    return found[0] if found else None
 
 
 def _weights_folder(named: str | Path) -> Path:
@@ -85,13 +95,7 @@ def _load_projectors(model: MultimodalLM, state: dict[str, torch.Tensor], where:
             "Train stage 1 with that modality, or leave it out of model.modalities"
         )
     own = {name: tuple(tensor.shape) for name, tensor in model.projectors.state_dict().items()}
-    problems = [f"missing: {key}" for key in own if key not in state]
-    problems += [f"unexpected: {key}" for key in state if key not in own]
-    problems += [
-        f"{key} has the shape {tuple(state[key].shape)}, the config's is {shape}"
-        for key, shape in own.items()
-        if key in state and tuple(state[key].shape) != shape
-    ]
+    problems = differences(own, {key: tuple(tensor.shape) for key, tensor in state.items()})
     if problems:
         files = ", ".join(str(folder / PROJECTORS) for folder in dict.fromkeys(where.values()))
         shown = problems[:8] + [f"... and {len(problems) - 8} more"] * (len(problems) > 8)
@@ -129,11 +133,9 @@ def begin_lori(llm: Any, config: RunConfig) -> None:
     An adapter beside the projectors of `training.init_from` counts as `adapter.init_from` where that is not set. Raises
     UserError or AdapterError for a mask or an adapter that is none, or not this model's.
     """
-    adapter, start = config.adapter, config.adapter.init_from
-    if start is None:
-        places = (_weights_folder(folder) / ADAPTER for folder in config.training.init_folders)
-        start = next((str(place) for place in places if place.is_dir()), None)
-    source = AdapterFolder.open(find_path(start)).source() if start else None
+    adapter = config.adapter
+    start = find_path(adapter.init_from) if adapter.init_from else adapter_among(config.training.init_folders)
+    source = AdapterFolder.open(start).source() if start else None
     if source:
         adopt_a(llm, source)
     if adapter.mask:

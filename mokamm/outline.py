@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from data.schema import UserError
-from mokamm.build import encoder_of, from_pretrained, media_loader, projector_of, wrapped
+from mokamm.build import encoder_of, from_pretrained, processor_of, projector_of, wrapped
 from mokamm.config import RunConfig, find_path
 from mokamm.perception import Perception, Sense
 from mokamm.processor import Processor
@@ -53,7 +53,9 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
         llm = wrapped(llm, config)
     modalities, left_out = config.model.modalities, {}
     found = {
-        name: encoder_of(m) if find_path(m.encoder.path).exists() else stand_in(m.encoder.name, m.encoder.path)
+        name: encoder_of(m)
+        if find_path(m.encoder.path).exists()
+        else stand_in(m.encoder.name, m.encoder.path, m.encoder.options)
         for name, m in modalities.items()
     }
     encoders = {name: encoder for name, encoder in found.items() if encoder is not None}
@@ -68,10 +70,7 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
         )
     try:
         tokenizer = from_pretrained("AutoTokenizer", settings, local_files_only=offline)
-        loader = media_loader(config.data.media_dir, config.data.limits)
-        outline.processor = Processor(
-            tokenizer, outline.senses, loader, None, config.data.max_length, config.adapter.keys
-        )
+        outline.processor = processor_of(config, tokenizer, encoders, projectors, None)
     except UserError:
         left_out["tokenizer"] = f"{settings.path} has no tokenizer that can be read"
     outline.left_out = left_out

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,11 @@ class Published:
 
 
 def is_published(folder: Path) -> bool:
-    """Whether a folder looks like one of those checkpoints, by its files' names."""
-    return (folder / OTHER_FILE).is_file() or (
-        (folder / ADAPTER_FILE).is_file() and any(_adapter_kind(key) for key in _load(folder / ADAPTER_FILE))
-    )
+    """Whether a folder looks like one of those checkpoints, by its files' and keys' names; nothing is read into memory."""
+    if (folder / OTHER_FILE).is_file():
+        return True
+    file = folder / ADAPTER_FILE
+    return file.is_file() and any(AUDIO_VISUAL.fullmatch(k) or VISUAL_TEXT.fullmatch(k) for k in _load(file, mmap=True))
 
 
 def read_published(folder: str | Path, logits_by_keys: bool = False) -> Published:
@@ -143,9 +145,9 @@ def write_published(published: Published, out: str | Path, base: str | None = No
     write_manifest(out)
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def _load(file: Path, mmap: bool = False) -> dict[str, Tensor]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
     except Exception as error:  # torch tells a pickle that holds code, a cut file and a text file by different errors
         first = str(error).strip().partition("\n")[0]
         raise UserError(f"{file} cannot be read as tensors (weights_only): {first}") from error
@@ -182,12 +184,6 @@ def _projector_key(result: Published, key: str, which: str, inner: str, tensor: 
 
 
 # ---- adapter ---------------------------------------------------------------------------------------------------------
-
-
-def _adapter_kind(key: str) -> str | None:
-    if AUDIO_VISUAL.fullmatch(key):
-        return "audio-visual"
-    return "visual-text" if VISUAL_TEXT.fullmatch(key) else None
 
 
 def _adapter(

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mokamm.config import ConfigError, RunConfig, load_config
+from mokamm.config import ConfigError, RunConfig, add_config_arguments, load_config
 from mokamm.mistakes import is_users
 from mokamm.training.launch import leave
 from mokamm.training.stopping import BadStep, Stopped, command_to_go_on
@@ -32,8 +32,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Fine-tune a multimodal LLM as a YAML file says; evaluate and report at the end.",
         epilog="example: deepspeed mokamm/train.py configs/quickstart.yaml training.seed=1 data.max_length=512",
     )
-    parser.add_argument("config", help="YAML file, as in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values to use instead of the file's")
+    add_config_arguments(parser)
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it

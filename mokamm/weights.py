@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ from data.schema import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+log = logging.getLogger("mokamm")
 
 MANIFEST = "MANIFEST.json"
 PROJECTORS = "projectors.safetensors"
@@ -212,12 +215,14 @@ def load_adapter(llm: Any, folder: Path) -> None:
     config = folder / "adapter_config.json"
     saved = json.loads(config.read_text()) if config.is_file() else {}
     _refuse(folder, _other_settings(llm.peft_config["default"], saved), "holds an adapter of other settings")
+    for line in _other_mathematics(llm.peft_config["default"], saved):
+        log.warning("note: %s was trained with another %s", folder, line)
     state = load_file(path)
     fit(llm, folder, state)
     expected = get_peft_model_state_dict(llm, save_embedding_layers=False)
     _refuse(
         path,
-        _differences({k: tuple(v.shape) for k, v in expected.items()}, {k: tuple(v.shape) for k, v in state.items()}),
+        differences({k: tuple(v.shape) for k, v in expected.items()}, {k: tuple(v.shape) for k, v in state.items()}),
         f"(made for the LLM '{saved.get('base_model_name_or_path')}') does not fit this LLM, or is not whole",
     )
     set_peft_model_state_dict(llm, state)
@@ -248,6 +253,19 @@ def _other_settings(config: Any, saved: dict[str, Any]) -> list[str]:
     return problems
 
 
+MATHEMATICS = ("lora_alpha", "attention_weight", "attention_weight_pattern", "scale_logits", "logits_by_keys")
+
+
+def _other_mathematics(config: Any, saved: dict[str, Any]) -> list[str]:
+    """Settings of the same shapes under which the adapter computes something else than it did where it was trained."""
+    own = vars(config)
+    return [
+        f"{key}: {saved[key]} there, {own[key]} in the configuration (adapter.{key})"
+        for key in MATHEMATICS
+        if key in saved and key in own and saved[key] != own[key]
+    ]
+
+
 def _load_llm(llm: nn.Module, folder: Path) -> None:
     from safetensors.torch import load_file
 
@@ -263,11 +281,11 @@ def _load_llm(llm: nn.Module, folder: Path) -> None:
 
 def _load_exactly(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    _refuse(path, _differences(own, {name: tuple(tensor.shape) for name, tensor in state.items()}))
+    _refuse(path, differences(own, {name: tuple(tensor.shape) for name, tensor in state.items()}))
     module.load_state_dict(state)
 
 
-def _differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
+def differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
     problems = [f"missing: {name}" for name in expected if name not in found]
     problems += [f"unexpected: {name}" for name in found if name not in expected]
     problems += [

@@ -120,7 +120,7 @@ def read(
     if columns:
         raise UserError(f"data source 'hf': `columns` belongs to layout: columns, found layout: {layout}")
     chosen_layout = _LAYOUTS[layout]()
-    return Rows(path, _Table(table, chosen_layout, to), partial(_parse_talk, layout=layout))
+    return Rows(path, _Table(table, chosen_layout, to), partial(_parse_talk, layout=chosen_layout))
 
 
 def _opened(path: Path, split: str | None, subset: str | None, revision: str | None, stream: int | None) -> Any:
@@ -215,9 +215,9 @@ def _check_columns(path: Path, table: Any, names: dict[str, str]) -> None:
             )
 
 
-def _parse_talk(record: tuple[dict[str, Any], int], index: int, layout: str) -> Sample:
+def _parse_talk(record: tuple[dict[str, Any], int], index: int, layout: Layout) -> Sample:
     row, turn = record
-    return sample_of(row, index, turn, str(index), _LAYOUTS[layout]())
+    return sample_of(row, index, turn, str(index), layout)
 
 
 def _parse_columns(record: tuple[dict[str, Any], int], index: int, names: dict[str, str]) -> Sample:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mokamm.config import ConfigError, RunConfig, load_config
+from mokamm.config import ConfigError, RunConfig, add_config_arguments, load_config
 from mokamm.mistakes import is_users
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mokamm data check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="YAML file, as in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values to use instead of the file's")
+    add_config_arguments(parser)
     parser.add_argument("--limit", type=int, help="so many rows of each source, evenly spread (default: all)")
     parser.add_argument("--workers", type=int, help="processes that decode (default: training.dataloader_num_workers)")
     parser.add_argument("--out", type=Path, help="folder of the files (default: training.output_dir + '-data')")

@@ -101,8 +101,7 @@ class Forecast:
         largest = max(micro_batches, key=lambda batch: batch["input_ids"].numel())
         batch, length = largest["input_ids"].shape
         answers = float((largest["labels"] != IGNORED).float().mean())
-        keys = largest["key_index"].shape[1] if "key_index" in largest else 0
-        found = self.memory(batch=batch, length=length, answers=answers, keys=keys).total + self.libraries
+        found = self.memory(batch=batch, length=length, answers=answers).total + self.libraries
         return (
             f"measured peak {size(memory_gb() * 2**30)} after the first step "
             f"(predicted {size(found)} for its {batch} rows of {length} tokens)"
@@ -180,7 +179,7 @@ def network_of(model: Any, config: RunConfig) -> Network:
     """The LLM's shape from its transformers config, the adapter's from its layers."""
     llm, adapter = model.llm, config.adapter
     shape = llm.config.get_text_config()
-    method = "none" if config.training.stage == 1 else adapter.method
+    method = config.method
     heads = shape.num_attention_heads
     linear = [(name, m) for name, m in llm.named_modules() if isinstance(m, nn.Linear)]
     outputs = changed = 0
@@ -209,7 +208,6 @@ def network_of(model: Any, config: RunConfig) -> Network:
         gated=any("gate" in name.rpartition(".")[2] for name, _ in linear) or "gate_proj" in {n for n, _ in trained},
         method=FAMILY.get(method, method),
         rank=adapter.r,
-        modalities=len(config.model.modality_names),
         linears=len(trained) // count,
         inputs=sum(width for _, width in trained) // count,
         distinct_inputs=sum(width for _, width in once) // count,
@@ -240,7 +238,6 @@ def setting_of(config: RunConfig, ranks: Ranks, trained: int) -> Setting:
         ranks=ranks.world,
         bf16=training.bf16,
         checkpointing=training.gradient_checkpointing,
-        keys=32 if config.adapter.keys == "question" else config.data.max_length // 2,
         bucket=bucket_elements(trained),
         overlap=ranks.device.type == "cuda",
         on_cpu=ranks.device.type == "cpu",

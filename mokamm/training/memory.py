@@ -13,7 +13,7 @@ weights (a frozen Linear keeps no input, its adapter does) and for autocast (eve
 
 Within 15 % of what was measured for random Llamas (tests/mokamm/test_memory.py), rougher for other architectures. Not
 in it: fragmentation, CUDA's context, NCCL. Letters: N = B * T places, D width, A = heads * head width, F intermediate,
-V vocabulary, r rank, M modalities, Q question keys.
+V vocabulary, r rank.
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ class Network:
     gated: bool = True
     method: str = "moka"  # "moka", "lora", "dora", "hira", "full" or "none"
     rank: int = 0
-    modalities: int = 1
     linears: int = 0  # adapted ones, of a layer
     inputs: int = 0
     distinct_inputs: int = 0
@@ -93,7 +92,6 @@ class Setting:
     overlap: bool = False
     live: int = 10**9  # elements; stage3_max_live_parameters
     answers: float = 0.25  # share of places that bear loss
-    keys: int = 32
     on_cpu: bool = False  # offloading then moves nothing
 
 

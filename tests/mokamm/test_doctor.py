@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
-from encoders import build_encoder
+from encoders import EncoderError, build_encoder
 from mokamm import doctor
 from mokamm.config import load_config
 from mokamm.published_shapes import LLMS, llm_config, stand_in
@@ -74,7 +74,7 @@ def test_the_published_sizes():
     assert sizes["Qwen/Qwen2-7B-Instruct"] == sizes["Qwen/Qwen2.5-7B"] == 7_615_616_512
     assert sizes["Qwen/Qwen3-8B"] == 8_190_735_360
     assert sizes["meta-llama/Meta-Llama-3-8B-Instruct"] == 8_030_261_248
-    tower = stand_in("clip", "openai/clip-vit-large-patch14")
+    tower = stand_in("clip", "openai/clip-vit-large-patch14", {})
     assert sum(p.numel() for p in tower.parameters()) == 303_179_776
     assert all(p.is_meta for p in tower.parameters())
     assert CLIPVisionConfig().image_size == 224
@@ -91,10 +91,10 @@ def test_stand_ins_count_as_the_real_encoders_do(samples, tmp_path_factory):
     WhisperModel(config).save_pretrained(whisper)
     WhisperFeatureExtractor(feature_size=128).save_pretrained(whisper)
     real = build_encoder("whisper", whisper)
-    assert stand_in("whisper", "openai/whisper-large-v3").num_tokens(samples) == real.num_tokens(samples)
+    assert stand_in("whisper", "openai/whisper-large-v3", {}).num_tokens(samples) == real.num_tokens(samples)
     beats = build_encoder("beats", ROOT / "mokamm" / "mini" / "audio.safetensors")
     if samples >= 400:
-        assert stand_in("beats", "anything").num_tokens(samples) == beats.num_tokens(samples)
+        assert stand_in("beats", "anything", {}).num_tokens(samples) == beats.num_tokens(samples)
 
 
 def test_what_is_missing_is_named_with_the_command_that_fetches_it(capsys, monkeypatch, tmp_path):
@@ -138,3 +138,27 @@ def test_recipes_say_what_the_paper_says():
     assert (training.num_train_epochs, training.bf16, training.lr_scheduler_type) == (3, True, "cosine")
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == 32
     assert config.model.modalities["audio"].seconds == 2.0
+
+
+def test_stand_ins_heed_the_encoder_s_options():
+    plain = stand_in("whisper", "openai/whisper-large-v3", {})
+    assert (plain.window_samples, plain.max_samples, plain.dtype) == (480_000, 480_000, torch.float32)
+    half = stand_in("clip", "openai/clip-vit-large-patch14", {"dtype": "bfloat16", "layer": [-2, 5]})
+    assert (half.dtype, half.width) == (torch.bfloat16, 2048)
+    for options in ({"image_size": 448}, {"features": "cls"}):  # another number of patches: not told
+        assert stand_in("clip", "openai/clip-vit-large-patch14", options) is None
+    with pytest.raises(EncoderError, match="did you mean 'layer'"):
+        stand_in("clip", "openai/clip-vit-large-patch14", {"layr": -2})
+
+
+def test_what_cannot_be_shaped_does_not_hide_what_is_missing(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    code, found = examined(capsys, "configs/text/instruct.yaml", "model.llm.path=Qwen/Qwen3-4B")
+    assert code == 1
+    assert "hf download Qwen/Qwen3-4B" in [finding["fix"] for finding in found["findings"]]
+    assert "AutoConfig cannot load 'Qwen/Qwen3-4B'" in found["problems"][0]
+    hub = "data.train=[{source: hf, path: tatsu-lab/alpaca}]"
+    _, found = examined(capsys, "configs/text/instruct.yaml", hub)
+    missing = [finding["what"] for finding in found["findings"] if not finding["there"]]
+    assert not [what for what in missing if "alpaca" in what or what == "tatsu-lab"]

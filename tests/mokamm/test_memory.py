@@ -98,7 +98,7 @@ def described(llm, config, attention="sdpa", dropout=False) -> Network:
     modalities, config.model.modalities = config.model.modalities, {}
     network = network_of(Stub(llm), config)
     config.model.modalities = modalities
-    return replace(network, modalities=len(MODALITIES), attention=attention, dropout=dropout)
+    return replace(network, attention=attention, dropout=dropout)
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def prepared(name: str, batch: int, length: int, checkpointing: bool = False, **
         checkpoint_activations(llm)
     setting = Setting(
         batch, length, 2 if mode == "deepspeed" else None, bf16=bool(mode), checkpointing=checkpointing,
-        answers=ANSWERS, keys=KEYS, on_cpu=True,
+        answers=ANSWERS, on_cpu=True,
     )  # fmt: skip
     return llm, described(llm, configured(method), attention, dropout > 0), setting, mode == "autocast"
 
@@ -242,7 +242,6 @@ def test_a_forecast_of_a_whole_model(make_model):
     config = configured()
     forecast = Forecast.of(make_model("moka"), config, CPU)
     assert [(m.segments, m.tokens) for m in forecast.network.media] == [(2, 3), (3, 5)]
-    assert forecast.network.modalities == 3
     assert forecast.memory().encoders > 0
     batch = {"input_ids": torch.zeros(4, 30), "labels": torch.zeros(4, 30), "key_index": torch.zeros(4, 5)}
     assert "for its 4 rows of 30 tokens" in forecast.compared([batch])
@@ -293,7 +292,7 @@ def forecast_of(config: RunConfig, layers=32, vocabulary=32_000, device="cuda", 
     """A 7B-like LLM under a config, on GPUs that need not be there."""
     weights = (Weights("llm", 6_700_000_000, 2, False), Weights("adapter", 30_000_000, 4, True))
     network = Network(
-        layers, 4096, 32, 128, 11_008, vocabulary, rank=4, modalities=3, linears=7,
+        layers, 4096, 32, 128, 11_008, vocabulary, rank=4, linears=7,
         inputs=6 * 4096 + 11_008, distinct_inputs=2 * 4096 + 11_008, weight_bytes=2, linear_elements=6_600_000_000,
     )  # fmt: skip
     ranks = Ranks(0, 0, world, torch.device(device), grouped=False)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, LlamaConfig, LlamaForCausalLM
 
 from data.schema import UserError
+from mokamm.adapters import wrap
 from mokamm.convert import main as convert
 from mokamm.projectors import build_projector
 from mokamm.published_moka import ADAPTER_FILE, OTHER_FILE, is_published, read_published, write_published
 from mokamm.routing import Routing
-from mokamm.weights import manifest_problems
+from mokamm.weights import load_adapter, manifest_problems
 
 R, ALPHA = 4, 16
 IDS = torch.tensor([[0, 1, 1, 0, 2, 2, 0, 0, 0], [0, 2, 1, 1, 0, 0, 0, 0, 0]])
@@ -183,6 +184,16 @@ def test_projectors_compute_what_the_published_ones_did(tmp_path):
         expected = parts["proj"](hidden.last_hidden_state)
         found = ours(features, torch.ones(3, 7).bool())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_that_computes_otherwise_than_the_checkpoint_is_told(tmp_path, caplog):
+    write_published(read_published(publish(tmp_path / "p", adapter_state(llama(), VISUAL_TEXT), {})), tmp_path / "ours")
+    options = {"r": 4, "lora_alpha": 16, "attention_weight": 0.05, "scale_logits": False}
+    model = wrap(llama(), "moka", ["vision"], options)
+    load_adapter(model, tmp_path / "ours" / "adapter")
+    assert "attention_weight: 0.0 there, 0.05 in the configuration" in caplog.text
+    assert "attention_weight_pattern" in caplog.text
+    assert "scale_logits" not in caplog.text
 
 
 def test_what_is_not_understood_is_an_error_that_names_it(tmp_path):
