@@ -74,12 +74,17 @@ def _loads(text: str) -> Any:
         return None
 
 
-def collect(benchmark: Benchmark, found: Sequence[Fields], truths: Sequence[Row] | None = None) -> Collected:
-    """Set rows beside their truth: their own, or that of `truths`, the rows of an annotation file."""
+def collect(
+    benchmark: Benchmark, found: Sequence[Fields], truths: Sequence[Row] | None = None, other_splits: bool = False
+) -> Collected:
+    """Set rows beside their truth: their own, or that of `truths`, the rows of an annotation file.
+
+    other_splits: the file covers more than the split that was asked; rows without a prediction are not missing then.
+    """
     result = Collected(lines=len(found))
     rows = [benchmark.from_record(fields, number) for number, fields in enumerate(found)]
     if truths is not None and any(fields.id or fields.media for fields in found if fields.readable):
-        _by_annotations(benchmark, found, rows, truths, result)
+        _by_annotations(benchmark, found, rows, truths, result, other_splits)
     else:
         if truths is not None and found:
             result.problems.append("no row names its id or media, so that no annotation can be found: not used")
@@ -120,7 +125,7 @@ def _names(benchmark: Benchmark, found: Sequence[Fields]) -> list[Hashable]:
     for fields in found:
         if not fields.readable:
             names.append(None)
-        elif fields.own:
+        elif fields.own and (fields.id or fields.index is not None):
             names.append((fields.id, fields.index))
         elif fields.id or all(getattr(fields, part) for part in benchmark.separated_by):
             names.append((fields.index if of_data_set else None, fields.content))
@@ -133,20 +138,23 @@ def _names(benchmark: Benchmark, found: Sequence[Fields]) -> list[Hashable]:
 
 
 def _by_annotations(
-    benchmark: Benchmark, found: Sequence[Fields], rows: list[Row], truths: Sequence[Row], result: Collected
-) -> None:
+    benchmark: Benchmark, found: Sequence[Fields], rows: list[Row], truths: Sequence[Row], result: Collected,
+    other_splits: bool,
+) -> None:  # fmt: skip
     lookup = Lookup(benchmark, truths)
     used: set[int] = set()
+    place_of: dict[str, int] = {}  # of rows by their content: the same row again is the same annotation
     broken: list[Row] = []
     for number, fields in enumerate(found):
         if not fields.readable:
             broken.append(rows[number])
             continue
-        places = lookup.find(fields)
+        places = lookup.find(fields, rows[number])
         if not places:
             result.extra += 1
             continue
-        place = next((place for place in places if place not in used), places[0])
+        free = next((place for place in places if place not in used), places[0])
+        place = free if fields.own else place_of.setdefault(fields.content, free)
         rows[number] = _beside(rows[number], truths[place], fields)
         if place in used:
             result.duplicates += 1
@@ -154,7 +162,8 @@ def _by_annotations(
         used.add(place)
         result.add(rows[number], place)
     missing = [place for place in range(len(truths)) if place not in used]
-    if benchmark.all_splits and len(truths) > 2 * len(used):  # the missing ones were never asked
+    if other_splits:
+        result.problems.append(f"{len(missing)} annotations have no row: taken for other splits, which were not asked")
         missing = []
         for row in broken:
             result.add(row, None)
@@ -179,11 +188,12 @@ class Lookup:
     """The annotation rows that a row of a predictions file may belong to."""
 
     def __init__(self, benchmark: Benchmark, truths: Sequence[Row]) -> None:
-        self.truths = truths
+        self.benchmark, self.truths = benchmark, truths
         self.media_suffices = "question" not in benchmark.separated_by
         self.by_id: dict[str, list[int]] = defaultdict(list)
         self.by_media: dict[str, list[int]] = defaultdict(list)
         self.questions = [_question(row) for row in truths]
+        self.bare = [normalise(str(row.meta.get("asked", ""))) for row in truths]  # without options
         for place, row in enumerate(truths):
             names = {row.id, *(str(row.meta[key]) for key in ("question_id",) if key in row.meta)}
             for name in names:
@@ -192,8 +202,25 @@ class Lookup:
             for stem in {_stem(part.path) for part in media}:
                 self.by_media[stem].append(place)
 
-    def find(self, fields: Fields) -> list[int]:
-        """Places of the annotations, the likeliest first; empty where none is meant."""
+    def find(self, fields: Fields, row: Row) -> list[int]:
+        """Places of the annotations, the likeliest first; empty where none is meant.
+
+        Of several, those whose file lies in the most like folders; of these, first those with the row's own truth.
+        """
+        places = self._candidates(fields)
+        if len(places) < 2 or fields.own:
+            return places
+        likeness = {place: self._likeness(fields.media, place) for place in places}
+        closest = [place for place in places if likeness[place] == max(likeness.values())]
+        return sorted(closest, key=lambda place: not self.benchmark.same_truth(row, self.truths[place]))
+
+    def _likeness(self, media: str, place: int) -> int:
+        """How many of the last parts of a path are those of the annotation's media."""
+        sample = self.truths[place].sample
+        paths = [part.path for part in sample.media] if sample else []
+        return max((_common_end(media, path) for path in paths), default=0)
+
+    def _candidates(self, fields: Fields) -> list[int]:
         if fields.own:
             same = self.by_id.get(fields.id, [])
             exact = [place for place in same if self.truths[place].index == fields.index]
@@ -210,9 +237,13 @@ class Lookup:
 
     def _asked(self, near: list[int], question: str) -> list[int]:
         """Those whose question it is, word for word or as part of a prompt."""
-        equal = [place for place in near if self.questions[place] == question]
-        part = [place for place in near if self.questions[place] and self.questions[place] in question]
-        return equal or part
+        for known in (self.questions, self.bare):
+            if equal := [place for place in near if known[place] and known[place] == question]:
+                return equal
+        for known in (self.questions, self.bare):
+            if part := [place for place in near if known[place] and known[place] in question]:
+                return part
+        return []
 
 
 def _question(row: Row) -> str:
@@ -225,3 +256,9 @@ def _question(row: Row) -> str:
 def _stem(path: str) -> str:
     """A file's name without folders and ending; media names of annotations and rows differ in both."""
     return PurePosixPath(path.replace("\\", "/")).stem
+
+
+def _common_end(one: str, other: str) -> int:
+    """How many folders, from the file up, two paths share."""
+    folders = [PurePosixPath(path.replace("\\", "/")).parts[-2::-1] for path in (one, other)]
+    return next((k for k, (a, b) in enumerate(zip(*folders, strict=False)) if a != b), min(map(len, folders)))

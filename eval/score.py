@@ -72,7 +72,8 @@ def score(name: str, predictions: Path, annotations: Path | None = None, against
     benchmark = find_benchmark(name)
     found = read(predictions)
     truths = None if annotations is None else benchmark.load(annotations, options=benchmark.truth_options)
-    collected = collect(benchmark, found, truths)
+    others = annotations is not None and benchmark.covers_other_splits(annotations, len(truths or ()))
+    collected = collect(benchmark, found, truths, others)
     figures = benchmark.score(collected.rows, collected.filed)
     if not figures["parsed"]:
         collected.problems.append(f"no answer could be parsed; are these rows of {benchmark.name}?")
@@ -89,7 +90,7 @@ def score(name: str, predictions: Path, annotations: Path | None = None, against
         "annotations": None if annotations is None else str(annotations),
     }
     if against is not None:
-        other = collect(benchmark, read(against), truths)
+        other = collect(benchmark, read(against), truths, others)
         result["against"] = {"predictions": str(against), **compare(benchmark, collected, other)}
     return result
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ PLAIN = {
     "alpha_pattern": {},
     "bias": "none",
     "lora_bias": False,
+    "target_parameters": None,  # fused experts: their A and B are no matrices of one layer
 }
 
 
@@ -53,8 +54,15 @@ def find_adapter(path: Path) -> Path:
 class AdapterFolder:
     """See the head of this file."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], keys: list[str], read: Callable[[str], Tensor]) -> None:
-        self.folder, self.config, self.read = folder, config, read
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        keys: list[str],
+        read: Callable[[str], Tensor],
+        shape_of: Callable[[str], Sequence[int]],
+    ) -> None:
+        self.folder, self.config, self.read, self.shape_of = folder, config, read, shape_of
         self.keys: dict[str, dict[str, str]] = {}  # layer -> {"A.weight": key, ...}
         self.other: list[str] = []  # keys that are no factor of a layer
         for key in keys:
@@ -111,7 +119,7 @@ class AdapterFolder:
         if f"{factor}.shape" in parts:
             first, second = self.read(parts[f"{factor}.shape"]).tolist()
         else:
-            first, second = self.read(parts[f"{factor}.weight"]).shape
+            first, second = self.shape_of(parts[f"{factor}.weight"])
         return int(first), int(second)
 
     def a(self, name: str) -> Tensor:
@@ -159,17 +167,25 @@ class AdapterFolder:
         return Source(str(self.folder), self.layers, self.scaling, self.a, self.b)
 
 
-def _tensors(folder: Path) -> tuple[list[str], Callable[[str], Tensor]]:
-    """The keys of an adapter's file and a reader of one tensor."""
+def load_pickle(path: Path, what: str) -> Any:
+    """torch.load as weights only, on the CPU. UserError for what is no such file, or holds more than tensors."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        raise UserError(f"{path} cannot be read as {what}: {str(error).strip().partition(chr(10))[0]}") from error
+
+
+def _tensors(folder: Path) -> tuple[list[str], Callable[[str], Tensor], Callable[[str], Sequence[int]]]:
+    """The keys of an adapter's file, and readers of one tensor and of its shape alone."""
     from safetensors import SafetensorError, safe_open
 
     if (folder / TENSORS).is_file():
         try:
             file = safe_open(folder / TENSORS, "pt")
-            return list(file.keys()), file.get_tensor
+            return list(file.keys()), file.get_tensor, lambda key: file.get_slice(key).get_shape()
         except SafetensorError as error:
             raise UserError(f"{folder / TENSORS} cannot be read: {error}") from error
     if (folder / PICKLE).is_file():
-        state = torch.load(folder / PICKLE, map_location="cpu", weights_only=True)
-        return list(state), state.__getitem__
+        state = load_pickle(folder / PICKLE, "an adapter")
+        return list(state), state.__getitem__, lambda key: state[key].shape
     raise UserError(f"{folder} has a {CONFIG}, but neither {TENSORS} nor {PICKLE}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.schema import UserError
-from mokamm.adapter_folder import CONFIG, TENSORS, AdapterFolder, find_adapter
+from mokamm.adapter_folder import CONFIG, TENSORS, AdapterFolder, find_adapter, load_pickle
 from mokamm.adapters import LoriConfig
 from mokamm.adapters.masks import Mask, pack, unpack
 from mokamm.adapters.peft_bridge import PREFIX
@@ -52,11 +52,7 @@ def any_mask(path: Path) -> Mask:
     """A mask file of ours, or a published one. Raises UserError."""
     if path.suffix == ".safetensors":
         return read_mask(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for what is no archive, or holds more than tensors
-        raise UserError(f"{path} cannot be read as a mask: {str(error).splitlines()[0]}") from error
-    return published_mask(state, path)
+    return published_mask(load_pickle(path, "a mask"), path)
 
 
 def published_mask(state: Any, path: Path) -> Mask:
@@ -99,8 +95,9 @@ def plan_adapter(source: Path, options: Options) -> Plan | None:
     if folder.kind == "LORI_S":
         raise UserError(f"{source} is a LORI_S folder already")
     mask = folder.mask() if options.mask is None else any_mask(options.mask)
-    mask.check({name: B for name, (_, B) in layers.items()})
-    _check_zeros(folder, mask)
+    if options.mask is not None:  # the adapter's own fits by construction
+        mask.check({name: B for name, (_, B) in layers.items()})
+        _check_zeros(folder, mask)
     return Plan(found, to, lambda out: write_lori_s(folder, mask, out), warnings)
 
 

@@ -115,8 +115,7 @@ class Benchmark(ABC):
 
     truth_options: further options where only the true answers are wanted. measure: what `score` is. scale: "share" (0
     to 1) or "points". home: where the data come from and where to put them. separated_by: what a published row must
-    carry to be told from another one ("media", "question"). all_splits: the annotation file may cover more than the
-    split that was asked, so that rows without a prediction are not always missing.
+    carry to be told from another one ("media", "question").
     """
 
     name: ClassVar[str]
@@ -127,7 +126,6 @@ class Benchmark(ABC):
     scale: ClassVar[str] = "share"
     home: ClassVar[str] = ""
     separated_by: ClassVar[tuple[str, ...]] = ("media", "question")
-    all_splits: ClassVar[bool] = False
 
     # ---- load and prompt ---------------------------------------------------------------------------------------------
 
@@ -172,6 +170,14 @@ class Benchmark(ABC):
     def truth(self, fields: Fields) -> str:
         """The true answer that a record holds; "" where it holds none."""
         return fields.truth
+
+    def same_truth(self, row: Row, truth: Row) -> bool:
+        """Whether a row's own true answer is that of an annotation."""
+        return normalise(row.answer) == normalise(truth.answer)
+
+    def covers_other_splits(self, path: Path, rows: int) -> bool:
+        """Whether an annotation file holds more than the split that is asked, by its name and its number of rows."""
+        return False
 
     def truth_error(self, row: Row) -> str | None:
         """Why the true answer of a published row is none of this benchmark's (it may be another one's row)."""

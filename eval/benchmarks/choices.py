@@ -4,7 +4,8 @@ strict, the first that holds (options, where their number is not known, are A to
     0. the whole text is one option's text, and longer than a letter
     1. a letter alone at the beginning: "B", "(B)", "B.", "B) a cat", "B a cat", "b: a cat"; but not the article of
        "a cat", and not where a second letter follows ("A or B")
-    2. "answer is B", "answer: (B)", "option B", "choice B" ("a" as above), where all such places name one letter
+    2. "answer is B", "answer: (B)", "option B", "choice B" (both exceptions as above), where all such places name one letter
+    A capital A before a word may be an article, too ("A dog"): where that text names one option alone, it is that one.
     3. one letter in brackets, "... is (B)", where no other one stands in brackets
     4. the text of one option and of no other, where the options are known
 else it is unparsed.
@@ -30,6 +31,7 @@ _SECOND = re.compile(r"[)\]*\"'.:,]{0,4}\s{0,4}(?:(?:or|and|/|&|,)\s{0,4}){1,2}[
 _SAID = re.compile(
     r"\b(?:answer|option|choice)(?:\s{1,4}is)?\s{0,4}:?\s{0,4}[(\[*\"']{0,4}([A-J])(?![^\W_])", re.IGNORECASE
 )
+_BARE_A = re.compile(r"(?:^|[\s:])A\s+\w")  # a letter, or the article that begins a sentence
 _BRACKETS = re.compile(r"\(([A-J])\)")
 _OPTION_LINE = re.compile(r"\s{0,8}\(?([A-J])[.):]\s{0,8}(\S.*)")
 UNKNOWN = 5  # letters that may be chosen where the options are not known
@@ -40,11 +42,11 @@ def choose(text: str, options: Sequence[str] = ()) -> str | None:
     """The chosen letter (upper case) or None. options: their texts in order; () where they are not known."""
     text = text.replace("</s>", " ").strip()
     known = LETTERS[: len(options) or UNKNOWN]
-    equal = by_text(text, options, whole=True) if len(text) > 1 else None
+    equal, named = (by_text(text, options, whole=True) if len(text) > 1 else None), by_text(text, options)
     for found in (equal, _leading(text), _only(_SAID, text), _only(_BRACKETS, text)):
         if found is not None and found in known:
-            return found
-    return by_text(text, options)
+            return named if named and found == "A" and _BARE_A.search(text) else found
+    return named
 
 
 def _leading(text: str) -> str | None:
@@ -63,7 +65,10 @@ def _article(match: re.Match[str], text: str) -> bool:
 
 
 def _only(pattern: re.Pattern[str], text: str) -> str | None:
-    found = {match[1].upper() for match in pattern.finditer(text) if not _article(match, text)}
+    matches = [match for match in pattern.finditer(text) if not _article(match, text)]
+    found = {match[1].upper() for match in matches}
+    if pattern is _SAID and any(_SECOND.match(text[match.end() :][:60]) for match in matches):
+        return None
     return found.pop() if len(found) == 1 else None
 
 

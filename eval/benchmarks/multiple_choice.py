@@ -46,7 +46,7 @@ class MultipleChoice(Benchmark):
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise BadSample(f"'choices' must be a list of texts, found {choices!r}")
         answer = row.get("answer")
-        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < min(len(choices), len(LETTERS)):
             answer = LETTERS[answer]
         meta = {key: row[key] for key in self.categories if key in row}
         name = str(row.get("id", index))
@@ -63,11 +63,13 @@ class MultipleChoice(Benchmark):
         meta: dict[str, Any],
     ) -> Sample:
         """The sample of a question with its options; `answer`: a letter or an option's text."""
+        if len(choices) > len(LETTERS):
+            raise BadSample(f"{len(choices)} options; there are letters for {len(LETTERS)}")
         letter = true_letter(answer, choices)
         if letter is None or letter not in LETTERS[: len(choices)]:
             raise BadSample(f"the true answer {answer[:60]!r} is none of the {len(choices)} options")
         text = f"{question}\n{listed(choices)}"
-        meta = {**meta, "choices": list(choices)}
+        meta = {**meta, "choices": list(choices), "asked": question}
         return ask(name, text, letter, media, index=index, source=self.name, instruction=INSTRUCTION, meta=meta)
 
     # ---- parse -------------------------------------------------------------------------------------------------------
@@ -91,6 +93,9 @@ class MultipleChoice(Benchmark):
 
     def truth_of(self, row: Row) -> str | None:
         return true_letter(row.answer, self.choices_of(row))
+
+    def same_truth(self, row: Row, truth: Row) -> bool:
+        return self.truth_of(row) == self.truth_of(truth)
 
     def truth_error(self, row: Row) -> str | None:
         return None if self.truth_of(row) else f"the true answer is no option's letter: {row.answer[:60]!r}"

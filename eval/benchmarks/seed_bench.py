@@ -22,7 +22,7 @@ from data.sources.rows import not_json, read_text, text_of
 from eval.benchmarks.multiple_choice import MultipleChoice
 from eval.benchmarks.questions import record_of
 
-IMAGE_TYPES = range(1, 10)
+IMAGE_TYPES = [str(number) for number in range(1, 10)]
 
 
 class SeedBench(MultipleChoice):
@@ -41,9 +41,9 @@ class SeedBench(MultipleChoice):
         if not isinstance(whole, dict) or not isinstance(whole.get("questions"), list):
             raise UserError(f'{path}: expected {{"questions": [...]}}, as in SEED-Bench.json')
         types = whole.get("question_type")
-        names = {number: name for name, number in types.items()} if isinstance(types, dict) else {}
+        names = {str(number): name for name, number in types.items()} if isinstance(types, dict) else {}
         return [
-            {**row, "dimension": names.get(row.get("question_type_id"))} if isinstance(row, dict) else row
+            {**row, "dimension": names.get(str(row.get("question_type_id")))} if isinstance(row, dict) else row
             for row in whole["questions"]
             if not isinstance(row, dict) or _about_image(row)
         ]
@@ -61,4 +61,4 @@ class SeedBench(MultipleChoice):
 
 
 def _about_image(row: dict[str, Any]) -> bool:
-    return row["data_type"] == "image" if "data_type" in row else row.get("question_type_id") in IMAGE_TYPES
+    return row["data_type"] == "image" if "data_type" in row else str(row.get("question_type_id")) in IMAGE_TYPES

@@ -205,10 +205,10 @@ def fit(model: nn.Module, folder: Path, state: dict[str, Any]) -> None:
     Raises:
         AdapterError: the folder was written by a newer mokamm, or its A is not this model's.
     """
-    tuner, saved = cast(Any, model).base_model, PeftConfig.from_pretrained(str(folder))
+    tuner = cast(Any, model).base_model
     if isinstance(tuner, FrozenATuner):
         config = cast(Any, tuner.peft_config["default"])
-        check_same_a(config, saved)
+        check_same_a(config, PeftConfig.from_pretrained(str(folder)))
         tuner.before_load(model, config, "default", dict(state))
 
 

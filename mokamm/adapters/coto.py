@@ -12,11 +12,13 @@
 In step t every transformer block's adapters act together with probability p(t), at least one block's of all; nothing is
 rescaled by 1/p. Adapters that sit out skip their matmuls, forward and backward, and their parameters get gradients of
 zero, not none: so moments decay as in a step whose gradient happens to be zero, and plain PyTorch, DDP and all ZeRO stages
-compute the same. Evaluation, validation and saving lie outside of `step` and see every adapter.
+compute the same. Evaluation and validation lie outside of `step` and see every adapter; what is saved holds all of them at
+any time, since sitting out is no state of a weight.
 
 The draw is a function of (seed, step) alone: that pair is the generator's whole state, a checkpoint holds both, and the
 draws of a resumed run and of all ranks are equal by construction. Within a step nothing is drawn again, so accumulation
-and recomputed activations see what the forward pass saw. Cost: a few flags a step.
+and recomputed activations see what the forward pass saw. Cost: a few flags a step, and a gradient of zeros for each
+parameter that sits out, for which ZeRO-3 makes it whole.
 """
 
 from __future__ import annotations

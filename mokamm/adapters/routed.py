@@ -194,7 +194,8 @@ class RoutedLinear(TunerLayer):
         ready = self.siblings.take(self, x, routing)
         if ready is not None:
             return ready
-        layers = [self, *(layer for layer in self.siblings.others(self) if layer._can_join(self, name, x))]
+        others = [] if x.is_inference() else self.siblings.others(self)  # an inference tensor does not tell of changes
+        layers = [self, *(layer for layer in others if layer._can_join(self, name, x))]
         read = x.to(_seen(x))
         plan = plan_of(self.settings[name], routing, read.dtype, len(layers))
         a = [layer._factor(name, "moka_A")._parameters["weight"] for layer in layers]

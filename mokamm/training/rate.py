@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mokamm.config import AdapterConfig, RunConfig
-from mokamm.training.stream import plan
+from mokamm.training.stream import plan_of
 
 FULL, LORA, SHORT = 5.0e-5, 10, 15  # the rate of full fine-tuning at width 2000; LoRA's multiples of it
 FEW_STEPS = 100
@@ -99,10 +99,7 @@ def resolve(config: RunConfig, llm_config: object, rows: int, ranks: int) -> str
 
 
 def total_steps(config: RunConfig, rows: int, ranks: int) -> int:
-    t = config.training
-    return plan(
-        rows, t.per_device_train_batch_size, t.gradient_accumulation_steps, ranks, t.num_train_epochs, t.max_steps
-    ).total_steps
+    return plan_of(config.training, rows, ranks).total_steps
 
 
 def shape_of(llm_config: object) -> tuple[str, int]:

@@ -19,7 +19,7 @@ from mokamm.training.checkpoint import TrainerState
 from mokamm.training.corpus import Corpus
 from mokamm.training.disk import hold
 from mokamm.training.launch import Ranks
-from mokamm.training.stream import Plan, plan
+from mokamm.training.stream import Plan, plan_of
 from mokamm.weights import fingerprint, sha256
 
 
@@ -39,10 +39,7 @@ def begin(config: RunConfig, corpus: Corpus, ranks: Ranks) -> Beginning:
     Raises UserError where the checkpoint comes from another run than the one configured.
     """
     training, run = config.training, Path(config.training.output_dir)
-    shape = plan(
-        len(corpus.train), training.per_device_train_batch_size, training.gradient_accumulation_steps, ranks.world,
-        training.num_train_epochs, training.max_steps,
-    )  # fmt: skip
+    shape = plan_of(training, len(corpus.train), ranks.world)
     lock = hold(run) if ranks.main else None
     if ranks.main:
         checkpoint.sweep(run)
@@ -71,8 +68,9 @@ def common(config: RunConfig, shape: Plan) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on from, for its steps to be the same.
 
     The base goes by its weights and annotation files by their content, wherever they lie; the DeepSpeed JSON by name and
-    content. What is not named here leaves the steps as they are: how often to log, validate and save, workers, caches,
-    reports. Cost: reads the annotation files whole, so one rank asks for all.
+    content. What is not named here leaves the steps as they are (how often to log, validate and save, workers, caches,
+    reports), or is what one changes after a bad step: on_nan and loss_spike. Cost: reads the annotation files whole, so
+    one rank asks for all.
     """
     training, llm = config.training, config.model.llm
     base = find_path(llm.path)
@@ -95,12 +93,12 @@ def common(config: RunConfig, shape: Plan) -> dict[str, Any]:
         "data.max_length": config.data.max_length,
         "data.limits": config.data.limits.model_dump(mode="json"),
         "data.allow_outside": config.data.allow_outside,
-        "data.train": [_described(config, entry) for entry in config.data.train],
-        "data.validation": [_described(config, entry) for entry in config.data.validation],
+        "data.train": [described(config, entry) for entry in config.data.train],
+        "data.validation": [described(config, entry) for entry in config.data.validation],
     }
 
 
-def _described(config: RunConfig, entry: SourceConfig) -> dict[str, Any]:
+def described(config: RunConfig, entry: SourceConfig) -> dict[str, Any]:
     """A source by the content of its annotation file, wherever it lies, and by its options."""
     path, _ = config.locate(entry)
     content = [sha256(file) for file in annotation_files(entry.source, path)]

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from data.order import epoch_order, hashes
+from mokamm.config import TrainingConfig
 
 BLOCK = 64  # steps among whose rows those of like length are put together
 
@@ -52,6 +53,12 @@ def plan(rows: int, batch: int, accumulation: int, world: int, epochs: float, ma
     per_step = batch * accumulation * world
     steps = max_steps if max_steps > 0 else math.ceil(rows * epochs / per_step)
     return Plan(rows, batch, accumulation, world, max(1, steps))
+
+
+def plan_of(training: TrainingConfig, rows: int, world: int) -> Plan:
+    """The plan of a run with so many training rows and ranks."""
+    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    return plan(rows, batch, accumulation, world, training.num_train_epochs, training.max_steps)
 
 
 class MicroBatches:

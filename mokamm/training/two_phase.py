@@ -19,11 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mokamm.config import RunConfig
+from mokamm.config import RunConfig, find_path
 from mokamm.lori_mask import cut, made_from, read_mask, write_mask
 from mokamm.names import DENSE
 from mokamm.training.disk import writing
+from mokamm.training.resume import described
 from mokamm.training.watch import METRICS, read_metrics
+from mokamm.weights import fingerprint
 
 if TYPE_CHECKING:
     from mokamm.training.launch import Ranks
@@ -41,9 +43,9 @@ def calibrate(config: RunConfig, run: Path, ranks: Ranks, train: Callable[[RunCo
     from mokamm.training.launch import seed_everything
 
     dense, path = phase_one(config), run / MASK
-    folder, origin = Path(dense.training.output_dir), _origin(dense, config)
-    fresh = config.training.resume_from_checkpoint is None
-    if fresh or ranks.shared(lambda: made_from(path)) != origin:
+    folder, fresh = Path(dense.training.output_dir), config.training.resume_from_checkpoint is None
+    origin, there = ranks.shared(lambda: (_origin(dense, config, ranks.world), made_from(path)))
+    if fresh or there != origin:
         if ranks.main:
             print(f"phase 1 of 2: {dense.adapter.method} in {folder}, from which the mask is cut", flush=True)
             with writing(folder, "choose another training.output_dir"):
@@ -63,7 +65,8 @@ def calibrate(config: RunConfig, run: Path, ranks: Ranks, train: Callable[[RunCo
 
 
 def phase_one(config: RunConfig) -> RunConfig:
-    """The dense run. B's rate is a tenth (LoRI's own ratio of rates) unless the config says otherwise."""
+    """The dense run. B's rate is a tenth (LoRI's own ratio of rates) unless the config says otherwise; under `auto` it is
+    what that gives for the dense method, which is not a tenth."""
     dense = config.model_copy(deep=True)
     adapter, training, share = dense.adapter, dense.training, config.adapter.calibration_share or 1.0
     training.output_dir = str(Path(training.output_dir) / FOLDER)
@@ -84,11 +87,13 @@ def phase_one(config: RunConfig) -> RunConfig:
     return dense
 
 
-def _origin(dense: RunConfig, config: RunConfig) -> str:
-    """What a mask was cut from: the settings of phase 1, wherever it lies, and the sparsity."""
-    settings = dense.to_dict()
+def _origin(dense: RunConfig, config: RunConfig, world: int) -> str:
+    """What a mask was cut from: phase 1's settings, rows and base by their content, wherever they lie; and the sparsity."""
+    settings, base = dense.to_dict(), find_path(dense.model.llm.path)
     del settings["training"]["output_dir"]
-    text = json.dumps([settings, config.adapter.sparsity or SPARSITY], sort_keys=True)
+    rows = [described(dense, entry) for entry in (*dense.data.train, *dense.data.validation)]
+    weights = fingerprint(base) if base.is_dir() else None
+    text = json.dumps([settings, rows, weights, world, config.adapter.sparsity or SPARSITY], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

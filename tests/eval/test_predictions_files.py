@@ -307,10 +307,12 @@ def test_nameless_rows_are_paired_in_order(tmp_path: Path) -> None:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def test_the_script_is_one_json_object_and_loads_no_torch(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", [pope(0), pope(1, "\ud800 да")])
+@pytest.mark.parametrize("benchmark", ["pope", "asr"])
+def test_the_script_is_one_json_object_and_loads_no_torch(tmp_path: Path, benchmark: str) -> None:
+    spoken = {"audio_filepath": "a.wav", "text": "two dogs", "pred_text": "two dog"}
+    path = write(tmp_path / "p.jsonl", [pope(0), pope(1, "\ud800 да")] if benchmark == "pope" else [spoken])
     code = "import sys; from eval.score import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
-    command = [sys.executable, "-c", code, "pope", "--predictions", str(path), "--json"]
+    command = [sys.executable, "-c", code, benchmark, "--predictions", str(path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -359,3 +361,52 @@ def test_names_as_people_write_them() -> None:
     names = [find_benchmark(name).name for name in written]
     assert names[:2] == ["ave", "music_avqa"]
     assert names[5:] == ["seed_bench", "seed_bench", "mmau", "air_bench", "librispeech"]
+
+
+# ---- annotations whose files have equal names ------------------------------------------------------------------------
+
+
+def test_recordings_of_one_name_in_several_folders_are_told_apart(tmp_path: Path) -> None:
+    rows = [{"audio_filepath": f"spk{k}/001.wav", "text": word} for k, word in enumerate(("one", "two", "three"))]
+    manifest = write(tmp_path / "manifest.jsonl", rows)
+    said = [{**rows[k], "pred_text": rows[k]["text"], "audio_filepath": f"/data/spk{k}/001.wav"} for k in (2, 0, 1)]
+    result = score("asr", write(tmp_path / "p.jsonl", said), annotations=manifest)
+    assert (result["score"], result["missing"], result["extra"]) == (0.0, 0, 0)
+
+
+def ave(video: str, name: str, start: int, end: int) -> dict[str, Any]:
+    return {
+        "instruction": "?", "video_path": f"AVE/{video}.mp4", "output": f"event:{name} start_time:{start} end_time:{end}</s>",
+        "predict": f"<event> {name} </event> <range> {start},{end - 1} </range>",
+    }  # fmt: skip
+
+
+def test_two_events_of_one_clip_go_by_their_truth_and_a_repeated_row_is_a_duplicate(tmp_path: Path) -> None:
+    listed = tmp_path / "testSet.txt"
+    listed.write_text("Bark&one&good&0&4\nCat&one&good&5&9\n")
+    second = ave("one", "Cat", 5, 9)
+    result = score("ave", write(tmp_path / "p.jsonl", [second, second, ave("one", "Bark", 0, 4)]), annotations=listed)
+    assert (result["score"], result["duplicates"], result["missing"]) == (1.0, 1, 0)
+
+
+def test_every_clip_of_the_test_list_counts_and_other_splits_are_told(tmp_path: Path) -> None:
+    lines = "".join(f"Bark&clip{k}&good&0&10\n" for k in range(10))
+    predictions = write(tmp_path / "p.jsonl", [ave(f"clip{k}", "Bark", 0, 10) for k in range(4)])
+    for name in ("testSet.txt", "Annotations.txt"):
+        (tmp_path / name).write_text(lines)
+    test = score("ave", predictions, annotations=tmp_path / "testSet.txt")
+    assert (test["missing"], test["score"]) == (6, pytest.approx(0.4))
+    whole = score("ave", predictions, annotations=tmp_path / "Annotations.txt")
+    assert (whole["missing"], whole["score"]) == (0, 1.0)
+    assert "6 annotations have no row: taken for other splits" in whole["problems"][0]
+
+
+def test_a_question_without_its_options_finds_its_annotation(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"What is {k}?", "choices": ["cat", "dog"], "answer": "B", "image": "one.png"}
+        for k in ("this", "that")
+    ]
+    said = [{"image_path": "one.png", "question": row["question"], "answer": "B", "output": ["B"]} for row in rows]
+    own = write(tmp_path / "own.jsonl", rows)
+    result = score("multiple_choice", write(tmp_path / "p.jsonl", said), annotations=own)
+    assert (result["score"], result["missing"], result["extra"]) == (1.0, 0, 0)

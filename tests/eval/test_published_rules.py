@@ -282,6 +282,7 @@ OPTIONS = ["a cat", "the dog", "A minor", "B minor"]
         ("It is option C because", "C", "C"),
         ("it must be (D)", "D", "E"),
         ("(A) or (B)", None, None),
+        ("Answer: B or C", None, "B"),
         ("banana b ", None, "A"),
         ("Because it is red", None, "E"),
         ("I think B", None, None),
@@ -302,6 +303,21 @@ def test_letters(text: str, strict: str | None, official: str | None) -> None:
 )
 def test_options_by_their_text(text: str, letter: str | None) -> None:
     assert choose(text, OPTIONS) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "letter"),
+    [
+        ("A dog", ["cat", "dog"], "B"),  # an article
+        ("The answer is A cat", ["dog", "cat"], "B"),
+        ("A cat", ["cat", "dog"], "A"),
+        ("A man is walking", ["cat", "dog"], "A"),  # names none of them
+        ("A) dog", ["cat", "dog"], "A"),
+        ("A", ["cat", "dog"], "A"),
+    ],
+)
+def test_a_capital_a_may_be_an_article(text: str, options: list[str], letter: str) -> None:
+    assert choose(text, options) == letter
 
 
 @given(st.text(max_size=40))

@@ -305,6 +305,16 @@ class TestSiblings:
                 nn.init.normal_(parameter, std=0.3)
         return model.train()
 
+    def test_inference_mode_computes_what_no_grad_does(self) -> None:
+        model = self.llm().eval()
+        set_routing(model, Routing(self.IDS, self.KEYS))
+        x = torch.randn(2, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            expected = model(inputs_embeds=x).logits
+        with torch.inference_mode():
+            found = model(inputs_embeds=x.clone()).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
     def gradients(self, model: nn.Module, fast: bool = True) -> dict[str, Tensor]:
         model.zero_grad()
         set_routing(model, Routing(self.IDS, self.KEYS))
