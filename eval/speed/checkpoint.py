@@ -20,8 +20,9 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 from torch import nn
 
 from eval.printing import stdout_kept_clean
+from eval.speed.timing import in_turns
 from mokamm.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,20 +113,15 @@ def measure(config_path: str, method: str, rounds: int) -> dict[str, dict[str, f
             ("adapter", "mokamm"): ours(alone, config, folders["adapter", "mokamm"]),
             ("adapter", "trainer"): trainers(alone.llm, folders["adapter", "trainer"]),
         }
-        seconds = _in_turns(saves, rounds)
+        steps = {name: count(1) for name in saves}  # a checkpoint of its own each time
+        calls = {name: partial(_next, save, steps[name]) for name, save in saves.items()}
+        seconds = {name: statistics.median(times) for name, times in in_turns(calls, rounds).items()}
         size = {name: _bytes(folder / f"checkpoint-{rounds + 1}") for name, folder in folders.items()}
     return {what: _beside(what, seconds, size) for what in ("whole", "adapter")}
 
 
-def _in_turns(saves: dict[tuple[str, str], Save], rounds: int) -> dict[tuple[str, str], float]:
-    """Median seconds of each; a first round imports and warms up."""
-    times: dict[tuple[str, str], list[float]] = {name: [] for name in saves}
-    for step in range(1, rounds + 2):
-        for name, save in saves.items():
-            began = time.perf_counter()
-            save(step)
-            times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+def _next(save: Save, steps: Iterator[int]) -> None:
+    save(next(steps))
 
 
 def _beside(what: str, seconds: dict[tuple[str, str], float], size: dict[tuple[str, str], int]) -> dict[str, float]:

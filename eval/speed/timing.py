@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import torch
 
+Name = TypeVar("Name", bound=Hashable)
+
 
 def in_turns(
-    functions: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
+    functions: Mapping[Name, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[Name, list[float]]:
     """Each function once to warm up, then `repeats` rounds of all of them: seconds per call, by name, in order.
 
     clock: time.process_time counts this process's own work, on a CPU that others use too.
@@ -18,7 +21,7 @@ def in_turns(
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for function in functions.values():
         function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[Name, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             wait()

@@ -376,7 +376,8 @@ def test_recordings_of_one_name_in_several_folders_are_told_apart(tmp_path: Path
 
 def ave(video: str, name: str, start: int, end: int) -> dict[str, Any]:
     return {
-        "instruction": "?", "video_path": f"AVE/{video}.mp4", "output": f"event:{name} start_time:{start} end_time:{end}</s>",
+        "instruction": "?", "video_path": f"AVE/{video}.mp4",
+        "output": f"event:{name} start_time:{start} end_time:{end}</s>",
         "predict": f"<event> {name} </event> <range> {start},{end - 1} </range>",
     }  # fmt: skip
 
