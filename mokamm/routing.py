@@ -249,7 +249,17 @@ class RoutingContext:
     """The routing of the current batch, shared by a tuner and all of its layers."""
 
     def __init__(self) -> None:
-        self.routing: Routing | None = None
+        self.routing = None
+
+    @property
+    def routing(self) -> Routing | None:
+        return self._routing
+
+    @routing.setter
+    def routing(self, routing: Routing | None) -> None:
+        self._routing = routing
+        ids = None if routing is None else routing.modality_ids
+        self.steps_are_text = ids is None or ids.shape[1] > 1  # of an input (B,1,D): the next token of each row
 
     def look_up(self, x: Tensor) -> Routing | None:
         """The routing for a layer's input (B,T,D) or, flattened by some LLMs, (B*T,D); None where all of it is text.
@@ -260,7 +270,7 @@ class RoutingContext:
         Raises:
             AdapterError: several tokens without a routing, or with one of another shape.
         """
-        routing = self.routing
+        routing = self._routing
         if routing is not None:
             ids = routing.modality_ids
             if ids is None:
@@ -289,12 +299,6 @@ class RoutingContext:
             "the routing of this very batch, padding included, before each forward (rows repeated for beams are "
             "understood, without gradients); a chat prefills each turn anew instead of going on from a cache."
         )
-
-    def is_text_step(self, x: Tensor) -> bool:
-        """Whether a layer's input (B,1,D) is the next token of each row, which is text."""
-        if x.dim() != 3 or x.shape[1] != 1:
-            return False
-        return self.routing is None or self.routing.modality_ids is None or self.routing.modality_ids.shape[1] > 1
 
     def checkpoint_contexts(self) -> tuple[Restored, Restored]:
         """`context_fn` for torch's non-reentrant checkpoint: recompute under the routing of this forward."""

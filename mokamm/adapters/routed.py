@@ -143,8 +143,12 @@ class RoutedLinear(TunerLayer):
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.folds and not self.training and self.context.is_text_step(x):
-            return self._folded_step(x, *args, **kwargs)
+        if self.folds and not self.training and self.context.steps_are_text and x.dim() == 3 and x.size(1) == 1:
+            base = self._modules["base_layer"]  # W holds the text path; in few calls, so that decoding costs the base's
+            if not _is_bare(base, nn.Linear):
+                return self.base_layer(x, *args, **kwargs)
+            own = base._parameters  # type: ignore[union-attr]
+            return nn.functional.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.moka_A]
         if not names:
             return self.base_layer(x, *args, **kwargs)
@@ -231,14 +235,6 @@ class RoutedLinear(TunerLayer):
     def _factor(self, name: str, factor: str) -> nn.Module:
         """self.moka_A[name] or self.moka_B[name], without the detours of attributes: every layer asks every step."""
         return self._modules[factor]._modules[name]  # type: ignore[union-attr, return-value]
-
-    def _folded_step(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer alone, whose weight holds the text path. So short that decoding costs what the base costs."""
-        base = self._modules["base_layer"]
-        if not _is_bare(base, nn.Linear):
-            return self.base_layer(x, *args, **kwargs)
-        own = base._parameters  # type: ignore[union-attr]
-        return nn.functional.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
 
     # -- the plain path --
 
