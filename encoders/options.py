@@ -7,18 +7,19 @@ with a range `Annotated[int, Field(ge=1)]`, read by pydantic without any convers
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 from encoders.errors import nearest
 
 
-def option_problems(cls: type, options: Mapping[str, Any]) -> list[str]:
-    """What is wrong with `options` as keyword arguments of `cls`, one message for each; empty: nothing."""
+def option_problems(made_by: Callable[..., Any], options: Mapping[str, Any]) -> list[str]:
+    """What is wrong with `options` as keyword arguments of a class or function, one message for each; empty: nothing."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    annotations = get_type_hints(cls.__init__, include_extras=True)  # type: ignore[misc]
-    known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    function = made_by.__init__ if isinstance(made_by, type) else made_by  # type: ignore[misc]
+    annotations = get_type_hints(function, include_extras=True)
+    known = [p.name for p in inspect.signature(made_by).parameters.values() if p.kind is p.KEYWORD_ONLY]
     problems = []
     for option, value in options.items():
         if option not in known:

@@ -1,37 +1,50 @@
 """Ask a model all rows of a benchmark, in batches of like length, and put the answers where the questions stood.
 
-Rows are sorted by what their length can be known from without opening media (kinds and number of media, then letters of
-text), longest first, so that a batch holds little padding and memory runs out at once or never. A batch that a bad row
-breaks is halved until the row is found; it keeps its reason and earns nothing, the others are answered. Cost: one
-generation a batch, log2(batch) more for a bad row.
+Rows are sorted by their number of tokens, media counted in, longest first: a batch holds little padding, and memory runs
+out at once or never. What is in a batch depends on the rows and the batch size alone, so that neither a kill and a resume
+nor the number of ranks changes what the model computes; batches are dealt to the ranks in turn. A batch that a bad row
+breaks is halved until the row is found; it keeps its reason and earns nothing, the others are answered.
+
+Cost: one generation a batch, log2(batch) more for a bad row.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from data.schema import BadSample, Sample
 from eval.benchmarks.base import Row
 
 Ask = Callable[[list[Sample]], list[str]]
+Length = Callable[[Sample], Any]  # sorts samples
 
 
-def length(sample: Sample) -> tuple[Any, ...]:
-    """Sorts samples by expected length without opening a file."""
-    kinds = tuple(sorted(media.modality for media in sample.media))
-    return len(kinds), kinds, sum(len(message.text) for message in sample.prompt)
-
-
-def answer_rows(ask: Ask, rows: list[Row], batch_size: int, label: str = "") -> None:
-    """Fill in `prediction`, or `error`, of every row that can be asked; `ask` answers a batch of samples."""
+def make_batches(rows: Sequence[Row], batch_size: int, length: Length) -> list[list[Row]]:
+    """The rows that can be asked, longest first."""
     open_rows = [row for row in rows if row.sample is not None and row.error is None]
     open_rows.sort(key=lambda row: length(row.sample), reverse=True)  # type: ignore[arg-type]
-    batches = [open_rows[start : start + batch_size] for start in range(0, len(open_rows), batch_size)]
-    for batch in progress(batches, len(open_rows), label):
+    return [open_rows[start : start + batch_size] for start in range(0, len(open_rows), batch_size)]
+
+
+def remaining(
+    batches: Sequence[Sequence[Row]], answered: Collection[int], rank: int = 0, world: int = 1
+) -> list[list[Row]]:
+    """What is left of the batches for one of `world` ranks; answered: indices of rows that have their answer."""
+    left = [[row for row in batch if row.index not in answered] for batch in batches]
+    return [batch for batch in left if batch][rank::world]
+
+
+def answer_batches(
+    ask: Ask, batches: Sequence[list[Row]], keep: Callable[[Sequence[Row]], None], label: str | None = ""
+) -> None:
+    """Fill in `prediction`, or `error`, of every row; `ask` answers a batch of samples, `keep` stores it. label: of the
+    progress; None: none is shown."""
+    for batch in batches if label is None else progress(batches, sum(map(len, batches)), label):
         _answer(ask, batch)
+        keep(batch)
 
 
 def _answer(ask: Ask, batch: list[Row]) -> None:

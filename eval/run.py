@@ -1,17 +1,24 @@
 """Let a trained run answer a benchmark, score the answers, keep both.
 
-    python eval/run.py BENCHMARK|all RUN [--limit N] [--control blind|shuffle|base|adapter:NAME] [--json]
+    [deepspeed|python] eval/run.py BENCHMARK|all RUN [--limit N] [--control blind|shuffle|base|adapter:NAME] [--json]
 
-    RUN/config.yaml --> jobs (which benchmark, which files) --> model, loaded once --> answers --> metrics
-    RUN/predictions/BENCHMARK[.CONTROL].jsonl            one line a row, in the order of the annotation file
-    RUN/predictions/BENCHMARK[.CONTROL].metrics.json     score, interval, counts, settings; shares lie between 0 and 1
+    RUN/config.yaml --> jobs (which benchmark, which files) --> model, loaded once --> answers --> metrics --> report
+    RUN/predictions/NAME[.CONTROL].jsonl            one line a row, in the order of the annotation file
+    RUN/predictions/NAME[.CONTROL].metrics.json     score, interval, counts, settings; shares lie between 0 and 1
+    RUN/report/                                     report.md with plots; examples/NAME[.CONTROL].html
 
 Where the annotation files lie is said by the run's `evaluation.benchmarks`, or by --path and --media-dir for one
 benchmark. Decoding is greedy. All rows count; what cannot be read or parsed is wrong and counted. With --json, standard
 output holds exactly one object: the metrics of the one benchmark, or {"run", "control", "benchmarks": {name: metrics}}
-for `all`. Everything else goes to standard error.
+for several. Everything else goes to standard error.
 
-Cost: the model is loaded once; media pass the frozen encoders once a clip where the run has a feature cache.
+Answers are kept as they come (eval/journal.py): after a kill the same command goes on from them, also with another
+number of processes; once it has finished, the same command begins anew. Under a launcher the rows are divided over the
+ranks (eval/ranks.py), and rank 0 scores, writes and prints.
+
+Exit codes: 0 done; 2 a mistake told in one message; 75 another rank went away, the same command goes on.
+
+Cost: the model is loaded once by each rank; media pass the frozen encoders once a clip where the run has a feature cache.
 """
 
 from __future__ import annotations
@@ -29,28 +36,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.schema import Sample, UserError
-from eval.benchmarks import BENCHMARKS, Benchmark, Row, find_benchmark
+from eval.benchmarks import BENCHMARKS, Benchmark, Row
 from eval.controls import CONTROLS, Control
-from eval.generation import Ask, answer_rows
+from eval.generation import Ask, answer_batches, make_batches, remaining
+from eval.jobs import Job, plan_jobs
+from eval.journal import Journal, check_whole, digest_of, fill, rows_digest
 from eval.printing import print_metrics, stdout_kept_clean
-from mokamm.config import BenchmarkConfig, RunConfig, load_run_config
+from eval.ranks import check_alike, join, rank_here, told, world_here
+from mokamm.config import RunConfig, find_path, load_run_config
 from mokamm.mistakes import is_users
 
 if TYPE_CHECKING:
     from mokamm.model import MultimodalLM
+    from mokamm.training.launch import Ranks
 
 LIBRARIES = ("torch", "transformers", "peft")
 ROUTED = ("moka", "multi_lora", "lori_moka_d", "lori_moka_s")  # methods with a path for each modality
 
 
-@dataclass(frozen=True)
-class Job:
-    """One benchmark to run, with its files."""
+@dataclass
+class Work:
+    """A job with its rows, and where their answers are kept as they come."""
 
-    benchmark: Benchmark
-    path: Path
-    media_dir: Path
-    limit: int | None
+    job: Job
+    rows: list[Row]
+    stem: str  # of its files: name and control
+    journal: Journal
+    metrics: dict[str, Any] | None = None
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,7 +71,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Score a run on a benchmark.",
         epilog=f"benchmarks: {', '.join(BENCHMARKS)}",
     )
-    parser.add_argument("benchmark", help="a benchmark's name, or 'all': those of the run's evaluation.benchmarks")
+    parser.add_argument(
+        "benchmark", help="a benchmark's name, or that of an entry of the run's evaluation.benchmarks, or 'all' of them"
+    )
     parser.add_argument("run", type=Path, help="folder of a finished run (holds config.yaml and final/)")
     parser.add_argument("--limit", type=int, help="the first N rows only")
     parser.add_argument("--control", metavar="|".join(CONTROLS), help="the same rows with something taken away")
@@ -67,8 +81,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, help="default: evaluation.max_new_tokens of the run")
     parser.add_argument("--path", help="annotation file, instead of the one that the run names")
     parser.add_argument("--media-dir", help="folder of its media (default: that of --path)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the benchmark, such as circular=true"
+    )
     parser.add_argument("--base", help="the LLM's hub id or folder, where it is not where the run was trained")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    # the deepspeed launcher adds it
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for name in ("limit", "batch_size", "max_new_tokens"):
         value = getattr(args, name)
@@ -77,52 +96,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.media_dir and not args.path:
         parser.error("--media-dir goes with --path")
     return args
-
-
-# ---- what to run -----------------------------------------------------------------------------------------------------
-
-
-def plan_jobs(config: RunConfig, args: argparse.Namespace) -> list[Job]:
-    """The benchmarks asked for. Raises UserError for an unknown one, one without files, or files that are not there."""
-    if args.benchmark != "all":
-        args.benchmark = find_benchmark(args.benchmark).name
-    if args.path:
-        if args.benchmark == "all":
-            raise UserError("--path belongs to one benchmark; name it instead of 'all'")
-        entries = [BenchmarkConfig(benchmark=args.benchmark, path=str(Path(args.path).absolute()))]
-        entries[0].media_dir = args.media_dir or str(args.path if Path(args.path).is_dir() else Path(args.path).parent)
-    else:
-        entries = [entry for entry in config.evaluation.benchmarks if args.benchmark in ("all", entry.benchmark)]
-    if not entries:
-        named = ", ".join(entry.benchmark for entry in config.evaluation.benchmarks) or "none"
-        raise UserError(
-            f"the run names no files for '{args.benchmark}' (its evaluation.benchmarks: {named}); "
-            "add --path FILE and --media-dir FOLDER, or an entry {benchmark, path, media_dir} to RUN/config.yaml"
-        )
-    jobs = [_job(config, entry, args.limit) for entry in entries]
-    names = [job.benchmark.name for job in jobs]
-    if len(set(names)) < len(names):
-        raise UserError(
-            f"the run's evaluation.benchmarks name one benchmark twice ({', '.join(names)}); their files would collide"
-        )
-    return jobs
-
-
-def _job(config: RunConfig, entry: BenchmarkConfig, limit: int | None) -> Job:
-    benchmark = find_benchmark(entry.benchmark)
-    path, media_dir = config.locate(entry)
-    if not path.exists():
-        how = f"; {benchmark.home}" if benchmark.home else _how_to_make(config)
-        raise UserError(f"benchmark {benchmark.name}: no such annotation file: {path}{how}")
-    return Job(benchmark, path, media_dir, limit or entry.limit)
-
-
-def _how_to_make(config: RunConfig) -> str:
-    world = config.data.world
-    if world is None:
-        return ""
-    command = f"python -m data.miniworld --out {world.dir} --split test --num {world.test} --seed {world.seed}"
-    return f"; the run's miniature world is made by: {command}"
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -144,12 +117,12 @@ def check_control(config: RunConfig, control: Control) -> None:
         )
 
 
-def load_model(run: Path, config: RunConfig, control: Control, base: str | None) -> MultimodalLM:
+def load_model(run: Path, config: RunConfig, control: Control, base: str | None, device: Any) -> MultimodalLM:
     """The run's model, once for all benchmarks; under the control `base`, without anything that its stage 2 learned."""
     if control.kind != "base":
         from mokamm.model import MultimodalLM
 
-        return MultimodalLM.from_run(run, base=base)
+        return MultimodalLM.from_run(run, base=base, device=device)
     from mokamm.build import build_model, check_base
 
     plain = config.model_copy(deep=True)
@@ -159,7 +132,7 @@ def load_model(run: Path, config: RunConfig, control: Control, base: str | None)
     check_base(plain, named=base is not None)
     if plain.data.cache and not Path(plain.data.cache.dir).is_dir():
         plain.data.cache = None  # as from_run has it: a run that has moved starts no cache where it is now
-    return build_model(plain)
+    return build_model(plain, device)
 
 
 # ---- one benchmark ---------------------------------------------------------------------------------------------------
@@ -178,16 +151,6 @@ def asker(model: MultimodalLM, config: RunConfig, job: Job, control: Control, ma
     return ask
 
 
-def load_rows(job: Job, control: Control) -> list[Row]:
-    """The rows of a job, with the samples that the model is asked under the control."""
-    rows = job.benchmark.load(job.path, job.limit)
-    readable = [row for row in rows if row.sample is not None]
-    asked = control.apply([row.sample for row in readable if row.sample])
-    for row, sample in zip(readable, asked, strict=True):
-        row.sample = sample
-    return rows
-
-
 def write_results(folder: Path, stem: str, benchmark: Benchmark, rows: list[Row], metrics: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(benchmark.to_json(row), ensure_ascii=False) for row in rows)
@@ -202,37 +165,132 @@ def _write(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Everything behind the command line; metrics by benchmark."""
+def settings_of(args: argparse.Namespace, config: RunConfig, job: Job, rows: list[Row], control: Control) -> dict:
+    """All that changes the answers, for the journal; the batch size does not."""
+    from mokamm.weights import fingerprint, trained_fingerprint
+
+    base = args.base or config.model.llm.path
+    folder = find_path(base)
+    return {
+        "weights": trained_fingerprint(args.run / "final"),
+        "config": digest_of({k: v for k, v in config.to_dict().items() if k not in ("evaluation", "versions")}),
+        "base": fingerprint(folder) if folder.is_dir() else f"{base} {config.model.llm.revision}",
+        "benchmark": job.benchmark.name,
+        "rows": rows_digest(rows),
+        "media_dir": str(job.media_dir.absolute()),
+        "limit": job.limit,
+        "options": job.options,
+        "control": control.name,
+        "max_new_tokens": args.max_new_tokens or config.evaluation.max_new_tokens,
+        "decoding": "greedy",
+        "versions": {name: metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def evaluate(args: argparse.Namespace) -> list[Work]:
+    """Everything behind the command line but the report: each benchmark answered, scored, written (by rank 0)."""
     config = load_run_config(args.run)
     control = Control.named(args.control, config.model.modality_names)
     check_control(config, control)
-    work = [(job, load_rows(job, control)) for job in plan_jobs(config, args)]
-    batch_size = args.batch_size or config.evaluation.batch_size
-    max_new_tokens = args.max_new_tokens or config.evaluation.max_new_tokens
-    model = load_model(args.run, config, control, args.base)
-    results = {}
-    for job, rows in work:
-        start = time.monotonic()
-        label = job.benchmark.name + control.suffix
-        # folded as in chat: the same sample gets the same answer; but a path that is switched off cannot be folded in
-        with nullcontext() if control.kind == "adapter" else model.folded():
-            answer_rows(asker(model, config, job, control, max_new_tokens), rows, batch_size, label)
-        settings = {
-            "run": str(args.run),
-            "annotations": str(job.path),
-            "limit": job.limit,
-            "batch_size": batch_size,
-            "max_new_tokens": max_new_tokens,
-            "decoding": "greedy",
-            "seconds": round(time.monotonic() - start, 2),
-            "versions": {name: metadata.version(name) for name in LIBRARIES},
-        }
-        metrics = {**job.benchmark.score(rows), "control": control.name, "settings": settings}
-        write_results(args.run / "predictions", label, job.benchmark, rows, metrics)
-        warn_of_bad_rows(job.benchmark.name, rows)
-        results[job.benchmark.name] = metrics
-    return results
+    loaded = [(job, job.load(control)) for job in plan_jobs(config, args)]
+    ranks = join(config)
+    with told(ranks):
+        works = prepare(args, config, control, loaded, ranks)
+        model = load_model(args.run, config, control, args.base, ranks.device)
+        for work in works:
+            answer(args, config, control, work, model, ranks)
+        ranks.barrier()
+    for work in works if ranks.main else []:
+        work.journal.remove()
+    return works
+
+
+def prepare(
+    args: argparse.Namespace, config: RunConfig, control: Control, loaded: list[tuple[Job, list[Row]]], ranks: Ranks
+) -> list[Work]:
+    """Journals for all jobs, the same on every rank; what lies about of other settings is told."""
+    from mokamm.training.launch import check_shared
+
+    predictions = args.run / "predictions"
+    works = []
+    for job, rows in loaded:
+        stem = job.name + control.suffix
+        journal = Journal(predictions, stem, settings_of(args, config, job, rows, control))
+        works.append(Work(job, rows, stem, journal))
+    check_alike(ranks, {f"{work.stem} {key}": value for work in works for key, value in work.journal.settings.items()})
+    if ranks.main:
+        predictions.mkdir(parents=True, exist_ok=True)
+        for note in [note for work in works for note in work.journal.others()]:
+            print(note, file=sys.stderr)
+    ranks.barrier()
+    check_shared(predictions, ranks, "the run folder")
+    return works
+
+
+def answer(
+    args: argparse.Namespace, config: RunConfig, control: Control, work: Work, model: MultimodalLM, ranks: Ranks
+) -> None:
+    """This rank's share of a job; then, on rank 0, the whole of it is scored and written."""
+    start = time.monotonic()
+    job, rows, journal = work.job, work.rows, work.journal
+    settings = {"batch_size": args.batch_size or config.evaluation.batch_size}
+    batches = make_batches(rows, settings["batch_size"], model.processor.estimate_length)
+    before = ranks.shared(journal.read)
+    if before and ranks.main:
+        print(f"{work.stem}: {len(before)} of {len(rows)} rows were answered before a stop", file=sys.stderr)
+    ask = asker(model, config, job, control, journal.settings["max_new_tokens"])
+    share = f" (rank 0 of {ranks.world})" if ranks.world > 1 else ""
+    # folded as in chat: the same sample gets the same answer; but a path that is switched off cannot be folded in
+    with nullcontext() if control.kind == "adapter" else model.folded():
+        answer_batches(
+            ask,
+            remaining(batches, before, ranks.rank, ranks.world),
+            lambda batch: journal.add(batch, ranks.rank),
+            work.stem + share if ranks.main else None,
+        )
+    journal.close()
+    ranks.barrier()
+    if not ranks.main:
+        return
+    answers = journal.read()
+    check_whole(rows, answers)
+    fill(rows, answers)
+    settings |= {"ranks": ranks.world, "answered_before": len(before), "seconds": round(time.monotonic() - start, 2)}
+    work.metrics = score(args, work, settings)
+    write_results(args.run / "predictions", work.stem, job.benchmark, rows, work.metrics)
+    warn_of_bad_rows(job.name, rows)
+
+
+def score(args: argparse.Namespace, work: Work, settings: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of an answered job, with the settings that they were reached under."""
+    job, journalled = work.job, work.journal.settings
+    known = {key: journalled[key] for key in ("limit", "options", "max_new_tokens", "decoding", "versions")}
+    settings = {"run": str(args.run), "annotations": str(job.path), **known, **settings}
+    metrics = {**job.benchmark.score(work.rows), "control": journalled["control"], "settings": settings}
+    return {"name": job.name, **metrics}
+
+
+def run(args: argparse.Namespace, report: bool = False) -> dict[str, dict[str, Any]]:
+    """The metrics by name; empty but on rank 0. report: write the run's report anew, and pages of examples."""
+    works = evaluate(args)
+    if report and rank_here() == 0:
+        write_pages(args.run, works)
+    return {work.job.name: work.metrics for work in works if work.metrics is not None}
+
+
+def write_pages(run_folder: Path, works: list[Work]) -> None:
+    """A page of examples for each benchmark, and report.md, which links them."""
+    from eval.examples import Subject, write_examples
+    from mokamm.build import media_loader
+    from mokamm.report import write_report
+
+    config = load_run_config(run_folder)
+    for work in works:
+        job = work.job
+        loader = media_loader(job.media_dir, config.data.limits, config.data.allow_outside)
+        subject = Subject(job.benchmark, job.name, (work.metrics or {})["control"], work.metrics or {})
+        write_examples(run_folder / "report" / "examples" / f"{work.stem}.html", subject, work.rows, loader)
+    write_report(run_folder)
 
 
 def warn_of_bad_rows(name: str, rows: list[Row]) -> None:
@@ -248,25 +306,37 @@ def warn_of_bad_rows(name: str, rows: list[Row]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        with stdout_kept_clean(args.json):
-            results = run(args)
+        with stdout_kept_clean(args.json or rank_here() > 0):
+            results = run(args, report=True)
     except Exception as error:
         if not is_users(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        tell(error)
+        return getattr(error, "exit_code", 2)
+    if rank_here() > 0:
+        return 0
     if args.json:
         one = results.get(args.benchmark)
-        print(
-            json.dumps(
-                one or {"run": str(args.run), "control": args.control, "benchmarks": results}, ensure_ascii=False
-            )
-        )
+        several = {"run": str(args.run), "control": args.control, "benchmarks": results}
+        print(json.dumps(one or several, ensure_ascii=False))
     else:
         print_metrics(results, str(args.run) + (f", control: {args.control}" if args.control else ""))
-        print(f"predictions and metrics: {args.run / 'predictions'}")
+        print(f"predictions and metrics: {args.run / 'predictions'}\nreport: {args.run / 'report' / 'report.md'}")
     return 0
 
 
+def tell(error: Exception) -> None:
+    """A rank's mistake; mostly all ranks find the same, and rank 0's word ends the command before the others speak."""
+    rank = rank_here()
+    if rank:
+        time.sleep(3)
+    print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if world_here() > 1:  # peers may wait for this one, and threads of gloo now and then abort in the interpreter's end
+        from mokamm.training.launch import leave
+
+        leave(code)
+    sys.exit(code)

@@ -189,6 +189,12 @@ class AdapterConfig(Section):
         return self
 
 
+def _options_only(options: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    if own := [name for name in options if name in section.model_fields]:
+        raise ValueError(f"'{own[0]}' is a key beside `options`, not one of them")
+    return options
+
+
 class SourceConfig(Section):
     """One annotation file. path and media_dir: see `locate`. limit: the first rows only; weight 0.5: half of the rows
     in an epoch, 2: all of them twice."""
@@ -204,9 +210,7 @@ class SourceConfig(Section):
     @field_validator("options")
     @classmethod
     def _no_keys_of_its_own(cls, options: dict[str, Any]) -> dict[str, Any]:
-        if own := [name for name in options if name in cls.model_fields]:
-            raise ValueError(f"'{own[0]}' is a key beside `options`, not one of them")
-        return options
+        return _options_only(options, cls)
 
 
 class WorldConfig(Section):
@@ -323,10 +327,20 @@ class TrainingConfig(Section):
 
 
 class BenchmarkConfig(Section):
+    """One annotation file of a benchmark. name: what its results are called, if not as the benchmark; options: checked
+    by the benchmark when it is run."""
+
     benchmark: Annotated[str, _one_of(names.BENCHMARKS, "benchmark")]
     path: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
     media_dir: str | None = None
     limit: Positive | None = None
+    options: dict[str, Any] = {}
+
+    @field_validator("options")
+    @classmethod
+    def _no_keys_of_its_own(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return _options_only(options, cls)
 
 
 class EvaluationConfig(Section):

@@ -1,5 +1,5 @@
 """The report of a run: report/report.md with loss_plot.png, accuracy.png and speed.png, from metrics.jsonl and
-predictions/.
+predictions/; it links the pages of examples that the evaluation has left in report/examples/.
 
     python -m mokamm.report RUN        writes it again, also while the run is going on
 
@@ -24,19 +24,22 @@ Result = dict[str, Any]
 
 
 def write_report(run: str | Path) -> Path:
-    """Write report/ and return the path of report.md. UserError where the run has no metrics yet."""
+    """Write report/ and return the path of report.md. UserError where nothing was trained or evaluated yet.
+
+    A run that came without its metrics.jsonl has the part of the evaluation only.
+    """
     run = Path(run)
-    records = read_metrics(run / "metrics.jsonl")
+    records, results = read_metrics(run / "metrics.jsonl"), read_results(run)
     train, validation = _of(records, "train"), _of(records, "validation")
-    if not train:
+    if not train and not results:
         raise UserError(
             f"{run}/metrics.jsonl holds no training step: give the folder of a run that has logged at least one"
         )
-    results = read_results(run)
     folder = run / "report"
     folder.mkdir(exist_ok=True)
-    plot_loss(train, validation, folder / "loss_plot.png")
-    plot_speed(train, folder / "speed.png")
+    if train:
+        plot_loss(train, validation, folder / "loss_plot.png")
+        plot_speed(train, folder / "speed.png")
     if results or validation:
         plot_accuracy(results, validation, folder / "accuracy.png")
     (folder / "report.md").write_text("\n".join(_page(run, records, results)) + "\n")
@@ -55,8 +58,10 @@ def read_results(run: Path) -> list[Result]:
             result = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}); delete it, or run eval/run.py again") from None
-        found.append({"control": None, "metrics": {}, "interval": None, "unparsed": None, "scale": "share", **result})
-    return sorted(found, key=lambda r: (r["benchmark"], r["control"] or ""))
+        plain: Result = {"control": None, "metrics": {}, "interval": None, "unparsed": None, "scale": "share"}
+        page = Path("examples") / f"{path.name.removesuffix('.metrics.json')}.html"
+        found.append({**plain, "name": result["benchmark"], "examples": page, **result})
+    return sorted(found, key=lambda r: (r["name"], r["control"] or ""))
 
 
 def results_table(results: list[Result]) -> list[str]:
@@ -68,9 +73,7 @@ def results_table(results: list[Result]) -> list[str]:
         interval = " - ".join(f"{times * end:.1f}" for end in r["interval"] or ())
         more = ", ".join(f"{_name(name)} {_number(value)}" for name, value in _numbers(r["metrics"]))
         unread = "" if r["unparsed"] is None else r["unparsed"]
-        lines.append(
-            f"| {r['benchmark']} | {r['control'] or ''} | {r['rows']} | {score} | {interval} | {unread} | {more} |"
-        )
+        lines.append(f"| {r['name']} | {r['control'] or ''} | {r['rows']} | {score} | {interval} | {unread} | {more} |")
     return lines
 
 
@@ -82,7 +85,7 @@ def breakdown_tables(result: Result) -> list[str]:
         rows = {group: _numbers(found) for group, found in grouped if _numbers(found)}
         if rows:
             measures = list(dict.fromkeys(name for found in rows.values() for name, _ in found))
-            lines += ["", f"### {result['benchmark']}: {_name(table)}", ""]
+            lines += ["", f"### {result['name']}: {_name(table)}", ""]
             lines += [f"| | {' | '.join(_name(m) for m in measures)} |", "|---|" + "--:|" * len(measures)]
             for group, found in rows.items():
                 cells = dict(found)
@@ -111,13 +114,35 @@ def _number(value: float) -> str:
 
 
 def _page(run: Path, records: list[dict], results: list[Result]) -> list[str]:
-    train, validation, first = (_of(records, kind) for kind in ("train", "validation", "calibration"))
+    train, validation = (_of(records, kind) for kind in ("train", "validation"))
+    lines = [f"# {run.name}", "", *(_training(records) if train else [])]
+    if validation:
+        lines += ["| step | validation loss | answers exactly right |", "|--:|--:|--:|"]
+        lines += [f"| {r['step']} | {r['loss']:.4f} | {100 * r['accuracy']:.1f} % |" for r in validation]
+        lines += ["", "Right under teacher forcing: every token of the answer is the most probable one.", ""]
+    if results:
+        lines += ["## Evaluation", "", *results_table(results), ""]
+        lines += ["Scores are over all rows; an answer that cannot be read (unread) is wrong."]
+        pages = [r for r in results if (run / "report" / r["examples"]).is_file()]
+        if pages:
+            links = (f"[{r['examples'].stem}]({r['examples'].as_posix()})" for r in pages)
+            lines += ["", f"Right and wrong examples, with their media: {', '.join(links)}"]
+        lines += [line for r in results if not r["control"] for line in breakdown_tables(r)] + [""]
+    if results or validation:
+        lines += ["![accuracy](accuracy.png)", ""]
+    return [*lines, *(["## Speed and memory", "", "![speed](speed.png)"] if train else [])]
+
+
+def _training(records: list[dict]) -> list[str]:
+    train, first = (_of(records, kind) for kind in ("train", "calibration"))
     last, bad_steps = train[-1], len(_of(records, "bad_step"))
     seconds = sum(r["seconds"] for r in train)
     speed = sum(r["tokens_per_second"] * r["seconds"] for r in train) / max(seconds, 1e-9)
-    lines = [f"# {run.name}", "", "![loss](loss_plot.png)", ""]
-    lines += ["| training | |", "|---|---|"]
-    lines += [
+    return [
+        "![loss](loss_plot.png)",
+        "",
+        "| training | |",
+        "|---|---|",
         f"| steps | {last['step']} ({last['epoch']:.2f} epochs) |",
         f"| loss, last logged | {last['loss']:.4f} |",
         f"| time in steps | {duration(seconds)} |",
@@ -132,17 +157,6 @@ def _page(run: Path, records: list[dict], results: list[Result]) -> list[str]:
         *([f"| steps without an update | {bad_steps}; their rows: `bad_step` in metrics.jsonl |"] if bad_steps else []),
         "",
     ]
-    if validation:
-        lines += ["| step | validation loss | answers exactly right |", "|--:|--:|--:|"]
-        lines += [f"| {r['step']} | {r['loss']:.4f} | {100 * r['accuracy']:.1f} % |" for r in validation]
-        lines += ["", "Right under teacher forcing: every token of the answer is the most probable one.", ""]
-    if results:
-        lines += ["## Evaluation", "", *results_table(results), ""]
-        lines += ["Scores are over all rows; an answer that cannot be read (unread) is wrong."]
-        lines += [line for r in results if not r["control"] for line in breakdown_tables(r)] + [""]
-    if results or validation:
-        lines += ["![accuracy](accuracy.png)", ""]
-    return [*lines, "## Speed and memory", "", "![speed](speed.png)"]
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------
@@ -214,7 +228,7 @@ def plot_accuracy(results: list[Result], validation: list[dict], path: Path) -> 
         bars = results[::-1]
         figure, axes = plt.subplots(figsize=(8, 1.2 + 0.42 * len(bars)), layout="constrained")
         scores = [100 * (r["score"] or 0.0) for r in bars]
-        names = [r["benchmark"].replace("_", " ") + (f" · {r['control']}" if r["control"] else "") for r in bars]
+        names = [r["name"].replace("_", " ") + (f" · {r['control']}" if r["control"] else "") for r in bars]
         drawn = axes.barh(names, scores, color=[GREY if r["control"] else BLUE for r in bars], height=0.65)
         axes.bar_label(drawn, [f"{score:.1f}" for score in scores], padding=4)
         for y, r in enumerate(bars):

@@ -100,6 +100,17 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def trained_fingerprint(folder: Path) -> str:
+    """sha256 over what a folder of weights holds: its manifest, which loading compares, or (without one) its files."""
+    path = folder / MANIFEST
+    if path.is_file():
+        return sha256(path)
+    digest = hashlib.sha256()
+    for file in _files(folder):
+        digest.update(f"{file.relative_to(folder).as_posix()} {sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def share(path: Path) -> None:
     """Give a file the permissions of the user's umask: safetensors writes for its user alone, and a run may be shared."""
     mask = os.umask(0)

@@ -23,7 +23,7 @@ from data.sources import (
 )
 from data.sources.rows import Rows, existing
 
-__all__ = ["SOURCES", "Rows", "Source", "annotation_files", "is_there", "open_source"]
+__all__ = ["SOURCES", "Rows", "Source", "annotation_files", "is_there", "open_source", "reader_options"]
 
 
 class Source(NamedTuple):
@@ -70,16 +70,22 @@ def open_source(
     if source not in SOURCES:
         raise UserError(f"unknown data source '{source}'{nearest(source, SOURCES)}")
     kind = SOURCES[source]
-    known = [name for name in inspect.signature(kind.read).parameters if name not in ("path", "media_dir")]
+    known = reader_options(source)
     for name in options:
         if name not in known:
-            raise UserError(f"data source '{source}': unknown option '{name}'{nearest(name, [*known, 'strip_prefix'])}")
+            raise UserError(f"data source '{source}': unknown option '{name}'{nearest(name, known)}")
     if "media_dir" in inspect.signature(kind.read).parameters:
         options["media_dir"] = None if media_dir is None else Path(media_dir)
     path = Path(path)
     rows = kind.read(path if kind.hub else existing(path, source, folder=kind.folder is not None), **options)
     rows.strip_prefix = (strip_prefix,) if isinstance(strip_prefix, str) else tuple(strip_prefix or ())
     return rows if limit is None else rows.head(limit)
+
+
+def reader_options(source: str) -> list[str]:
+    """The options of a format's reader."""
+    own = [name for name in inspect.signature(SOURCES[source].read).parameters if name not in ("path", "media_dir")]
+    return [*own, "strip_prefix"]
 
 
 def is_there(source: str, path: Path) -> bool:

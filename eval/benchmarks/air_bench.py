@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from data.schema import Media, Sample
 from data.sources.index import array_rows
@@ -50,12 +50,12 @@ class AirBench(MultipleChoice):
         "Foundation_meta.json as the path and the folder as the media folder"
     )
 
-    def open(self, path: Path, tasks: str = "speech", **options: Any) -> Rows:
+    def open(self, path: Path, *, tasks: Literal["speech", "all"] = "speech", **options: Any) -> Rows:
         records = [value_of(raw) for raw in array_rows(path)]
         kept = records if tasks == "all" else [record for record in records if _is_speech(record)]
         return Rows(path, kept, partial(self.prompt, **options))
 
-    def prompt(self, record: Any, index: int, speech_as: str = "speech") -> Sample:
+    def prompt(self, record: Any, index: int, *, speech_as: str = "speech") -> Sample:
         row = record_of(record)
         task = text_of(row, "task_name")
         path = f"{task}_{text_of(row, 'dataset_name')}/{text_of(row, 'path')}"

@@ -44,7 +44,7 @@ class AudioCaps(Benchmark):
             clips.setdefault(key, {**line, "captions": []})["captions"].append(line["caption"] or "")
         return Rows(path, list(clips.values()), partial(self.prompt, **options))
 
-    def prompt(self, record: Any, index: int, name: str = "{youtube_id}.wav") -> Sample:
+    def prompt(self, record: Any, index: int, *, name: str = "{youtube_id}.wav") -> Sample:
         clip = text_of(record, "youtube_id")
         path = name.replace("{youtube_id}", clip).replace("{audiocap_id}", str(record.get("audiocap_id")))
         captions = [caption for caption in record["captions"] if caption.strip()]

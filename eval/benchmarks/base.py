@@ -25,14 +25,15 @@ from __future__ import annotations
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from data.schema import BadSample, Sample, UserError
-from data.sources import open_source
+from data.schema import BadSample, Sample, UserError, nearest
+from data.sources import open_source, reader_options
 from data.sources.rows import Rows
 from eval.benchmarks.fields import Fields
 from eval.intervals import bootstrap_interval
@@ -140,6 +141,27 @@ class Benchmark(ABC):
         source = self.open(path, **(options or {}))
         count = len(source) if limit is None else min(limit, len(source))
         return [self._row(source, index) for index in range(count)]
+
+    def option_problems(self, options: Mapping[str, Any]) -> list[str]:
+        """What is wrong with the `options` of an entry of evaluation.benchmarks, one message each.
+
+        A benchmark's options are the keyword-only arguments of its `open` and `prompt`, and those of the reader of its
+        annotation file.
+        """
+        from encoders.options import option_problems
+
+        known: dict[str, Any] = dict.fromkeys(reader_options(self.source) if self.source else ())
+        for function in (self.open, *([self.prompt] if hasattr(self, "prompt") else [])):
+            for parameter in signature(function).parameters.values():
+                if parameter.kind is parameter.KEYWORD_ONLY:
+                    known[parameter.name] = function
+        problems = []
+        for name, value in options.items():
+            if name not in known:
+                problems.append(f"has no option '{name}'" + (nearest(name, known) if known else "; it has none"))
+            elif known[name] is not None:
+                problems += option_problems(known[name], {name: value})
+        return problems
 
     def _row(self, source: Any, index: int) -> Row:
         try:

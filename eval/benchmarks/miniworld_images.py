@@ -16,7 +16,8 @@ from eval.benchmarks.yes_no import YesNo
 
 class MiniworldImages(YesNo):
     name = "miniworld_images"
+    source = "messages"
     home = ""
 
     def open(self, path: Path, **options: Any) -> Rows:
-        return open_source("messages", path, **options)
+        return open_source(self.source, path, **options)

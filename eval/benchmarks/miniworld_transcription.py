@@ -18,10 +18,11 @@ from eval.benchmarks.transcription import Asr
 class MiniworldTranscription(Asr):
     name = "miniworld_transcription"
     measure = "1 - word error rate"
+    source = "messages"
     home = ""
 
     def open(self, path: Path, **options: Any) -> Rows:
-        return open_source("messages", path, **options)
+        return open_source(self.source, path, **options)
 
     def normalised(self, row: Row, text: str) -> str:
         return normalise(text)

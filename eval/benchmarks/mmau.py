@@ -37,7 +37,7 @@ class Mmau(MultipleChoice):
         "folder that holds test-mini-audios/ as the media folder"
     )
 
-    def prompt(self, record: Any, index: int, speech_as: str = "audio") -> Sample:
+    def prompt(self, record: Any, index: int, *, speech_as: str = "audio") -> Sample:
         row = record_of(record)
         path = text_of(row, "audio_id").removeprefix("./")
         modality = speech_as if row.get("task") == "speech" else "audio"

@@ -44,14 +44,14 @@ class MmBench(MultipleChoice):
 
     truth_options: ClassVar[dict[str, Any]] = {"pictures": False}
 
-    def open(self, path: Path, circular: bool = False, **options: Any) -> Rows:
+    def open(self, path: Path, *, circular: bool = False, **options: Any) -> Rows:
         records = read_table(path, "\t", ("index", "question", "A", "B", "answer", "image"))
         if circular:
             records = [moved for record in records for moved in _passes(record)]
         return Rows(path, records, partial(self.prompt, folder=path.parent, stem=path.stem, **options))
 
     def prompt(
-        self, record: Any, index: int, folder: Path = Path(), stem: str = "mmbench", pictures: bool = True
+        self, record: Any, index: int, folder: Path = Path(), stem: str = "mmbench", *, pictures: bool = True
     ) -> Sample:
         choices = _choices(record)
         hint = (record.get("hint") or "").strip()

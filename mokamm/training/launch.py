@@ -92,8 +92,11 @@ class Ranks:
         return values
 
 
-def start(training: TrainingConfig) -> Ranks:
-    """Choose the device, fix the number of threads, join the process group, seed the generators."""
+def start(training: TrainingConfig, backend: str | None = None) -> Ranks:
+    """Choose the device, fix the number of threads, join the process group, seed the generators.
+
+    backend: of a group that DeepSpeed has no part in; None: nccl on GPUs, else gloo.
+    """
     import torch
 
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -118,7 +121,7 @@ def start(training: TrainingConfig) -> Ranks:
     if not cpu:
         torch.cuda.set_device(device)
     _threads()
-    grouped = _joined(training, cpu, launched)
+    grouped = _joined(training, cpu, launched, backend)
     seed_everything(training.seed)
     return Ranks(rank, local_rank, world, device, grouped, _hosts(world) if grouped else ())
 
@@ -139,8 +142,11 @@ def leave(code: int = 0) -> None:
         os._exit(code)
 
 
-def check_shared(folder: Path, ranks: Ranks) -> None:
-    """UserError, on every rank, where the run folder of some rank is not that of rank 0; every rank must call it."""
+def check_shared(folder: Path, ranks: Ranks, named: str = "training.output_dir") -> None:
+    """UserError, on every rank, where the run folder of some rank is not that of rank 0; every rank must call it.
+
+    named: what the message calls the folder.
+    """
     if ranks.world == 1 or not ranks.grouped:
         return
     mark = folder / ranks.shared(lambda: f".seen-by-all-{uuid.uuid4().hex}")
@@ -154,7 +160,7 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     hosts = sorted({ranks.hosts[rank][0] for rank, count in enumerate(found) if count})
     if hosts:
         raise UserError(
-            f"training.output_dir: {folder} on {', '.join(hosts)} is not the folder that rank 0 writes to "
+            f"{named}: {folder} on {', '.join(hosts)} is not the folder that rank 0 writes to "
             f"on {ranks.hosts[0][0]}; all hosts must share it (and data.world, data.cache): name a path on common storage"
         )
 
@@ -229,12 +235,12 @@ def _own_host() -> tuple[str, str]:
             return socket.gethostname(), "127.0.0.1"
 
 
-def _joined(training: TrainingConfig, cpu: bool, launched: bool) -> bool:
+def _joined(training: TrainingConfig, cpu: bool, launched: bool, backend: str | None) -> bool:
     """`_join`, with one message where the other ranks do not come."""
     import torch.distributed as dist
 
     try:
-        return _join(training, cpu, launched)
+        return _join(training, cpu, launched, backend)
     except dist.DistError as error:
         here = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
         raise UserError(
@@ -245,8 +251,8 @@ def _joined(training: TrainingConfig, cpu: bool, launched: bool) -> bool:
         ) from error
 
 
-def _join(training: TrainingConfig, cpu: bool, launched: bool) -> bool:
-    backend, timeout = "gloo" if cpu else "nccl", timedelta(seconds=training.ddp_timeout)
+def _join(training: TrainingConfig, cpu: bool, launched: bool, backend: str | None) -> bool:
+    backend, timeout = backend or ("gloo" if cpu else "nccl"), timedelta(seconds=training.ddp_timeout)
     if training.deepspeed:
         import logging
 

@@ -9,7 +9,7 @@ import pytest
 
 from data.schema import BadSample, Sample, UserError
 from eval.benchmarks import BENCHMARKS, Row
-from eval.generation import answer_rows
+from eval.generation import Ask, answer_batches, make_batches, remaining
 
 
 def write_avqa(path: Path, count: int = 7) -> Path:
@@ -87,6 +87,18 @@ def test_a_missing_file_is_one_message(tmp_path: Path) -> None:
 # ---- asking ----------------------------------------------------------------------------------------------------------
 
 
+def letters(sample: Sample) -> int:
+    return len(sample.prompt[-1].text)
+
+
+def answer_rows(ask: Ask, rows: list[Row], batch_size: int, label: str | None = None) -> list[list[int]]:
+    """In one process; the indices of the rows as they were kept."""
+    kept: list[list[int]] = []
+    batches = make_batches(rows, batch_size, letters)
+    answer_batches(ask, batches, lambda batch: kept.append([row.index for row in batch]), label)
+    return kept
+
+
 def echo(samples: list[Sample]) -> list[str]:
     """Answers with the row's own id; clip 2 cannot be opened, which breaks every batch that it is in."""
     for sample in samples:
@@ -98,7 +110,8 @@ def echo(samples: list[Sample]) -> list[str]:
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 100])
 def test_every_row_gets_its_own_answer(tmp_path: Path, batch_size: int, capsys: pytest.CaptureFixture[str]) -> None:
     rows = BENCHMARKS["miniworld_avqa"].load(write_avqa(tmp_path / "avqa.json", count=25))
-    answer_rows(echo, rows, batch_size, "avqa")
+    kept = answer_rows(echo, rows, batch_size, "avqa")
+    assert sorted(index for batch in kept for index in batch) == [i for i in range(25) if i != 3]  # bad ones too, once
     for i, row in enumerate(rows):
         assert row.index == i
         if i == 3:
@@ -128,9 +141,23 @@ def test_batches_hold_rows_of_like_length_longest_first(tmp_path: Path) -> None:
     assert [len(batch) for batch in seen] == [4, 4, 4]
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 40])
+def test_ranks_share_the_same_batches_and_leave_out_what_is_answered(tmp_path: Path, world: int) -> None:
+    rows: list[Row] = BENCHMARKS["miniworld_avqa"].load(write_avqa(tmp_path / "avqa.json", count=25))
+    batches = make_batches(rows, 4, letters)
+    answered = {row.index for row in batches[1]} | {batches[2][0].index}  # a batch, and one row of the next
+    shares = [remaining(batches, answered, rank, world) for rank in range(world)]
+    assert all(share for share in shares[: len(batches) - 1])
+    assert all(not share for share in shares[len(batches) - 1 :])  # ranks without rows
+    asked = [batch for share in shares for batch in share]
+    assert sorted(row.index for batch in asked for row in batch) == sorted(set(range(25)) - {3} - answered)
+    whole = [batch for batch in batches if not answered & {row.index for row in batch}]
+    assert all(batch in asked for batch in whole)
+
+
 def test_an_unexpected_error_is_not_hidden(tmp_path: Path) -> None:
     def broken(samples: list[Sample]) -> list[str]:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        answer_rows(broken, BENCHMARKS["miniworld_avqa"].load(write_avqa(tmp_path / "avqa.json")), 2)
+        answer_rows(broken, BENCHMARKS["miniworld_avqa"].load(write_avqa(tmp_path / "avqa.json")), batch_size=2)
