@@ -95,8 +95,7 @@ def sound_track(path: Path, limits: MediaLimits) -> Tensor:
             sound = sound[: round(duration * rate)]
     _check_seconds(path, delay + Fraction(len(sound), rate) - _CODEC_PADDING, limits)
     samples = torch.from_numpy(np.concatenate([np.zeros(round(delay * rate), dtype=np.float32), sound]))
-    if not torch.isfinite(samples).all():
-        raise MediaError(f"{path}: its samples hold NaN or infinity; export it again as 16 bit PCM")
+    _check_finite(samples, path)
     return _resample(samples, rate)
 
 
@@ -109,12 +108,29 @@ def picture(path: Path, limits: MediaLimits) -> Tensor:
         except Image.DecompressionBombError as error:
             raise MediaError(f"{path}: the header claims too large an image ({error}); scale it down") from None
         with image:
-            _check_pixels(path, image.width, image.height, limits)
-            upright: Any = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            array = np.array(upright.convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1)[None].contiguous()
+            return pixels(image, path, limits)
+
+
+def pixels(image: Image.Image, name: Path | str, limits: MediaLimits) -> Tensor:
+    """An opened image as `picture` gives it. Raises MediaError, which calls it by `name`, where it is over the limits."""
+    _check_pixels(name, image.width, image.height, limits)
+    upright: Any = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)[None].contiguous()
+
+
+def mono_sound(samples: np.ndarray, rate: int, name: Path | str, limits: MediaLimits) -> Tensor:
+    """Decoded sound, (S,) or (channels, S) at `rate`, as `sound_track` gives it. Raises MediaError."""
+    if samples.ndim not in (1, 2) or samples.size == 0 or rate <= 0:
+        raise MediaError(
+            f"{name}: expected samples (S,) or (channels, S) and their rate, found {samples.shape} at {rate}"
+        )
+    _check_seconds(name, Fraction(samples.shape[-1], rate), limits)
+    mono = samples if samples.ndim == 1 else samples.mean(axis=0, dtype=np.float64)
+    track = torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
+    _check_finite(track, name)
+    return _resample(track, rate)
 
 
 # --- files and headers
@@ -231,7 +247,7 @@ def _frame_time(stream: Any) -> Fraction:
     return 1 / Fraction(rate)
 
 
-def _check_pixels(path: Path, width: int, height: int, limits: MediaLimits) -> None:
+def _check_pixels(path: Path | str, width: int, height: int, limits: MediaLimits) -> None:
     if width * height > limits.max_pixels:
         raise MediaError(
             f"{path}: its header claims {width} x {height} = {width * height} pixels, more than data.limits.max_pixels "
@@ -244,7 +260,7 @@ def _check_pixels(path: Path, width: int, height: int, limits: MediaLimits) -> N
         )
 
 
-def _check_seconds(path: Path, duration: Fraction, limits: MediaLimits) -> None:
+def _check_seconds(path: Path | str, duration: Fraction, limits: MediaLimits) -> None:
     if duration > limits.max_seconds:
         raise MediaError(
             f"{path}: lasts {float(duration):.1f} s, more than data.limits.max_seconds = {limits.max_seconds:g}; "
@@ -276,6 +292,11 @@ def _check_wav(path: Path) -> None:
                     )
                 return
             file.seek(claimed + claimed % 2, 1)
+
+
+def _check_finite(samples: Tensor, name: Path | str) -> None:
+    if not torch.isfinite(samples).all():
+        raise MediaError(f"{name}: its samples hold NaN or infinity; export it again as 16 bit PCM")
 
 
 # --- pictures and samples
