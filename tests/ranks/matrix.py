@@ -5,7 +5,7 @@
 Per method, in one launch of all variants: 20 steps on the mixed rows of tests/ranks/rows.py, then the same run once more
 from the checkpoint of step 10. Printed for each: the largest relative difference of the 20 losses from those of one
 process without DeepSpeed; whether the resumed losses and the result's files are bit-identical; and how many of the
-answers of eval/run.py are those of the plain run. Exit code 1 where a difference exceeds LIMITS or a resume is not exact.
+answers of eval/run.py are those of the plain run. Exit code 1 where a difference exceeds LIMIT or a resume is not exact.
 Cost: some 10 minutes for five methods on two cores of their own.
 """
 
@@ -26,26 +26,26 @@ from tests.ranks.rows import write_rows
 
 VARIANTS = ["zero0", "zero1", "zero2", "zero3", "zero3_sharded", "zero1_offload", "zero2_offload", "zero3_offload"]
 VARIANTS += ["ddp"]  # last: the first case of a launch decides whether DeepSpeed is made ready
-METHODS = {
+# at 3e-4 rounding alone, one process with a batch of 2 and with 1 + 1, comes to 8e-5 (full) and 2e-5 (hira) in 20 steps
+SLOWER = {"training.learning_rate": 1e-4}
+METHODS: dict[str, dict[str, Any]] = {
     "moka": {"adapter.method": "moka"},
     "multi_lora": {"adapter.method": "multi_lora"},
     "lora": {"adapter.method": "lora"},
     "dora": {"adapter.method": "dora"},
-    "hira": {"adapter.method": "hira"},
-    "peft_hira": {"adapter.method": "hira", "adapter.one_matmul": False},
+    "hira": {"adapter.method": "hira", **SLOWER},
+    "peft_hira": {"adapter.method": "hira", "adapter.one_matmul": False, **SLOWER},
     "moka+coto": {"adapter.method": "moka", "adapter.coto": True},
     "lora+coto": {"adapter.method": "lora", "adapter.coto": True},
     "dora+coto": {"adapter.method": "dora", "adapter.coto": True},
-    "hira+coto": {"adapter.method": "hira", "adapter.coto": True},
+    "hira+coto": {"adapter.method": "hira", "adapter.coto": True, **SLOWER},
     "lori_d": {"adapter.method": "lori_d"},
     "lori_s": {"adapter.method": "lori_s"},  # both phases
     "lori_moka_s": {"adapter.method": "lori_moka_s"},
-    "full": {"adapter.method": "full"},
+    "full": {"adapter.method": "full", **SLOWER},
     "stage1": {"training.stage": 1, "training.init_from": None},
 }
 LIMIT = 1e-5
-# W0 * (1 + B A) is rounded as a whole: one process with a batch of 2 and with 1 + 1 differs by 2e-5 too (PEFT's by 7e-6)
-LIMITS = {"hira": 5e-5, "peft_hira": 5e-5, "hira+coto": 5e-5}
 
 
 NOT_SHIPPED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -144,7 +144,7 @@ def main() -> int:
     for method in args.only:
         for row in run_method(method, args.variants, world, out / method, args.ranks, args.accumulation):
             exact = row.get("resumed losses") and row.get("resumed weights")
-            good = "failed" not in row and row["difference"] <= LIMITS.get(method, LIMIT) and exact
+            good = "failed" not in row and row["difference"] <= LIMIT and exact
             bad += not good
             print("ok  " if good else "BAD ", json.dumps(row), flush=True)
     return 1 if bad else 0
