@@ -112,7 +112,7 @@ def picture(path: Path, limits: MediaLimits) -> Tensor:
 
 
 def pixels(image: Image.Image, name: Path | str, limits: MediaLimits) -> Tensor:
-    """An opened image as `picture` gives it. Raises MediaError, which calls it by `name`, where it is over the limits."""
+    """An opened image as `picture` gives it. Raises MediaError, which calls it by `name`, for one over the limits."""
     _check_pixels(name, image.width, image.height, limits)
     upright: Any = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I;16"):

@@ -17,6 +17,9 @@ speech_as (default: speech).
 
 The score is over all rows (the publishers print tasks apart: table `task`). Predictions: the publishers' rows with
 "response", or eval/run.py's.
+
+lmms-eval 0.7.3 (tasks air_bench_foundation_*) reads and draws letters as its MMAU does (mmau.py), among the options that
+there are.
 """
 
 from __future__ import annotations

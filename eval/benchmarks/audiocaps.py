@@ -7,6 +7,9 @@ for other names, such as "{audiocap_id}.wav" or "Y{youtube_id}.wav").
 Predictions: eval/run.py's rows, or {"youtube_id" (or "audiocap_id", "audio_id"), "prediction" (or "caption"),
 "references": [captions]}; without references, --annotations test.csv has them. Score: the mean of CIDEr-D over all clips
 (cider.py), between 0 and 10, a clip without an answer 0. official: the same.
+
+lmms-eval 0.7.3 has no AudioCaps; its caption tasks (coco_cap and others) use the Penn Treebank tokenizer in Java, then
+pycocoevalcap's Cider, which on the same tokens gives the same figure.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ annotations is given, else the row's own "output".
 
 Annotations.txt holds all three splits: from it, or any file of more than the test split's 402 clips, annotations are looked
 up only, and clips without a prediction do not count, which is told. Of any other file, testSet.txt, every clip counts.
+
+lmms-eval 0.7.3 has no AVE; eval/lmms/tasks/ave.yaml is this benchmark as a task of it.
 """
 
 from __future__ import annotations

@@ -14,6 +14,10 @@ the option speech_as (default: audio) says so.
 
 The score is over all rows; `task` and `difficulty` have tables of their own. Predictions: the publishers' rows with
 "model_output" (or "model_prediction"), or eval/run.py's.
+
+lmms-eval 0.7.3 (task mmau_test_mini) reads capital letters alone and draws one of A to D at random where it finds none (an
+option's words, a small letter, no answer): a quarter of these are right, and with fewer than four options it may fail.
+Of several letters it takes the last; the A of `A cat` is a letter.
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ each time; a question is right when all its passes are. As the publishers have i
 i + 1000000 k. Load with the option circular=true to ask all passes; scoring finds passes by their index and then gives
 `circular` (share of questions right in all passes) and `vanilla` (of those right in the first pass) beside the accuracy
 of all rows.
+
+lmms-eval 0.7.3 (task mmbench_en_dev_static; `circular` where its rows have passes) agrees but for a small letter alone,
+which it does not read, and the A of `A cat`, which it takes for the letter. Its task mmbench_en_dev asks GPT about what
+it cannot read, and draws a letter where GPT does not answer.
 """
 
 from __future__ import annotations

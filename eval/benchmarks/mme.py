@@ -16,6 +16,10 @@ Scores are MME points: of each subtask acc (right answers, 0 to 100) plus acc+ (
     strict     answers as in yes_no.py; an image earns acc+ when both its rows are there and right
     official   yes if the lower-cased text holds it, else no. The published figure reads the posters' rows as scene: the
                scene's own rows are not in it and the posters stand in it twice; `perception_own_scene` is without that
+
+lmms-eval 0.7.3 (task mme) gives the same sums where answers say yes or no plainly. It looks at the first four letters
+alone: `Y` and `Eyes` are yes, `Nothing` is no, `The answer is yes` is neither; and it fails where an image has not two
+rows.
 """
 
 from __future__ import annotations

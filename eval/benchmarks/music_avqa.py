@@ -13,6 +13,8 @@ Predictions: rows of the published MokA script {"output": "x</s>", "question_typ
 
 Both for the whole and for each question type. Published rows carry no name of their clip or question; where a file adds
 none (id, question_id, or media path and question), repeated rows cannot be told from like ones, and stay.
+
+lmms-eval 0.7.3 has no MUSIC-AVQA; eval/lmms/tasks/music_avqa.yaml is this benchmark as a task of it.
 """
 
 from __future__ import annotations

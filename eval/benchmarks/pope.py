@@ -8,6 +8,9 @@ coco_pope_adversarial.json, one object a line; media folder: COCO's val2014 (coc
 
 Predictions: rows of the published MokA script {"image_path", "question", "answer", "output": [text]}. Rules and figures
 as in yes_no.py; the score is the accuracy over all rows. A `category` or `subtask` of the rows gets a table.
+
+lmms-eval 0.7.3 (task pope) wants the one word: `Yes.` and `Yes, there is` are wrong there. Such answers leave its recall
+and precision, and its yes-ratio is that of the true answers, whatever was said.
 """
 
 from __future__ import annotations

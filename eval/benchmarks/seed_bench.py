@@ -9,6 +9,9 @@ File, as published (huggingface.co/datasets/AILab-CVC/SEED-Bench): SEED-Bench.js
 Media folder: SEED-Bench-image, unpacked; an image is named by its data_id. Rows about videos are left out.
 
 Predictions: rows {"image_path", "question", "answer", "output": [text]}; rules as for MMBench (choices.py), plain accuracy.
+
+lmms-eval 0.7.3 (metric seed_image of its task seedbench) takes the first letter of the text: `(B)`, `The answer is B` and
+an option's own words are wrong there, or right by chance (`cow` chooses C).
 """
 
 from __future__ import annotations

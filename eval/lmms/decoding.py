@@ -40,7 +40,8 @@ class Decoding:
         sampled = kwargs.get("do_sample")
         if (sampled and kwargs.get("temperature") is None) or (sampled is not False and temperature > 0):
             raise UserError(
-                f"generation_kwargs: do_sample={sampled}, temperature={kwargs.get('temperature')} ask for sampling; {GREEDY}"
+                f"generation_kwargs: do_sample={sampled}, temperature={kwargs.get('temperature')} ask for sampling; "
+                f"{GREEDY}"
             )
         if float(kwargs.get("repetition_penalty") or 1.0) != 1.0:
             raise UserError(f"generation_kwargs: repetition_penalty={kwargs['repetition_penalty']}; {GREEDY}")

@@ -4,8 +4,8 @@
                                  {"type": "text", "text": ...}]}
 
 Two keys of our own, which other models ignore: `as` beside a medium names the modality that perceives it, and
-`question: true` beside a text marks the keys of the cross-modal attention (where none of the last turn is marked, all of
-it is; as in data/sources/messages.py). Earlier turns are history.
+`question: true` beside a text marks the keys of the cross-modal attention (where none of the last turn is marked, all
+of it is; as in data/sources/messages.py). Earlier turns are history.
 """
 
 from __future__ import annotations

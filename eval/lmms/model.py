@@ -1,6 +1,6 @@
 """A run as a chat model of lmms-eval: `--model mokamm --model_args run=RUN[,base=LLM][,sound=speech]`.
 
-    requests --by generation_kwargs, longest question first--> windows of WINDOW batches --Samples--> answer_rows --> texts
+    requests --by generation_kwargs, longest question first--> windows of WINDOW batches --answer_rows--> texts
 
 Media are opened a window at a time, so that memory holds no more of a data set that comes decoded; within a window rows
 are sorted and asked as eval/run.py does it (eval/generation.py). Answers are greedy, and the same as eval/run.py's on

@@ -1,6 +1,6 @@
 """A benchmark of eval/benchmarks/ as a task of lmms-eval: the same files, prompts, parser and scores.
 
-    files --Benchmark.load--> rows --messages_of--> lmms-eval --> text --to_json--> records --eval/predictions.py--> score
+    files --Benchmark.load--> rows --messages_of--> lmms-eval --> text --to_json--> records --predictions.py--> score
 
 A task is a YAML file (see tasks/ave.yaml); a file of one's own includes one of these and says where the data lie:
 
@@ -8,8 +8,8 @@ A task is a YAML file (see tasks/ave.yaml); a file of one's own includes one of 
     task: ave
     dataset_kwargs: {path: /data/AVE/testSet.txt, media_dir: /data/AVE}
 
-path and media_dir may hold $VARIABLES; `options` of dataset_kwargs are the source's (video_dir, audio_dir). Metrics: the
-strict and the official score and the share of rows that could be parsed. With --log_samples each line holds, under each
+path and media_dir may hold $VARIABLES; `options` of dataset_kwargs are the source's (video_dir, audio_dir). Metrics:
+the strict and the official score and the share of rows that could be parsed. With --log_samples each line holds, under each
 metric's name, a row that eval/score.py reads. Any chat model of lmms-eval can be asked.
 """
 
@@ -57,8 +57,8 @@ class BenchmarkTask(ConfigurableMessagesTask):
         place = os.path.expandvars(str(given.get(key) or ""))
         if not place or "$" in place:
             raise UserError(
-                f"task of {self.benchmark.name}: dataset_kwargs.{key} is {given.get(key)!r}, which names no place; set the "
-                f"variable in it, or write a YAML file of your own (eval/lmms/task.py); {self.benchmark.home}"
+                f"task of {self.benchmark.name}: dataset_kwargs.{key} is {given.get(key)!r}, which names no place; set "
+                f"the variable in it, or write a YAML file of your own (eval/lmms/task.py); {self.benchmark.home}"
             )
         return place
 
