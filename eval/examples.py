@@ -125,7 +125,7 @@ def _figure(media: Media, loader: MediaLoader) -> str:
     except BadSample as error:
         return f"<figure><figcaption>{name}: {shown(str(error), 200)}</figcaption></figure>"
     data = base64.b64encode(picture).decode()
-    image = f'<img alt="{what}" src="data:image/png;base64,{data}">'
+    image = f'<img alt="{what}" src="data:image/jpeg;base64,{data}">'
     return f"<figure>{image}<figcaption>{shown(media.modality)}, {what}: {name}</figcaption></figure>"
 
 

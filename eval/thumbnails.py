@@ -1,4 +1,4 @@
-"""Pictures of media for a page: a few frames of a video, an image, the spectrogram and waveform of a sound; as PNG bytes.
+"""Pictures of media for a page: a few frames of a video, an image, the spectrogram and waveform of a sound; as JPEG bytes.
 
 Media are read as the evaluation reads them (same loader, same limits). Cost: one decode a medium.
 
@@ -27,14 +27,14 @@ DYNAMICS = 70.0  # decibels between the darkest and the brightest
 
 
 def thumbnail(media: Media, loader: MediaLoader) -> tuple[bytes, str]:
-    """A PNG of one medium, and what it shows. Raises MediaError as the loader does."""
+    """A JPEG of one medium, and what it shows. Raises MediaError as the loader does."""
     if media.kind == "audio":
         windows = loader.windows(media, 1, LONGEST, whole=False)
         samples_S = windows.samples[0, : int(windows.lengths[0])]
-        return png(sound_picture(samples_S.numpy())), f"{len(samples_S) / SAMPLE_RATE:.1f} s of sound"
+        return jpeg(sound_picture(samples_S.numpy())), f"{len(samples_S) / SAMPLE_RATE:.1f} s of sound"
     frames = loader.frames(media, FRAMES)
     strip = np.concatenate([_scaled(frame.permute(1, 2, 0).numpy()) for frame in frames], axis=1)
-    return png(strip), "picture" if media.kind == "image" else f"{len(frames)} frames of the video"
+    return jpeg(strip), "picture" if media.kind == "image" else f"{len(frames)} frames of the video"
 
 
 def sound_picture(samples_S: np.ndarray) -> np.ndarray:
@@ -75,14 +75,14 @@ def _scaled(frame: np.ndarray) -> np.ndarray:
     from PIL import Image
 
     height, width = frame.shape[:2]
-    wide = max(1, min(round(width * HEIGHT / height), 3 * HEIGHT))
+    wide = max(8, min(round(width * HEIGHT / height), 3 * HEIGHT))
     image = Image.fromarray(frame).resize((wide, HEIGHT), Image.Resampling.BILINEAR)
     return np.pad(np.asarray(image), ((0, 0), (0, 4), (0, 0)), constant_values=255)  # a gap between frames
 
 
-def png(picture: Any) -> bytes:
+def jpeg(picture: Any) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG", optimize=True)
+    Image.fromarray(picture).save(file, "JPEG", quality=88)
     return file.getvalue()
