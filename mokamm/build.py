@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,14 @@ def build_model(
     return model.to(device).train(for_training)
 
 
-def build_processor(config: RunConfig) -> tuple[Processor, dict[str, Encoder]]:
+def build_processor(config: RunConfig, weights: bool = True) -> tuple[Processor, dict[str, Encoder]]:
     """What lays out the samples of a config, and its encoders, without the LLM; no feature cache is looked into.
 
-    Of the projectors only the numbers of tokens are needed: they have no memory. Raises as `build_model` does.
+    Of the projectors only the numbers of tokens are needed: they have no memory. `weights=False`: the same holds for the
+    encoders, of which only shapes are read. Raises as `build_model` does.
     """
-    encoders = {name: encoder_of(modality) for name, modality in config.model.modalities.items()}
+    with nullcontext() if weights else torch.device("meta"):
+        encoders = {name: encoder_of(modality) for name, modality in config.model.modalities.items()}
     tokenizer = from_pretrained("AutoTokenizer", config.model.llm)
     with torch.device("meta"):
         projectors = {name: projector_of(m, encoders[name], 8) for name, m in config.model.modalities.items()}

@@ -380,6 +380,8 @@ class RunConfig(Section):
         if media_dir is None:
             return path, path.parent
         inside = Path(media_dir) / path
+        if path.is_relative_to(media_dir):  # the folder itself, or a file named with it
+            return path, Path(media_dir)
         elsewhere = path.exists() or (isinstance(entry, SourceConfig) and SOURCES[entry.source].hub)  # as given
         return (inside if inside.exists() or not elsewhere else path), Path(media_dir)
 
@@ -399,7 +401,8 @@ class RunConfig(Section):
                 path, _ = self.locate(entry)
                 if made and made in path.resolve().parents:
                     continue
-                if not (is_there(entry.source, path) if isinstance(entry, SourceConfig) else path.is_file()):
+                # a benchmark may be a folder (librispeech): the benchmark itself says what it wants in there
+                if not (is_there(entry.source, path) if isinstance(entry, SourceConfig) else path.exists()):
                     problems.append(f"{key}.{i}.path: no such file: {path}")
         if self.training.deepspeed:
             problems += _json_problems("training.deepspeed", find_path(self.training.deepspeed))
