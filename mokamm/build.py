@@ -34,6 +34,7 @@ from mokamm.names import LORI
 from mokamm.perception import Perception, Sense
 from mokamm.processor import Lookup, Processor
 from mokamm.projectors import Projector, build_projector
+from mokamm.quantization import check_sharding, quantized
 from mokamm.weights import fingerprint, is_adapter, load_weights
 
 log = logging.getLogger("mokamm")
@@ -48,6 +49,7 @@ def build_model(
     """
     device = choose_device(device)
     modalities = config.model.modalities
+    check_sharding(config)
     # the quick ones first, so that a misspelt encoder does not wait for a large LLM
     encoders = {name: encoder_of(modality) for name, modality in modalities.items()}
     tokenizer = from_pretrained("AutoTokenizer", config.model.llm)
@@ -56,6 +58,7 @@ def build_model(
         config.model.llm,
         dtype=getattr(torch, config.model.llm.dtype),
         attn_implementation=config.model.llm.attention,
+        **quantized(config.model.llm, device),
     )
     width = llm.get_input_embeddings().weight.shape[1]
     projectors = {name: projector_of(modality, encoders[name], width) for name, modality in modalities.items()}

@@ -88,6 +88,9 @@ class LLMConfig(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    quantization: Literal["4bit", "8bit"] | None = (
+        None  # of the frozen weights, by bitsandbytes; dtype is what it computes in
+    )
     trust_remote_code: bool = False
 
 
@@ -349,6 +352,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.llm.dtype is {self.model.llm.dtype} while training.bf16 is false: DeepSpeed trains all "
                 "parameters in one precision; set training.bf16=true, or model.llm.dtype=float32"
+            )
+        if self.model.llm.quantization and self.method in names.NEEDS_WHOLE_WEIGHTS:
+            raise ValueError(
+                f"model.llm.quantization is {self.model.llm.quantization}, and method '{self.method}' "
+                f"{names.NEEDS_WHOLE_WEIGHTS[self.method]}: leave quantization out, or choose moka, multi_lora or lora"
             )
         if self.training.learning_rate == "auto" and self.method == "none":
             raise ValueError(

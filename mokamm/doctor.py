@@ -84,6 +84,7 @@ def _packages(config: RunConfig) -> Iterator[Finding]:
             config.model.llm.attention == "flash_attention_2",
             "uv pip install flash-attn, or attention: sdpa",
         ),
+        "bitsandbytes": (config.model.llm.quantization is not None, "uv sync --extra quantization"),
         "wandb": ("wandb" in config.training.report_to, "uv sync --extra wandb"),
         "tensorboard": ("tensorboard" in config.training.report_to, "uv sync"),
     }
