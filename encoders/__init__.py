@@ -26,6 +26,7 @@ ENCODERS: dict[str, str] = {
     "clip": "encoders.vision:ClipEncoder",
     "siglip": "encoders.vision:SiglipEncoder",
     "siglip2": "encoders.vision:SiglipEncoder",
+    "siglip2_naflex": "encoders.vision_naflex:NaflexEncoder",
     "dinov2": "encoders.vision:Dinov2Encoder",
     "dinov3": "encoders.vision:Dinov3Encoder",
     "beats": "encoders.audio:BeatsEncoder",

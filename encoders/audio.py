@@ -21,7 +21,7 @@ from encoders.waveform import WaveformEncoder, true_lengths
 
 
 class BeatsEncoder(WaveformEncoder):
-    """The patches of a BEATs checkpoint: the published `.pt`, or a `.safetensors` of `encoders.convert_beats`.
+    """The patches of a BEATs checkpoint: the published `.pt`, or a `.safetensors` of `mokamm convert`.
 
     `layer`: 0 is what the first layer reads, 12 (or -1) what the last one gives; there is no final norm.
     """

@@ -32,7 +32,8 @@ class ClapEncoder(WaveformEncoder):
         from transformers import ClapFeatureExtractor
 
         super().__init__(max_batch=max_batch)
-        self.model = load_model(path, {"clap": "ClapModel"}, "clap").audio_model
+        # the text tower beside it is left unread
+        self.model = load_model(path, {"clap": "ClapAudioModel"}, "clap", key_mapping={r"^audio_model\.": ""})
         config = self.model.config
         if config.enable_fusion:
             raise EncoderError(

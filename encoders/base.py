@@ -1,7 +1,7 @@
 """The one contract of all frozen encoders: segments in, features and a mask out.
 
 An encoder answers three questions: `preprocess` (raw segments -> what its network reads), `forward` (-> `Features`) and
-`num_tokens` (how many valid patches a segment of that length has, so that a sample can be laid out before anything is
+`num_tokens` (how many valid patches a segment of that extent has, so that a sample can be laid out before anything is
 encoded). `encode` puts them together: no gradient, one device copy, chunks of `max_batch` segments.
 
 Contracts worth knowing:
@@ -28,11 +28,14 @@ from torch import Tensor, nn
 from encoders.errors import EncoderError, nearest
 
 SAMPLE_RATE = 16_000  # of every waveform that enters an encoder
+# of a segment: a waveform's valid samples, a frame's (height, width); None: of a frame that has the most patches
+Extent = int | tuple[int, int] | None
 
 __all__ = [
     "SAMPLE_RATE",
     "Encoder",
     "EncoderError",
+    "Extent",
     "Features",
     "load_exactly",
     "nearest",
@@ -72,8 +75,8 @@ class Encoder(nn.Module):
         """Segments on the encoder's device and their valid samples (F,) int64 (None: frames) -> forward's inputs."""
         raise NotImplementedError
 
-    def num_tokens(self, length: int | None = None) -> int:
-        """Valid patches of one segment with `length` valid samples (None for frames)."""
+    def num_tokens(self, extent: Extent = None) -> int:
+        """Valid patches of one segment: of a waveform by its valid samples, of a frame by (height, width)."""
         raise NotImplementedError
 
     def freeze(self, dtype: torch.dtype = torch.float32) -> None:
@@ -105,7 +108,8 @@ class Encoder(nn.Module):
         if len(segments) == 0:
             empty = torch.zeros(0, 0, self.width, dtype=self.dtype, device=self.device)
             return Features(empty, empty.new_zeros(0, 0, dtype=torch.bool))
-        longest = self.num_tokens(None if lengths is None else int(lengths.max()))  # before the copy: no device sync
+        size = (segments.shape[-2], segments.shape[-1])
+        longest = self.num_tokens(size if lengths is None else int(lengths.max()))  # before the copy: no device sync
         segments = segments.to(self.device, non_blocking=True)
         lengths = None if lengths is None else lengths.to(self.device, non_blocking=True)
         chunks = [

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from encoders.base import EncoderError, load_exactly, require_path
 from encoders.fbank import HOP, MEL_BINS, WINDOW, kaldi_fbank
+from encoders.pretrained import shapes_only
 
 FBANK_MEAN, FBANK_STD = 15.41663, 6.55582
 # What the published BEATsConfig assumes of a key that a checkpoint's cfg lacks, where ours for a new model differs.
@@ -340,7 +341,8 @@ def save_beats(path: str | Path, model: BEATs) -> None:
 def load_beats(path: str | Path) -> BEATs:
     """A BEATs in float32 on the CPU, every key accounted for. A `.pt` is read with `weights_only=True`.
 
-    It has a predictor where the file holds one, whatever its cfg says.
+    It has a predictor where the file holds one, whatever its cfg says. Under `with torch.device("meta")` tensors are
+    not read from the file; all keys and shapes are compared all the same.
     """
     file = require_path(path, "BEATs checkpoint")
     cfg, state = _read_pt(file) if file.suffix in {".pt", ".pth", ".bin"} else _read_safetensors(file)
@@ -356,23 +358,28 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(str(file), framework="pt") as opened:
             metadata = opened.metadata() or {}
-            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            read = _shape if shapes_only() else type(opened).get_tensor
+            state = {key: read(opened, key) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise EncoderError(f"{file} is not a whole safetensors file: {error}") from error
     if "cfg" not in metadata:
         found = ", ".join(metadata) or "none"
         raise EncoderError(
             f"{file} has no metadata key 'cfg' (found: {found}); make the file from the published checkpoint by "
-            "python -m encoders.convert_beats FILE.pt OUT.safetensors"
+            "mokamm convert FILE.pt OUT.safetensors"
         )
     return json.loads(metadata["cfg"]), state
+
+
+def _shape(opened: Any, key: str) -> Tensor:
+    return torch.empty(opened.get_slice(key).get_shape(), device="meta")
 
 
 def _read_pt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     import pickle
 
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="meta" if shapes_only() else "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise EncoderError(
             f"{file} was refused: it holds Python objects (possibly code) beside tensors and was not executed; "

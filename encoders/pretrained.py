@@ -1,5 +1,8 @@
 """Loading weights through transformers, with a clear error for each way in which that can go wrong.
 
+Under `with torch.device("meta")` no weights are read: the network is built from its configuration alone, without
+memory, and its encoder still tells widths and exact numbers of tokens (`mokamm data check` asks for no more).
+
 `path` is a local folder, or a name on the hub (`owner/model`). Nothing here runs code from a checkpoint:
 `trust_remote_code` stays false, and transformers reads pickles with `weights_only=True`.
 """
@@ -39,13 +42,21 @@ def read(load: Callable[..., Any], path: str | Path, what: str, **options: Any) 
         raise EncoderError(f"{what} could not be read from '{path}'{local}: {reason}") from error
 
 
+def shapes_only() -> bool:
+    """Whether networks are being built without their weights: under `with torch.device("meta")`."""
+    import torch
+
+    return torch.get_default_device().type == "meta"
+
+
 def load_model(
     path: str | Path, classes: Mapping[str, str], what: str, *, instead: Mapping[str, str] | None = None, **config: Any
 ) -> Any:
     """The model at `path` in float32, built by the transformers class that `classes` names for its `model_type`.
 
     No weight may be missing; weights that the class has no use for (a text tower beside the vision tower) are left
-    unread. `instead`: model types that are near but not read here, and what to do. `config`: values laid over its own.
+    unread. `instead`: model types that are near but not read here, and what to do. `config`: values laid over its own,
+    and `key_mapping`, new names of keys as `from_pretrained` takes them.
     """
     import torch
     import transformers
@@ -56,8 +67,13 @@ def load_model(
         raise EncoderError(
             f"'{path}' is no {what} model: its model_type is {found}, expected {' or '.join(classes)}{hint}"
         )
-    load = getattr(transformers, classes[found]).from_pretrained
-    model, report = read(load, path, f"{what} weights", output_loading_info=True, dtype=torch.float32, **config)
+    model_class = getattr(transformers, classes[found])
+    if shapes_only():
+        config.pop("key_mapping", None)
+        return model_class(read(model_class.config_class.from_pretrained, path, f"{what} config.json", **config))
+    model, report = read(
+        model_class.from_pretrained, path, f"{what} weights", output_loading_info=True, dtype=torch.float32, **config
+    )
     missing = sorted(report["missing_keys"])
     if missing:
         from encoders.base import shorten

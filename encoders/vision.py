@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from encoders.base import Encoder, EncoderError, Features, parse_dtype
+from encoders.base import Encoder, EncoderError, Extent, Features, parse_dtype
 from encoders.layers import Layers, check_features, choose_layers, join_states
 from encoders.pretrained import drop_unread_blocks, load_model, read
 
@@ -49,16 +49,18 @@ class FrameEncoder(Encoder):
             )
 
     def finish(self, dtype: str) -> None:
-        """Freeze, and learn P and C from one blank frame."""
+        """Freeze, and learn P and C from one blank frame. (On the meta device too: its pixels are made on the CPU.)"""
         self.freeze(parse_dtype(dtype))
         with torch.no_grad():
             try:
-                blank = self(*self.preprocess(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), None)).features
+                with torch.device("cpu"):
+                    pixels = self.preprocess(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), None)
+                blank = self(*(part.to(self.device) for part in pixels)).features
             except (ValueError, AssertionError) as error:  # the preprocessing's size is not the network's
                 raise EncoderError(f"{type(self).__name__}: preprocessing and network disagree: {error}") from error
         self.patches, self.width = int(blank.shape[1]), int(blank.shape[2])
 
-    def num_tokens(self, length: int | None = None) -> int:
+    def num_tokens(self, extent: Extent = None) -> int:
         return self.patches
 
     def select(self, states_FPC: Sequence[Tensor], chosen: Sequence[int], prefix: int) -> Features:
@@ -137,10 +139,7 @@ class SiglipEncoder(TransformersFrameEncoder):
     """SigLIP's vision tower, and SigLIP 2's of fixed resolution, whose model_type is siglip too; no class token."""
 
     classes = {"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"}  # noqa: RUF012
-    instead = {  # noqa: RUF012
-        "siglip2": "that is a NaFlex checkpoint, whose number of patches depends on each picture's shape; take its "
-        "sibling of fixed resolution, like google/siglip2-base-patch16-224"
-    }
+    instead = {"siglip2": "that is a NaFlex checkpoint, which encoder `siglip2_naflex` reads"}  # noqa: RUF012
     class_tokens = 0
 
 

@@ -7,6 +7,7 @@ Legend: F frames, H W pixels, P patches, C width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from encoders.base import EncoderError, Features, nearest
 from encoders.layers import Layers, choose_layers
+from encoders.pretrained import shapes_only
 from encoders.vision import FrameEncoder
 
 
@@ -49,7 +51,7 @@ class OpenClipEncoder(FrameEncoder):
 
     def _count_blocks(self) -> int:
         size = self.preprocessing["size"]
-        blank = torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size))
+        blank = torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size), device=self.device)
         with torch.no_grad():
             return len(self.visual.forward_intermediates(blank, intermediates_only=True)["image_intermediates"])
 
@@ -90,13 +92,22 @@ def _load_open_clip(path: str | Path, pretrained: str | None, image_size: int | 
         )
     elif pretrained is not None and name not in open_clip.list_models():
         raise EncoderError(f"unknown open_clip model '{name}'{nearest(name, open_clip.list_models())}")
+    weights = not shapes_only()
+    logging.disable(logging.NOTSET if weights else logging.WARNING)  # that weights are missing is meant so
     try:
         model = open_clip.create_model(
-            name, pretrained=pretrained, require_pretrained=True, force_image_size=image_size
+            name,
+            pretrained=pretrained,
+            load_weights=weights,
+            require_pretrained=weights,
+            device=torch.get_default_device(),
+            force_image_size=image_size,
         )
     except Exception as error:  # open_clip raises bare RuntimeErrors, and its readers whatever they like
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise EncoderError(f"open_clip weights could not be read from '{path}': {' '.join(lines[:4])[:600]}") from error
+    finally:
+        logging.disable(logging.NOTSET)
     return model.visual
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from encoders.base import SAMPLE_RATE, Encoder, EncoderError, Features
+from encoders.base import SAMPLE_RATE, Encoder, EncoderError, Extent, Features
 from encoders.layers import join_states
 
 
@@ -23,10 +23,10 @@ class WaveformEncoder(Encoder):
         """Valid patches of a segment with that many valid samples; at least one."""
         raise NotImplementedError
 
-    def num_tokens(self, length: int | None = None) -> int:
-        if length is None:
+    def num_tokens(self, extent: Extent = None) -> int:
+        if not isinstance(extent, int):
             raise EncoderError(f"{type(self).__name__} reads waveforms: num_tokens needs a number of samples")
-        return self.count(length)
+        return self.count(extent)
 
 
 def true_lengths(segments_FS: Tensor, lengths: Tensor | None) -> Tensor:

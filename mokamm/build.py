@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from mokamm.names import LORI
 from mokamm.perception import Perception, Sense
 from mokamm.processor import Lookup, Processor
 from mokamm.projectors import Projector, build_projector
+from mokamm.quantization import check_sharding, quantized
 from mokamm.weights import fingerprint, is_adapter, load_weights
 
 log = logging.getLogger("mokamm")
@@ -47,6 +49,7 @@ def build_model(
     """
     device = choose_device(device)
     modalities = config.model.modalities
+    check_sharding(config)
     # the quick ones first, so that a misspelt encoder does not wait for a large LLM
     encoders = {name: encoder_of(modality) for name, modality in modalities.items()}
     tokenizer = from_pretrained("AutoTokenizer", config.model.llm)
@@ -55,6 +58,7 @@ def build_model(
         config.model.llm,
         dtype=getattr(torch, config.model.llm.dtype),
         attn_implementation=config.model.llm.attention,
+        **quantized(config.model.llm, device),
     )
     width = llm.get_input_embeddings().weight.shape[1]
     projectors = {name: projector_of(modality, encoders[name], width) for name, modality in modalities.items()}
@@ -72,12 +76,14 @@ def build_model(
     return model.to(device).train(for_training)
 
 
-def build_processor(config: RunConfig) -> tuple[Processor, dict[str, Encoder]]:
+def build_processor(config: RunConfig, weights: bool = True) -> tuple[Processor, dict[str, Encoder]]:
     """What lays out the samples of a config, and its encoders, without the LLM; no feature cache is looked into.
 
-    Of the projectors only the numbers of tokens are needed: they have no memory. Raises as `build_model` does.
+    Of the projectors only the numbers of tokens are needed: they have no memory. `weights=False`: the same holds for the
+    encoders, of which only shapes are read. Raises as `build_model` does.
     """
-    encoders = {name: encoder_of(modality) for name, modality in config.model.modalities.items()}
+    with nullcontext() if weights else torch.device("meta"):
+        encoders = {name: encoder_of(modality) for name, modality in config.model.modalities.items()}
     tokenizer = from_pretrained("AutoTokenizer", config.model.llm)
     with torch.device("meta"):
         projectors = {name: projector_of(m, encoders[name], 8) for name, m in config.model.modalities.items()}

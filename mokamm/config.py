@@ -88,6 +88,9 @@ class LLMConfig(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    quantization: Literal["4bit", "8bit"] | None = (
+        None  # of the frozen weights, by bitsandbytes; dtype is what it computes in
+    )
     trust_remote_code: bool = False
 
 
@@ -364,6 +367,11 @@ class RunConfig(Section):
                 f"model.llm.dtype is {self.model.llm.dtype} while training.bf16 is false: DeepSpeed trains all "
                 "parameters in one precision; set training.bf16=true, or model.llm.dtype=float32"
             )
+        if self.model.llm.quantization and self.method in names.NEEDS_WHOLE_WEIGHTS:
+            raise ValueError(
+                f"model.llm.quantization is {self.model.llm.quantization}, and method '{self.method}' "
+                f"{names.NEEDS_WHOLE_WEIGHTS[self.method]}: leave quantization out, or choose moka, multi_lora or lora"
+            )
         if self.training.learning_rate == "auto" and self.method == "none":
             raise ValueError(
                 "training.learning_rate is 'auto', which is the rate of the LLM's adapter, and nothing of the LLM is "
@@ -394,6 +402,8 @@ class RunConfig(Section):
         if media_dir is None:
             return path, path.parent
         inside = Path(media_dir) / path
+        if path.is_relative_to(media_dir):  # the folder itself, or a file named with it
+            return path, Path(media_dir)
         elsewhere = path.exists() or (isinstance(entry, SourceConfig) and SOURCES[entry.source].hub)  # as given
         return (inside if inside.exists() or not elsewhere else path), Path(media_dir)
 
@@ -413,7 +423,8 @@ class RunConfig(Section):
                 path, _ = self.locate(entry)
                 if made and made in path.resolve().parents:
                     continue
-                if not (is_there(entry.source, path) if isinstance(entry, SourceConfig) else path.is_file()):
+                # a benchmark may be a folder (librispeech): the benchmark itself says what it wants in there
+                if not (is_there(entry.source, path) if isinstance(entry, SourceConfig) else path.exists()):
                     problems.append(f"{key}.{i}.path: no such file: {path}")
         if self.training.deepspeed:
             problems += _json_problems("training.deepspeed", find_path(self.training.deepspeed))

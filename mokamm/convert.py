@@ -1,4 +1,4 @@
-"""Adapters and masks from and to other formats:  mokamm convert SOURCE OUT [--to FORMAT] [--mask FILE] [--dry-run]
+"""Weights from and to other formats:  mokamm convert SOURCE OUT [--to FORMAT] [--mask FILE] [--dry-run]
 
     source                                              default result
     a LORI_S run or folder                              lora     plain PEFT LoRA: any PEFT user loads it, identical logits
@@ -7,6 +7,7 @@
     another LoRA folder (LoRI-D)                        lora     cleaned: the lora_ tensors alone
     a published mask (masks/0.9_mask.pt)                mask     a mask file for adapter.mask
     a published MokA checkpoint, or its stage 1         moka     adapter/ and projectors.safetensors, for training.init_from
+    the published BEATs (a .pt with cfg and model)      beats    a safetensors file for the encoder's path
 
 An importer of another kind of source is one function `plan_...(source, options) -> Plan | None` named in `plan`: None where
 the source is not its own. `--dry-run` says what would be written. Nothing is overwritten.
@@ -24,7 +25,7 @@ from pathlib import Path
 from data.schema import UserError
 from mokamm.mistakes import is_users
 
-FORMATS = ("lora", "lori_s", "mask", "moka")
+FORMATS = ("lora", "lori_s", "mask", "moka", "beats")
 
 
 @dataclass(frozen=True)
@@ -38,32 +39,42 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """found: what the source is; result: a name of FORMATS; write(OUT) makes it; warnings: what is left out, and why."""
+    """found: what the source is; result: a name of FORMATS; write(OUT) makes it; warnings: what is left out, and why.
+
+    check(OUT) raises UserError for a name that the result cannot have, in a dry run too."""
 
     found: str
     result: str
     write: Callable[[Path], None]
     warnings: list[str] = field(default_factory=list)
+    check: Callable[[Path], None] = lambda out: None
 
 
 def plan(source: Path, options: Options) -> Plan:
     """Raises UserError or AdapterError where no importer knows the source, or it cannot become what is asked for."""
+    from mokamm.beats_convert import plan_beats
     from mokamm.lori_convert import plan_adapter, plan_mask
     from mokamm.published_moka import plan_published
 
-    importers: tuple[Callable[[Path, Options], Plan | None], ...] = (plan_published, plan_mask, plan_adapter)
+    importers: tuple[Callable[[Path, Options], Plan | None], ...] = (
+        plan_published, plan_beats, plan_mask, plan_adapter,
+    )  # fmt: skip
     if not source.exists():
         raise UserError(f"no such file or folder: {source} (working directory {Path.cwd()})")
     for importer in importers:
         if (found := importer(source, options)) is not None:
             return found
-    raise UserError(f"{source} is none of: a run, a folder with adapter_config.json, a mask (*.pt, *.safetensors)")
+    raise UserError(
+        f"{source} is none of: a run, a folder with adapter_config.json, a mask (*.pt, *.safetensors), BEATs (*.pt)"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="mokamm convert", description="Adapters and masks from and to other formats.")
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a run, an adapter's folder or a mask")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder (of a mask: the file) to write")
+    parser = argparse.ArgumentParser(
+        prog="mokamm convert", description="Adapters, masks and encoders from and to other formats."
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a run, an adapter's folder, a mask or BEATs.pt")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder (of a mask or BEATs: the file) to write")
     parser.add_argument("--to", choices=FORMATS, help="default: by what the source is")
     parser.add_argument(
         "--mask", type=Path, metavar="FILE", help="for a LoRI-S published as LoRA: which entries trained"
@@ -78,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         planned = plan(args.source, Options(args.to, args.mask, args.logits_by_keys))
         if args.out.exists():
             raise UserError(f"{args.out} is there already; nothing is overwritten. Choose another name")
+        planned.check(args.out)
         if not args.dry_run:
             planned.write(args.out)
     except Exception as error:

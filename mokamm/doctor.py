@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from mokamm.outline import Outline
 
 BEATS = (
-    "get BEATs_iter3_plus_AS2M.pt from github.com/microsoft/unilm/tree/master/beats, then: python -m "
-    "encoders.convert_beats BEATs_iter3_plus_AS2M.pt {path}"
+    "get BEATs_iter3_plus_AS2M.pt from github.com/microsoft/unilm/tree/master/beats, then: "
+    "mokamm convert BEATs_iter3_plus_AS2M.pt {path}"
 )
 # data source or benchmark -> where its files come from
 HOMES = {
@@ -84,6 +84,7 @@ def _packages(config: RunConfig) -> Iterator[Finding]:
             config.model.llm.attention == "flash_attention_2",
             "uv pip install flash-attn, or attention: sdpa",
         ),
+        "bitsandbytes": (config.model.llm.quantization is not None, "uv sync --extra quantization"),
         "wandb": ("wandb" in config.training.report_to, "uv sync --extra wandb"),
         "tensorboard": ("tensorboard" in config.training.report_to, "uv sync"),
     }

@@ -15,6 +15,8 @@ METHODS = (
 LORI = ("lori_d", "lori_s", "lori_moka_d", "lori_moka_s")
 DENSE = {"lori_s": "lori_d", "lori_moka_s": "lori_moka_d"}  # a sparse method: the dense one that its mask is cut from
 WITHOUT_ADAPTERS = ("full", "none")  # those that wrap no layer
+# methods that a quantized LLM cannot have, and why
+NEEDS_WHOLE_WEIGHTS = {"hira": "multiplies the weights themselves", "full": "trains the weights themselves"}
 PROJECTORS = ("qformer", "mlp", "pooled", "perceiver")  # mokamm.projectors.PROJECTORS
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.media import SAMPLE_RATE, MediaLoader
 from data.schema import Batch, Media, MediaInput, UserError
-from encoders.base import Encoder, Features
+from encoders.base import Encoder, Extent, Features
 from encoders.cache import FeatureCache
 from mokamm.config import ModalityConfig
 from mokamm.projectors import Projector
@@ -37,7 +37,7 @@ class Sense:
     seconds: float  # of one window; 0 for frames
     whole: bool  # speech: a sound too long for its windows is refused, never thinned out
     boundaries: bool
-    patches: Callable[[int | None], int]  # valid samples of a segment (None for a frame) -> valid patches
+    patches: Callable[[Extent], int]  # valid samples of a window, (height, width) of a frame -> valid patches
     tokens: Callable[[int], int]  # valid patches -> media tokens
 
     @classmethod

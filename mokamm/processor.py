@@ -138,7 +138,8 @@ class Processor:
             patches = found.mask.sum(1).tolist()
         elif sense.kind == "frames":
             item.segments = self.loader.frames(media, sense.segments)
-            patches = [sense.patches(None)] * len(item.segments)
+            height, width = item.segments.shape[-2:]
+            patches = [sense.patches((height, width))] * len(item.segments)
         else:
             windows = self.loader.windows(media, sense.segments, sense.seconds, whole=sense.whole)
             item.segments, item.lengths = windows.samples, windows.lengths

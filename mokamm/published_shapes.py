@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from encoders import check_options
-from encoders.base import Encoder, parse_dtype
+from encoders.base import Encoder, Extent, parse_dtype
 
 LLMS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-2-7b-chat-hf": {
@@ -68,8 +68,8 @@ class StandIn(Encoder):
         if window is not None:
             self.window_samples = self.max_samples = window
 
-    def num_tokens(self, length: int | None = None) -> int:
-        return self._patches(length or 0)
+    def num_tokens(self, extent: Extent = None) -> int:
+        return self._patches(extent if isinstance(extent, int) else 0)
 
 
 def _clip_large() -> StandIn:

@@ -70,7 +70,7 @@ def clip_scene(request: Request, index: int) -> Scene:
     return sample_scene(request.rng(_CLIPS, index))
 
 
-def _image_scene(request: Request, index: int) -> Scene:
+def image_scene(request: Request, index: int) -> Scene:
     return sample_scene(request.rng(_IMAGES, index), still=True)
 
 
@@ -87,7 +87,7 @@ def _render_clip(folder: Path, request: Request, index: int) -> None:
 
 
 def _render_image(folder: Path, request: Request, index: int) -> None:
-    frame = draw_frame(_image_scene(request, index), 5.0)
+    frame = draw_frame(image_scene(request, index), 5.0)
     (folder / "images" / f"{_identity(index)}.png").write_bytes(png_bytes(frame))
 
 
@@ -176,7 +176,7 @@ def image_rows(request: Request, n: int) -> list[dict[str, Any]]:
     balance, choices = Balance(IMAGES), request.choices(_IMAGES)
     rows: list[dict[str, Any]] = []
     for index in range(n):
-        scene = _image_scene(request, index)
+        scene = image_scene(request, index)
         for question in balance.pick(scene, choices, 1) + balance.pick(scene, choices, 1):
             content = [
                 {"type": "image", "path": f"images/{_identity(index)}.png"},

@@ -1,7 +1,7 @@
 """Walk a configuration's data without training:  mokamm data check CONFIG [--limit N] [dotted.key=value ...]
 
 Prints counts by source and modality, exact token lengths, missing and broken media, rows that are too long, and what to
-do; writes check.json, lengths.png and bad_samples.jsonl. The LLM is not loaded: its tokenizer and the encoders are.
+do; writes check.json, lengths.png and bad_samples.jsonl. No weights are loaded, only the tokenizer and the encoders' shapes.
 Exit codes: 0; 1 where so many rows are bad that a training would stop; 2 for a mistake in the configuration.
 """
 
@@ -65,7 +65,7 @@ def check(config: RunConfig, out: Path, limit: int | None = None, workers: int |
     from mokamm.datacheck.walk import UNBOUNDED, Walk, findings
     from mokamm.training.corpus import open_parts
 
-    processor, encoders = build_processor(config)
+    processor, encoders = build_processor(config, weights=False)
     processor.max_length = UNBOUNDED
     parts = open_parts(config, config.data.train, processor, "data.train")
     parts += open_parts(config, config.data.validation, processor, "data.validation", prefix="validation/")

@@ -77,8 +77,10 @@ class Walk(torch.utils.data.Dataset[Finding]):
         )  # fmt: skip
 
     def _item(self, media: Media, found: MediaInput, sense: Sense) -> Item:
-        lengths = found.lengths.tolist() if found.lengths is not None else [None]
-        patches = len(found.counts) * max(sense.patches(length) for length in lengths)
+        assert found.segments is not None  # no cache is looked into
+        *_, height, width = found.segments.shape
+        extents = found.lengths.tolist() if found.lengths is not None else [(height, width)]
+        patches = len(found.counts) * max(sense.patches(extent) for extent in extents)
         name = zlib.crc32(f"{found.modality} {media.kind}".encode()) << 32 | zlib.crc32(media.path.encode())
         return Item(found.modality, sum(found.counts), patches * (self.width[found.modality] + 1), name)  # and the mask
 

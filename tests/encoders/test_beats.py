@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +14,8 @@ import torch
 from encoders.audio import BeatsEncoder
 from encoders.base import EncoderError
 from encoders.beats import BEATs, BeatsConfig, load_beats, relative_position_buckets, save_beats
-from encoders.convert_beats import main
 from encoders.fbank import kaldi_fbank
 
-ROOT = Path(__file__).parents[2]
 SMALL = BeatsConfig(
     embed_dim=12,
     encoder_layers=2,
@@ -390,41 +384,6 @@ def test_whole_segments_equal_the_published_forward(model: BEATs, tmp_path) -> N
         expected = model.features(waves)[0]
     found = BeatsEncoder(tmp_path / "b.safetensors").encode(waves)
     torch.testing.assert_close(found.features, expected, rtol=0, atol=1e-5)
-
-
-# ---- conversion ----
-
-
-def test_conversion_by_its_command(model: BEATs, tmp_path) -> None:
-    cfg = {**asdict(SMALL), "label_rate": 7}
-    torch.save({"cfg": cfg, "model": model.state_dict()}, tmp_path / "BEATs.pt")
-    command = [sys.executable, "-m", "encoders.convert_beats", "BEATs.pt", "out.safetensors"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "out.safetensors written" in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["BEATs.pt", "out.safetensors"]
-    before, after = BeatsEncoder(tmp_path / "BEATs.pt"), BeatsEncoder(tmp_path / "out.safetensors")
-    assert before.fingerprint() == after.fingerprint()
-    wave = torch.randn(2, 8000)
-    assert torch.equal(before.encode(wave).features, after.encode(wave).features)
-    assert load_beats(tmp_path / "out.safetensors").cfg == SMALL
-
-
-def test_conversion_refuses(model: BEATs, tmp_path, capsys) -> None:
-    save_beats(tmp_path / "good.pt", model)
-    save_beats(tmp_path / "there.safetensors", model)
-    torch.save({"cfg": {}, "model": _Code()}, tmp_path / "evil.pt")
-    for source, target, message in (
-        ("good.pt", "there.safetensors", "exists already"),
-        ("good.pt", "out.pt", "must end in .safetensors"),
-        ("good.pt", "none/out.safetensors", "cannot be written"),
-        ("evil.pt", "out.safetensors", "was refused: it holds Python objects"),
-        ("absent.pt", "out.safetensors", "is missing"),
-    ):
-        assert main([str(tmp_path / source), str(tmp_path / target)]) == 1
-        assert message in capsys.readouterr().err
-    assert not list(tmp_path.glob("*out*"))
 
 
 # ---- bad files ----

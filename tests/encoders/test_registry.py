@@ -78,7 +78,15 @@ def test_every_registered_class_exists() -> None:
 
 def test_every_option_of_every_encoder_has_a_type_that_can_be_checked() -> None:
     """What a wrong value is told, for each; the weights are never looked for."""
-    wrong = {"layer": "two", "features": 1, "image_size": 0, "dtype": 32, "max_batch": "all", "pretrained": 3}
+    wrong = {
+        "layer": "two",
+        "features": 1,
+        "image_size": 0,
+        "dtype": 32,
+        "max_batch": "all",
+        "pretrained": 3,
+        "max_patches": 0,
+    }
     for name, place in ENCODERS.items():
         module, attribute = place.split(":")
         signature = inspect.signature(getattr(importlib.import_module(module), attribute))

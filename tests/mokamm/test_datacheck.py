@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from data.schema import BadSample
+from encoders import EncoderError
 
 VISION, AUDIO = 2 * 6, 3 * 2  # tokens of a video of two segments and of a sound of three windows
 
@@ -216,3 +217,21 @@ def test_the_table_for_people(checked):
     for part in ("train ", "3 rows of text alone", "2 vision (18 tokens), 1 audio (6 tokens)", "what to do:",
                  "1 rows whose prompt does not fit into data.max_length", "lengths.png"):  # fmt: skip
         assert part in text
+
+
+def test_no_weights_are_read(config, checked, tmp_path):
+    """The same counts where the weights of the encoders are gone or broken; training would need them."""
+    from mokamm.build import build_processor
+    from mokamm.config import load_config
+    from mokamm.datacheck.__main__ import check
+
+    vision = load_config(config).model.modalities["vision"].encoder.path
+    shutil.copytree(vision, tmp_path / "vision", ignore=shutil.ignore_patterns("*.safetensors"))
+    without = load_config(config, [f"model.modalities.vision.encoder.path={tmp_path / 'vision'}"])
+    result = check(without, tmp_path / "out", workers=0)
+    assert result["sources"] == checked[0]["sources"]
+    assert result["cache_gb"] == checked[0]["cache_gb"]
+    _, encoders = build_processor(without, weights=False)
+    assert all(p.is_meta for encoder in encoders.values() for p in encoder.parameters())
+    with pytest.raises(EncoderError, match="open_clip weights could not be read"):
+        build_processor(without)

@@ -104,7 +104,10 @@ def test_what_is_missing_is_named_with_the_command_that_fetches_it(capsys, monke
     missing = {f["what"]: f for f in found["findings"] if not f["there"]}
     assert code == 1
     assert missing["meta-llama/Llama-2-7b-chat-hf"]["fix"] == "hf download meta-llama/Llama-2-7b-chat-hf"
-    assert "convert_beats" in missing["weights/BEATs_iter3_plus_AS2M.safetensors"]["fix"]
+    assert (
+        "mokamm convert BEATs_iter3_plus_AS2M.pt weights/"
+        in missing["weights/BEATs_iter3_plus_AS2M.safetensors"]["fix"]
+    )
     assert "MUSIC-AVQA" in missing["music_avqa: datasets/music_avqa/avqa-train.json"]["fix"]
     assert "output_dir first" in missing["runs/av_text/llama2_7b/stage1_visual"]["fix"]
     assert missing["datasets/music_avqa"]["where"] == str(ROOT / "datasets" / "music_avqa")
