@@ -1,6 +1,6 @@
 """A run as a chat model of lmms-eval: `--model mokamm --model_args run=RUN[,base=LLM][,sound=speech]`.
 
-    requests --by generation_kwargs, longest question first--> windows of WINDOW batches --answer_rows--> texts
+    requests --by generation_kwargs, longest question first--> windows of WINDOW batches --answer_batches--> texts
 
 Media are opened a window at a time, so that memory holds no more of a data set that comes decoded; within a window rows
 are sorted and asked as eval/run.py does it (eval/generation.py). Answers are greedy, and the same as eval/run.py's on
@@ -23,7 +23,7 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 
 from data.schema import BadSample, Sample, UserError
 from eval.benchmarks.base import Row
-from eval.generation import answer_rows
+from eval.generation import answer_batches, make_batches
 from eval.lmms.decoding import Decoding
 from eval.lmms.media import GivenMedia
 from eval.lmms.messages import sample_of, user_turn
@@ -99,7 +99,8 @@ class Mokamm(lmms):
             return self.model.generate(samples, decoding.max_new_tokens, None, decoding.num_beams, media, folded=False)
 
         try:
-            answer_rows(ask, rows, self.batch_size, "lmms-eval")
+            batches = make_batches(rows, self.batch_size, self.model.processor.estimate_length)
+            answer_batches(ask, batches, keep=lambda batch: None, label="lmms-eval")
         finally:
             media.close()
         for row in rows:
