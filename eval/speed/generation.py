@@ -34,12 +34,12 @@ def one_by_one(model: Any, rows: list[Any], loader: Any, tokens: int) -> dict[in
 
 def as_evaluated(model: Any, rows: list[Any], ask: Any, batch_size: int) -> dict[int, str]:
     """As eval/run.py does it on one rank."""
-    from eval.generation import answer_batches, make_batches, remaining
+    from eval.generation import answer_batches, by_tokens, make_batches, remaining
     from eval.journal import Journal
 
     with tempfile.TemporaryDirectory() as folder, model.folded():
         journal = Journal(Path(folder), "speed", {})
-        batches = make_batches(rows, batch_size, model.processor.estimate_length)
+        batches = make_batches(rows, batch_size, by_tokens(model.processor.estimate_length))
         answer_batches(ask, remaining(batches, journal.read()), journal.add, None)
         journal.close()
         return {index: text for index, (text, _) in journal.read().items()}
