@@ -1,9 +1,11 @@
 """Ask a model all rows of a benchmark, in batches of like length, and put the answers where the questions stood.
 
 Rows are sorted by their number of tokens, media counted in, longest first: a batch holds little padding, and memory runs
-out at once or never. What is in a batch depends on the rows and the batch size alone, so that neither a kill and a resume
-nor the number of ranks changes what the model computes; batches are dealt to the ranks in turn. A batch that a bad row
-breaks is halved until the row is found; it keeps its reason and earns nothing, the others are answered.
+out at once or never. Within steps of a few tokens, rows about one clip stand together: its media tokens are made once a
+batch (where a feature cache names them). What is in a batch depends on the rows and the batch size alone, so that neither
+a kill and a resume nor the number of ranks changes what the model computes; batches are dealt to the ranks in turn. A
+batch that a bad row breaks is halved until the row is found; it keeps its reason and earns nothing, the others are
+answered.
 
 Cost: one generation a batch, log2(batch) more for a bad row.
 """
@@ -20,6 +22,11 @@ from eval.benchmarks.base import Row
 
 Ask = Callable[[list[Sample]], list[str]]
 Length = Callable[[Sample], Any]  # sorts samples
+
+
+def by_tokens(estimate: Callable[[Sample], int], step: int = 8) -> Length:
+    """Sorts by the estimated number of tokens, in steps, then by media. `estimate`: Processor.estimate_length."""
+    return lambda sample: (-(-estimate(sample) // step), [media.path for media in sample.media])
 
 
 def make_batches(rows: Sequence[Row], batch_size: int, length: Length) -> list[list[Row]]:

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 from data.schema import Sample, UserError
 from eval.benchmarks import BENCHMARKS, Benchmark, Row
 from eval.controls import CONTROLS, Control
-from eval.generation import Ask, answer_batches, make_batches, remaining
+from eval.generation import Ask, answer_batches, by_tokens, make_batches, remaining
 from eval.jobs import Job, plan_jobs
 from eval.journal import Journal, check_whole, digest_of, fill, rows_digest
 from eval.printing import print_metrics, stdout_kept_clean
@@ -234,7 +234,7 @@ def answer(
     start = time.monotonic()
     job, rows, journal = work.job, work.rows, work.journal
     settings = {"batch_size": args.batch_size or config.evaluation.batch_size}
-    batches = make_batches(rows, settings["batch_size"], model.processor.estimate_length)
+    batches = make_batches(rows, settings["batch_size"], by_tokens(model.processor.estimate_length))
     before = ranks.shared(journal.read)
     if before and ranks.main:
         print(f"{work.stem}: {len(before)} of {len(rows)} rows were answered before a stop", file=sys.stderr)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from data.collate import collate
 from data.media import MediaLoader
-from data.schema import IGNORED, Batch, Kind, Media, MediaBatch, Message, Sample, Text, UserError
+from data.schema import IGNORED, Batch, Kind, Media, MediaBatch, MediaInput, Message, Sample, Text, UserError
 from mokamm.adapters import AdapterError, MokaModel, set_routing
 from mokamm.config import EvaluationConfig
 from mokamm.perception import Perception, Sense
@@ -114,8 +114,11 @@ class MultimodalLM(nn.Module):
 
     def _project(self, projector: Projector, media: MediaBatch, index: list[Tensor], vectors: list[Tensor]) -> None:
         """Append the tokens of all items of one modality, and their boundary vectors, with their flat positions."""
-        features, mask = _stack(media, self.device)
+        items, segments = (media.items, None) if torch.is_grad_enabled() else _distinct(media.items)
+        features, mask = _stack(items, self.device)
         tokens_NKD = projector(features, mask)
+        if segments is not None:
+            tokens_NKD = tokens_NKD.index_select(0, torch.tensor(segments, device=self.device))
         width = tokens_NKD.shape[1]
         counts = [count for item in media.items for count in item.counts]
         tokens = tokens_NKD.flatten(0, 1)
@@ -268,10 +271,27 @@ def _media(name: str, paths: Paths) -> list[Media]:
     return [Media(cast(Kind, kind), str(Path(path).absolute()), modality) for path in listed]
 
 
-def _stack(media: MediaBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+def _distinct(items: Sequence[MediaInput]) -> tuple[Sequence[MediaInput], list[int] | None]:
+    """Items without those whose features another one has (several questions about one clip), and for each segment of
+    all items its place among those that remain; None where all remain."""
+    kept: list[MediaInput] = []
+    starts: dict[str | int, int] = {}
+    segments: list[int] = []
+    count = 0
+    for item in items:
+        name = id(item) if item.key is None else item.key
+        if name not in starts:
+            starts[name] = count
+            kept.append(item)
+            count += len(item.counts)
+        segments += range(starts[name], starts[name] + len(item.counts))
+    return (items, None) if len(kept) == len(items) else (kept, segments)
+
+
+def _stack(items: Sequence[MediaInput], device: torch.device) -> tuple[Tensor, Tensor]:
     """All segments of a modality: features (N,P,C) and mask (N,P), padded to the longest P (cached ones may differ)."""
-    features = [item.features for item in media.items if item.features is not None]
-    masks = [item.mask for item in media.items if item.mask is not None]
+    features = [item.features for item in items if item.features is not None]
+    masks = [item.mask for item in items if item.mask is not None]
     longest = max(mask.shape[1] for mask in masks)
     pad = nn.functional.pad
     features_NPC = torch.cat([pad(f.to(device), (0, 0, 0, longest - f.shape[1])) for f in features])

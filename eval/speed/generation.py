@@ -34,12 +34,12 @@ def one_by_one(model: Any, rows: list[Any], loader: Any, tokens: int) -> dict[in
 
 def as_evaluated(model: Any, rows: list[Any], ask: Any, batch_size: int) -> dict[int, str]:
     """As eval/run.py does it on one rank."""
-    from eval.generation import answer_batches, make_batches, remaining
+    from eval.generation import answer_batches, by_tokens, make_batches, remaining
     from eval.journal import Journal
 
     with tempfile.TemporaryDirectory() as folder, model.folded():
         journal = Journal(Path(folder), "speed", {})
-        batches = make_batches(rows, batch_size, model.processor.estimate_length)
+        batches = make_batches(rows, batch_size, by_tokens(model.processor.estimate_length))
         answer_batches(ask, remaining(batches, journal.read()), journal.add, None)
         journal.close()
         return {index: text for index, (text, _) in journal.read().items()}
@@ -88,16 +88,17 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     from mokamm.model import MultimodalLM
 
     config = load_run_config(args.run)
-    words = {"benchmark": "all", "path": None, "option": [], "limit": args.limit, "media_dir": None}
-    jobs = plan_jobs(config, argparse.Namespace(**words))
+    asked = {"benchmark": "all", "path": None, "option": [], "limit": args.limit, "media_dir": None}
+    jobs = plan_jobs(config, argparse.Namespace(**asked))
     batch_size = args.batch_size or config.evaluation.batch_size
     model = MultimodalLM.from_run(args.run)
     args.device = model.device.type
     found = [measure(model, config, job, args.repeats, batch_size) for job in jobs]
     whole = {name: sum(part["seconds"][name] for part in found) for name in found[0]["seconds"]}
     args.run, args.batch_size = args.run.name, batch_size
+    words = ["--repeats", str(args.repeats), *(["--limit", str(args.limit)] if args.limit else [])]
     return {
-        "command": shlex.join(["python", "eval/speed/generation.py", args.run, *sys.argv[2:]]),
+        "command": shlex.join(["python", "eval/speed/generation.py", f"runs/{args.run}", *words]),
         **surroundings(args),
         "benchmarks": found,
         "rows": sum(part["rows"] for part in found),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from data.schema import BadSample, Sample, UserError
 from eval.benchmarks import BENCHMARKS, Row
-from eval.generation import Ask, answer_batches, make_batches, remaining
+from eval.generation import Ask, answer_batches, by_tokens, make_batches, remaining
 
 
 def write_avqa(path: Path, count: int = 7) -> Path:
@@ -153,6 +154,16 @@ def test_ranks_share_the_same_batches_and_leave_out_what_is_answered(tmp_path: P
     assert sorted(row.index for batch in asked for row in batch) == sorted(set(range(25)) - {3} - answered)
     whole = [batch for batch in batches if not answered & {row.index for row in batch}]
     assert all(batch in asked for batch in whole)
+
+
+def test_rows_of_one_clip_stand_together_within_a_few_tokens(tmp_path: Path) -> None:
+    rows = BENCHMARKS["miniworld_avqa"].load(write_avqa(tmp_path / "avqa.json", count=24))
+    batches = make_batches(rows, 4, by_tokens(letters))
+    steps = [-(-letters(row.sample) // 8) for batch in batches for row in batch if row.sample]
+    assert steps == sorted(steps, reverse=True)
+    clips = [row.unit for batch in batches for row in batch]
+    changes = sum(a != b or c != d for (a, b), (c, d) in zip(pairwise(clips), pairwise(steps), strict=True))
+    assert changes == len(set(zip(clips, steps, strict=True))) - 1
 
 
 def test_an_unexpected_error_is_not_hidden(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ def test_all_benchmarks_in_one_go(run: Path, capfd: pytest.CaptureFixture[str]) 
         assert metrics["rows"] == count
         assert metrics["score"] == pytest.approx(sum(r["points"] for r in rows) / sum(r["of"] for r in rows))
         assert metrics["settings"]["batch_size"] == 3
+        page = f"examples/miniworld_{name}.html"
+        assert f"({page})" in (run / "report" / "report.md").read_text()
+        assert "data:image/jpeg" in (run / "report" / page).read_text() or name == "told"
+    assert (run / "report" / "accuracy.png").is_file()  # though the folder has no metrics.jsonl
     avqa = predictions(run, "miniworld_avqa")
     assert [row["error"] is None for row in avqa] == [True] * 6 + [False] * 2  # the clip that is cut off
     assert "videos/3.mp4" in avqa[-1]["error"]

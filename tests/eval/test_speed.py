@@ -94,3 +94,14 @@ def test_the_command(capsys: pytest.CaptureFixture, tmp_path, parts: list[str]) 
         assert row["waits"]["moka"] == row["waits"]["base"]
     if "decode" in parts:
         assert set(found["decode"]["tokens_per_second"]) == {"base", "lora", "moka", "moka unfolded"}
+
+
+def test_the_evaluation_answers_as_a_plain_loop(small_run, capsys: pytest.CaptureFixture, tmp_path) -> None:
+    from eval.speed.generation import main as generation
+
+    out = tmp_path / "small.json"
+    assert generation([str(small_run), "--limit", "3", "--repeats", "1", "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(out.read_text())
+    assert (found["other_answers"], found["rows"]) == (0, 3 * 4 + 2 * 2)
+    assert set(found["seconds"]) == {"one by one", "eval/run.py"}
