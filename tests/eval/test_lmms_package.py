@@ -235,6 +235,7 @@ def strict(benchmark: str, rows: list[dict[str, Any]]) -> float:
     return scorer.score(collected.rows, collected.filed)["rules"]["strict"]["score"]
 
 
+PASSES = [(1, "B", "B"), (1_000_001, "A", "A"), (2, "B", "B"), (1_000_002, "A", "B"), (3, "C", "a cow"), (4, "D", "C")]
 YES_NO = ["Yes", "no", "Yes.", "No, it is not", "yes, it is", "The answer is yes", "Y", "Nothing", "Eyes", ""]
 SPOKEN = [
     ("HE HOPED THERE WOULD BE STEW", "he hoped there'd be stew"),
@@ -276,6 +277,11 @@ def lmms_scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
         for name in ("seed_bench", "mmbench", "mmau", "air_bench"):
             # what it draws at random is asked forty times
             cases[f"{name} {said}"] = choice_docs(name, said) * (40 if name in ("mmau", "air_bench") else 1)
+    cases["mmbench circular"] = [
+        doc | {"index": index, "answer": answer}
+        for index, answer, said in PASSES
+        for doc in choice_docs("mmbench", said)
+    ]
     three = {"choices": json.dumps(["dog", "cat", "cow"]), "answer": "cat", "task": "sound", "said": "nothing"}
     cases["mmau three"] = [three] * 40
     for said in YES_NO:
@@ -308,6 +314,19 @@ def test_seed_bench(lmms_scores: dict[str, dict[str, Any]]) -> None:
 
 def test_mmbench(lmms_scores: dict[str, dict[str, Any]]) -> None:
     assert differing("mmbench", "static", 100, lmms_scores) == {"b": (1.0, 0.0), "A cat": (1.0, 0.0)}
+
+
+def test_mmbench_in_circles(lmms_scores: dict[str, dict[str, Any]]) -> None:
+    rows = [
+        {"index": index, "image_path": "a.jpg", "question": "?", "choices": list(OPTIONS.values()), "answer": answer,
+         "output": [said]}
+        for index, answer, said in PASSES
+    ]  # fmt: skip
+    scorer = BENCHMARKS["mmbench"]
+    collected = collect(scorer, [take_apart(row) for row in rows])
+    figures = scorer.score(collected.rows, collected.filed)["rules"]["strict"]
+    assert figures["circular"] == lmms_scores["mmbench circular"]["static"] / 100 == 2 / 4
+    assert figures["vanilla"] == 3 / 4
 
 
 @pytest.mark.parametrize(("name", "scale"), [("mmau", 100), ("air_bench", 1)])
