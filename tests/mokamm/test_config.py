@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mokamm.config import ConfigError, load_config
+from mokamm.config import ConfigError, RunConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """\
@@ -293,3 +293,22 @@ def test_mistakes_in_files_that_extend_others_are_told_with_their_file(tmp_path)
     (tmp_path / "own.yaml").write_text("extends: belo.yaml\n")
     with pytest.raises(ConfigError, match=r"no such configuration file(.|\n)*did you mean"):
         load_config(tmp_path / "own.yaml")
+
+
+def test_a_benchmark_may_be_a_folder_and_a_path_may_name_its_media_folder(tmp_path, monkeypatch):
+    """As configs/parts/speech_text/instructions.yaml has LibriSpeech: there or not, it is looked for where it is named."""
+    monkeypatch.chdir(tmp_path)
+    entry = {"benchmark": "librispeech", "path": "data/test-clean", "media_dir": "data/test-clean"}
+    tree = {
+        "model": {"llm": {"path": "x"}},
+        "data": {"train": [{"source": "messages", "path": "x.jsonl"}]},
+        "training": {"output_dir": "x"},
+        "evaluation": {"benchmarks": [entry]},
+    }
+    config = RunConfig.model_validate(tree)
+    assert config.locate(config.evaluation.benchmarks[0]) == (Path("data/test-clean"), Path("data/test-clean"))
+    (tmp_path / "x.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"evaluation.benchmarks.0.path: no such file: data/test-clean$"):
+        config.check_files()
+    (tmp_path / "data/test-clean").mkdir(parents=True)
+    config.check_files()
