@@ -1,11 +1,12 @@
 """How much faster eval/run.py answers than a plain loop:  python eval/speed/generation.py RUN [--limit 100] [--json]
 
-The same trained run answers the first rows of each of its benchmarks in two ways, in turns, in one process:
+The same trained run answers the first rows of each of its benchmarks in three ways, in turns, in one process:
 
-    one by one   a loop of `model.generate([sample])`, MokA's text path folded once around it
+    one by one   a plain loop of `model.generate([sample])`, which folds MokA's text path for each call, as chat does
+    folded once  the same loop inside one `model.folded()`
     eval/run.py  its own functions: sorted by tokens, in batches, answers written to a journal as they come
 
-Both read the same feature cache, filled by the round that warms up, and give up to the same number of tokens. Answers are
+All read the same feature cache, filled by the round that warms up, and give up to the same number of tokens. Answers are
 compared row by row. Seconds are of the processor, this process's own work, on a CPU that others use too; on a GPU, of the
 wall. The result is also written to eval/speed/results/generation.json.
 """
@@ -28,8 +29,12 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def one_by_one(model: Any, rows: list[Any], loader: Any, tokens: int) -> dict[int, str]:
+    return {row.index: model.generate([row.sample], tokens, loader=loader)[0] for row in rows}
+
+
+def folded_once(model: Any, rows: list[Any], loader: Any, tokens: int) -> dict[int, str]:
     with model.folded():
-        return {row.index: model.generate([row.sample], tokens, loader=loader)[0] for row in rows}
+        return one_by_one(model, rows, loader, tokens)
 
 
 def as_evaluated(model: Any, rows: list[Any], ask: Any, batch_size: int) -> dict[int, str]:
@@ -46,7 +51,7 @@ def as_evaluated(model: Any, rows: list[Any], ask: Any, batch_size: int) -> dict
 
 
 def measure(model: Any, config: Any, job: Any, repeats: int, batch_size: int) -> dict[str, Any]:
-    """Seconds of both ways for one benchmark, medians, and whether they answer alike."""
+    """Seconds of all ways for one benchmark, medians, and whether they answer alike."""
     import time
 
     from eval.controls import Control
@@ -65,20 +70,26 @@ def measure(model: Any, config: Any, job: Any, repeats: int, batch_size: int) ->
 
     ways = {
         "one by one": keeping("one by one", lambda: one_by_one(model, rows, loader, tokens)),
+        "folded once": keeping("folded once", lambda: folded_once(model, rows, loader, tokens)),
         "eval/run.py": keeping("eval/run.py", lambda: as_evaluated(model, rows, ask, batch_size)),
     }
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
     taken = in_turns(ways, repeats, clock)
     seconds = {name: sorted(times)[len(times) // 2] for name, times in taken.items()}
-    one, other = (answers[name] for name in ways)
+    one = answers["one by one"]
     return {
         "benchmark": job.name,
         "rows": len(rows),
         "tokens": sum(len(model.tokenizer(text)["input_ids"]) for text in one.values()),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "ratio": round(seconds["one by one"] / seconds["eval/run.py"], 2),
-        "other_answers": sum(one[index] != other.get(index) for index in one),
+        "ratios": ratios(seconds),
+        "other_answers": sum(one[index] != other.get(index) for other in answers.values() for index in one),
     }
+
+
+def ratios(seconds: dict[str, float]) -> dict[str, float]:
+    """How many times as long each loop takes as eval/run.py."""
+    return {name: round(value / seconds["eval/run.py"], 2) for name, value in seconds.items() if name != "eval/run.py"}
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -103,7 +114,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "benchmarks": found,
         "rows": sum(part["rows"] for part in found),
         "seconds": {name: round(value, 2) for name, value in whole.items()},
-        "ratio": round(whole["one by one"] / whole["eval/run.py"], 2),
+        "ratios": ratios(whole),
         "other_answers": sum(part["other_answers"] for part in found),
     }
 
@@ -113,12 +124,11 @@ def print_table(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     names = list(found["seconds"])
-    table = Table("benchmark", "rows", *(f"{name}, s" for name in names), "ratio", "other answers")
+    table = Table("benchmark", "rows", *(f"{name}, s" for name in names), "times as long", "other answers")
     for part in [*found["benchmarks"], {**found, "benchmark": "all"}]:
         seconds = (f"{part['seconds'][name]:.2f}" for name in names)
-        table.add_row(
-            part["benchmark"], str(part["rows"]), *seconds, f"{part['ratio']:.2f}", str(part["other_answers"])
-        )
+        times = " / ".join(f"{ratio:.2f}" for ratio in part["ratios"].values())
+        table.add_row(part["benchmark"], str(part["rows"]), *seconds, times, str(part["other_answers"]))
     Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 

@@ -104,4 +104,4 @@ def test_the_evaluation_answers_as_a_plain_loop(small_run, capsys: pytest.Captur
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads(out.read_text())
     assert (found["other_answers"], found["rows"]) == (0, 3 * 4 + 2 * 2)
-    assert set(found["seconds"]) == {"one by one", "eval/run.py"}
+    assert set(found["seconds"]) == {"one by one", "folded once", "eval/run.py"}
