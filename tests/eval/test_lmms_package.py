@@ -71,7 +71,38 @@ def data(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         places = {"path": f"$SETS/{file}", "media_dir": str(folder), "options": options}
         task = {"include": str(ROOT / "eval/lmms/tasks" / f"{name}.yaml"), "task": name, "dataset_kwargs": places}
         (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    write_pictures(folder, source)
     return folder
+
+
+def write_pictures(folder: Path, source: Path) -> None:
+    """lmms-eval's own MME, on pictures of the miniature world, in the columns of its data set."""
+    from datasets import Dataset, Features, Image, Value
+
+    files = sorted((source / "images").glob("*.png"))[:3]
+    rows = [
+        {
+            "question_id": file.stem,
+            "category": "count",
+            "question": f"Is there a {shape}?",
+            "answer": answer,
+            "image": str(file),
+        }
+        for file in files
+        for shape, answer in (("ring", "Yes"), ("square", "No"))
+    ]
+    kinds: dict[str, Any] = dict.fromkeys(("question_id", "category", "question", "answer"), Value("string"))
+    Dataset.from_list(rows, features=Features({**kinds, "image": Image()})).to_parquet(folder / "pictures.parquet")
+    (folder / "tasks" / "pictures.yaml").write_text(
+        "task: pictures\ndataset_path: parquet\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'pictures.parquet'}}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: question\ndoc_to_target: answer\n"
+        "doc_to_visual: !function lmms_eval.tasks.mme.utils.mme_doc_to_visual\n"
+        "process_results: !function lmms_eval.tasks.mme.utils.mme_process_results\n"
+        "generation_kwargs: {max_new_tokens: 16, temperature: 0, top_p: 1.0, num_beams: 1, do_sample: false}\n"
+        "metric_list:\n- metric: mme_perception_score\n"
+        "  aggregation: !function lmms_eval.tasks.mme.utils.mme_aggregate_results\n  higher_is_better: true\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +135,7 @@ def results(run: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The folder that `lmms_eval --model mokamm` leaves."""
     folder = tmp_path_factory.mktemp("results")
     command = [PYTHON, "-m", "lmms_eval", "--model", "mokamm", "--model_args", f"run={run}", "--batch_size", "4"]
-    command += ["--include_path", str(data / "tasks"), "--tasks", "ave,music_avqa", "--log_samples"]
+    command += ["--include_path", str(data / "tasks"), "--tasks", "ave,music_avqa,pictures", "--log_samples"]
     os.environ["SETS"] = str(data)
     try:
         done = start([*command, "--output_path", str(folder)], folder)
@@ -160,6 +191,19 @@ def test_its_answers_are_those_of_our_runner(results: Path, run: Path, data: Pat
         except UserError:
             expected = ""
         assert record["prediction"] == expected
+
+
+def test_its_own_task_with_pictures_that_come_decoded(results: Path, run: Path, world: Path) -> None:
+    from mokamm.model import MultimodalLM
+
+    (file,) = results.rglob("*samples_pictures.jsonl")
+    samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    model = MultimodalLM.from_run(run)
+    assert len(samples) == 6
+    for sample in samples:
+        picture = world / "train" / "images" / f"{sample['mme_perception_score']['question_id']}.png"
+        question = f"Is there a {'ring' if sample['target'] == 'Yes' else 'square'}?"
+        assert sample["filtered_resps"] == model.chat(question, image=picture, max_new_tokens=16) != ""
 
 
 def test_bad_rows_are_told_and_count_as_wrong(results: Path) -> None:
