@@ -27,8 +27,9 @@ from tests.ranks.rows import write_rows
 VARIANTS = ["zero0", "zero1", "zero2", "zero3", "zero3_sharded", "zero1_offload", "zero2_offload", "zero3_offload"]
 VARIANTS += ["ddp"]  # last: the first case of a launch decides whether DeepSpeed is made ready
 # at 3e-4 rounding alone, one process with a batch of 2 and with 1 + 1, comes to 8e-5 (full) and 2e-5 (hira) in 20 steps;
-# at 1e-4 still to 1.05e-5 for hira+coto
+# with CoTo a step of the projectors adds to that
 SLOWER = {"training.learning_rate": 1e-4}
+CALMER = {"training.projector_learning_rate": 1e-4}  # quickstart's: 5e-4
 METHODS: dict[str, dict[str, Any]] = {
     "moka": {"adapter.method": "moka"},
     "multi_lora": {"adapter.method": "multi_lora"},
@@ -39,10 +40,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "moka+coto": {"adapter.method": "moka", "adapter.coto": True},
     "lora+coto": {"adapter.method": "lora", "adapter.coto": True},
     "dora+coto": {"adapter.method": "dora", "adapter.coto": True},
-    "hira+coto": {"adapter.method": "hira", "adapter.coto": True, "training.learning_rate": 5e-5},
+    "hira+coto": {"adapter.method": "hira", "adapter.coto": True, **SLOWER, **CALMER},
     "lori_d": {"adapter.method": "lori_d"},
     "lori_s": {"adapter.method": "lori_s"},  # both phases
+    "lori_moka_d": {"adapter.method": "lori_moka_d"},
     "lori_moka_s": {"adapter.method": "lori_moka_s"},
+    "moka+depth": {"adapter.method": "moka", "adapter.stochastic_depth": True},
+    "none": {"adapter.method": "none"},
     "full": {"adapter.method": "full", **SLOWER},
     "stage1": {"training.stage": 1, "training.init_from": None},
 }
