@@ -60,7 +60,9 @@ def _entries(config: RunConfig, args: argparse.Namespace) -> list[BenchmarkConfi
     if not everything and args.benchmark not in [entry.name for entry in known]:
         args.benchmark = find_benchmark(args.benchmark).name
     if args.path:
-        entry = BenchmarkConfig(benchmark=args.benchmark, path=str(Path(args.path).absolute()))
+        own = next((entry for entry in known if entry.name == args.benchmark), None)  # its options and limit hold
+        entry = own or BenchmarkConfig(benchmark=args.benchmark, path=args.path)
+        entry.path = str(Path(args.path).absolute())
         entry.media_dir = args.media_dir or str(args.path if Path(args.path).is_dir() else Path(args.path).parent)
         return [entry]
     entries = [entry for entry in known if everything or args.benchmark in (entry.name, entry.benchmark)]

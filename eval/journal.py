@@ -6,8 +6,8 @@
 
 DIGEST stands for all settings that change answers (weights, base, rows, control, length of answers, libraries), so that
 answers of other settings lie in another folder and are never mixed in. Every process that answers writes a file of its
-own; a batch is one write, flushed. A line that a kill has torn is no answer; its row is asked again. The folder goes when
-the predictions are whole: a later evaluation begins anew.
+own; a batch is one write, flushed. A line that a kill has torn is no answer; its row is asked again, and so is
+a row whose media could not be used. The folder goes when the predictions are whole: a later evaluation begins anew.
 
 Cost: one small write a batch. Flushed means handed to the operating system: a kill loses nothing, a power cut may.
 """
@@ -85,13 +85,15 @@ class Journal:
     # ---- read --------------------------------------------------------------------------------------------------------
 
     def read(self) -> Answers:
-        """The answers of all processes so far."""
+        """The answers of all processes so far; an answer goes before a row's error of an earlier attempt."""
         found: Answers = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             header, lines = _lines(path)
             if header == self.settings:
                 for line in lines:
-                    found.setdefault(line["index"], (line["prediction"], line["error"]))
+                    answer = (line["prediction"], line.get("error"))
+                    if answer[1] is None or line["index"] not in found:
+                        found[line["index"]] = answer
         return found
 
     def others(self) -> list[str]:

@@ -100,9 +100,16 @@ def detail_tables(name: str, figures: Mapping[str, Any], scale: str = "share") -
             columns = list(next(iter(value.values())))
             table = Table(key, *columns, title=f"{name}: {key}")
             for line, cells in value.items():
-                table.add_row(line, *(cell(cells[column], scale) for column in columns))
+                table.add_row(_plain(line), *(cell(cells[column], scale) for column in columns))
             tables.append(table)
     return tables
+
+
+def _plain(text: str) -> Any:
+    """A name out of an annotation file, which may hold rich's markup or half a letter."""
+    from rich.text import Text
+
+    return Text(text.encode(errors="backslashreplace").decode())
 
 
 def between(interval: Sequence[float] | None, scale: str = "share") -> str:

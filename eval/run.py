@@ -45,12 +45,14 @@ from eval.printing import print_metrics, stdout_kept_clean
 from eval.ranks import check_alike, join, rank_here, told, world_here
 from mokamm.config import RunConfig, find_path, load_run_config
 from mokamm.mistakes import is_users
+from mokamm.training.disk import writing
 
 if TYPE_CHECKING:
     from mokamm.model import MultimodalLM
     from mokamm.training.launch import Ranks
 
 LIBRARIES = ("torch", "transformers", "peft")
+ADVICE = "make room or allow it, then start the same command again: it goes on from the answers that are kept"
 ROUTED = ("moka", "multi_lora", "lori_moka_d", "lori_moka_s")  # methods with a path for each modality
 
 
@@ -152,10 +154,11 @@ def asker(model: MultimodalLM, config: RunConfig, job: Job, control: Control, ma
 
 
 def write_results(folder: Path, stem: str, benchmark: Benchmark, rows: list[Row], metrics: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(benchmark.to_json(row), ensure_ascii=False) for row in rows)
-    _write(folder / f"{stem}.jsonl", "".join(line + "\n" for line in lines))
-    _write(folder / f"{stem}.metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    with writing(folder, ADVICE):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / f"{stem}.jsonl", "".join(line + "\n" for line in lines))
+        _write(folder / f"{stem}.metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
@@ -165,25 +168,33 @@ def _write(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def settings_of(args: argparse.Namespace, config: RunConfig, job: Job, rows: list[Row], control: Control) -> dict:
-    """All that changes the answers, for the journal; the batch size does not."""
+def settings_of_model(args: argparse.Namespace, config: RunConfig, control: Control) -> dict[str, Any]:
+    """All of the model that changes the answers, for the journal."""
+    from mokamm.init_from import weights_folder
     from mokamm.weights import fingerprint, trained_fingerprint
 
     base = args.base or config.model.llm.path
     folder = find_path(base)
+    trained = [args.run / "final"] if control.kind != "base" else map(weights_folder, config.training.init_folders)
     return {
-        "weights": trained_fingerprint(args.run / "final"),
+        "weights": digest_of([trained_fingerprint(weights) for weights in trained]),
         "config": digest_of({k: v for k, v in config.to_dict().items() if k not in ("evaluation", "versions")}),
         "base": fingerprint(folder) if folder.is_dir() else f"{base} {config.model.llm.revision}",
+        "control": control.name,
+        "max_new_tokens": args.max_new_tokens or config.evaluation.max_new_tokens,
+        "decoding": "greedy",
+        "versions": {name: metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def settings_of_rows(job: Job, rows: list[Row]) -> dict[str, Any]:
+    """All that is asked, for the journal."""
+    return {
         "benchmark": job.benchmark.name,
         "rows": rows_digest(rows),
         "media_dir": str(job.media_dir.absolute()),
         "limit": job.limit,
         "options": job.options,
-        "control": control.name,
-        "max_new_tokens": args.max_new_tokens or config.evaluation.max_new_tokens,
-        "decoding": "greedy",
-        "versions": {name: metadata.version(name) for name in LIBRARIES},
     }
 
 
@@ -212,14 +223,16 @@ def prepare(
     from mokamm.training.launch import check_shared
 
     predictions = args.run / "predictions"
+    model = settings_of_model(args, config, control)
     works = []
     for job, rows in loaded:
         stem = job.name + control.suffix
-        journal = Journal(predictions, stem, settings_of(args, config, job, rows, control))
+        journal = Journal(predictions, stem, model | settings_of_rows(job, rows))
         works.append(Work(job, rows, stem, journal))
     check_alike(ranks, {f"{work.stem} {key}": value for work in works for key, value in work.journal.settings.items()})
     if ranks.main:
-        predictions.mkdir(parents=True, exist_ok=True)
+        with writing(predictions, ADVICE):
+            predictions.mkdir(parents=True, exist_ok=True)
         for note in [note for work in works for note in work.journal.others()]:
             print(note, file=sys.stderr)
     ranks.barrier()
@@ -235,7 +248,8 @@ def answer(
     job, rows, journal = work.job, work.rows, work.journal
     settings = {"batch_size": args.batch_size or config.evaluation.batch_size}
     batches = make_batches(rows, settings["batch_size"], by_tokens(model.processor.estimate_length))
-    before = ranks.shared(journal.read)
+    # what could not be used is tried again: its media may have come meanwhile
+    before = ranks.shared(lambda: {index for index, (_, error) in journal.read().items() if error is None})
     if before and ranks.main:
         print(f"{work.stem}: {len(before)} of {len(rows)} rows were answered before a stop", file=sys.stderr)
     ask = asker(model, config, job, control, journal.settings["max_new_tokens"])
@@ -245,7 +259,7 @@ def answer(
         answer_batches(
             ask,
             remaining(batches, before, ranks.rank, ranks.world),
-            lambda batch: journal.add(batch, ranks.rank),
+            lambda batch: keep(journal, batch, ranks.rank),
             work.stem + share if ranks.main else None,
         )
     journal.close()
@@ -261,6 +275,11 @@ def answer(
     warn_of_bad_rows(job.name, rows)
 
 
+def keep(journal: Journal, batch: Sequence[Row], rank: int) -> None:
+    with writing(journal.folder, ADVICE):
+        journal.add(batch, rank)
+
+
 def score(args: argparse.Namespace, work: Work, settings: dict[str, Any]) -> dict[str, Any]:
     """The metrics of an answered job, with the settings that they were reached under."""
     job, journalled = work.job, work.journal.settings
@@ -274,7 +293,8 @@ def run(args: argparse.Namespace, report: bool = False) -> dict[str, dict[str, A
     """The metrics by name; empty but on rank 0. report: write the run's report anew, and pages of examples."""
     works = evaluate(args)
     if report and rank_here() == 0:
-        write_pages(args.run, works)
+        with writing(args.run / "report", f"the metrics are whole; python -m mokamm.report {args.run} writes it again"):
+            write_pages(args.run, works)
     return {work.job.name: work.metrics for work in works if work.metrics is not None}
 
 
@@ -316,9 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rank_here() > 0:
         return 0
     if args.json:
-        one = results.get(args.benchmark)
         several = {"run": str(args.run), "control": args.control, "benchmarks": results}
-        print(json.dumps(one or several, ensure_ascii=False))
+        print(json.dumps(*(results.values() if args.benchmark != "all" and len(results) == 1 else [several])))
     else:
         print_metrics(results, str(args.run) + (f", control: {args.control}" if args.control else ""))
         print(f"predictions and metrics: {args.run / 'predictions'}\nreport: {args.run / 'report' / 'report.md'}")

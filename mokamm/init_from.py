@@ -45,7 +45,7 @@ def load_init(model: MultimodalLM, folders: str | Path | Sequence[str | Path]) -
     state: dict[str, torch.Tensor] = {}
     where: dict[str, Path] = {}  # modality -> file
     folders = [folders] if isinstance(folders, str | Path) else folders
-    for folder in map(_weights_folder, folders):
+    for folder in map(weights_folder, folders):
         found = _projectors_in(folder)
         for name in sorted({key.split(".", 1)[0] for key in found}):
             if name not in model.projectors:
@@ -65,13 +65,13 @@ def load_init(model: MultimodalLM, folders: str | Path | Sequence[str | Path]) -
 
 def adapter_among(folders: Sequence[str | Path]) -> Path | None:
     """The adapter that lies in one of the folders. UserError where several have one."""
-    found = [place for folder in folders if (place := _weights_folder(folder) / ADAPTER).is_dir()]
+    found = [place for folder in folders if (place := weights_folder(folder) / ADAPTER).is_dir()]
     if len(found) > 1:
         raise UserError(f"training.init_from: {found[0]} and {found[1]} are two adapters; name one of them")
     return found[0] if found else None
 
 
-def _weights_folder(named: str | Path) -> Path:
+def weights_folder(named: str | Path) -> Path:
     folder = find_path(str(named))
     return folder / "final" if (folder / "final" / PROJECTORS).is_file() else folder
 

@@ -42,7 +42,7 @@ def write_report(run: str | Path) -> Path:
         plot_speed(train, folder / "speed.png")
     if results or validation:
         plot_accuracy(results, validation, folder / "accuracy.png")
-    (folder / "report.md").write_text("\n".join(_page(run, records, results)) + "\n")
+    (folder / "report.md").write_text("\n".join(_page(run, records, results)) + "\n", "utf-8", "backslashreplace")
     return folder / "report.md"
 
 

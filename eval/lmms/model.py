@@ -80,7 +80,8 @@ class Mokamm(lmms):
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[list[str]]:
         """All answers of each request, whose task makes the next messages of the answers so far, one at a time."""
-        return [self._rounds(request) for request in requests]
+        with self.model.folded():
+            return [self._rounds(request) for request in requests]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         raise UserError(

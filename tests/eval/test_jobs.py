@@ -107,3 +107,9 @@ def test_a_configuration_is_checked(small_run: Path, tmp_path: Path, entry: dict
     with pytest.raises(ConfigError) as told:
         load_config(tmp_path / "config.yaml")
     assert message in str(told.value)
+
+
+def test_an_entry_of_its_own_name_keeps_its_options_with_another_file(small_run: Path, table: Path) -> None:
+    entry = {"benchmark": "mmbench", "path": "elsewhere.tsv", "name": "turned", "options": {"circular": True}}
+    (job,) = plan(small_run, [entry], "turned", "--path", str(table))
+    assert (job.name, job.path, job.media_dir, job.options) == ("turned", table, table.parent, {"circular": True})

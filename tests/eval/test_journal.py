@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 
 from data.schema import Message, Sample, Text, UserError
 from eval.benchmarks import Row
+from eval.controls import Control
 from eval.journal import Journal, check_whole, fill, rows_digest
+from eval.run import keep, parse_arguments, settings_of_model
+from mokamm.config import load_run_config
 
 SETTINGS = {"weights": "abc", "max_new_tokens": 32, "options": {"circular": True}, "limit": None}
 STRANGE = ["two", "", "да 二 \u202e\u0000\x1b[31m", "\ud800 half a pair", 'a"\\\n{"index": 3}\n', "x" * 1_000_000]
@@ -118,3 +122,40 @@ def test_a_line_is_plain_json(tmp_path: Path) -> None:
     header, line = ((first.folder / "3-0.jsonl").read_text()).splitlines()
     assert json.loads(header) == {"journal": 1, "settings": SETTINGS}
     assert json.loads(line) == {"index": 0, "prediction": "да", "error": None}
+
+
+def test_an_answer_goes_before_the_error_of_an_earlier_attempt(tmp_path: Path) -> None:
+    first = journal(tmp_path)
+    bad = Row(id="0", index=0, error="not found")
+    first.add([bad])
+    assert first.read() == {0: ("", "not found")}
+    second = journal(tmp_path)
+    second.add(rows_of(["two"]))
+    second.add([bad])
+    assert journal(tmp_path).read() == {0: ("two", None)}
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
+    full = journal(tmp_path)
+    full._file = Path("/dev/full").open("w")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"No space left on device.*goes on from the answers that are kept"):
+        keep(full, rows_of(["two"]), 0)
+    full._file = None
+
+
+def test_the_control_base_is_known_by_the_weights_of_stage_1(small_run: Path, tmp_path: Path) -> None:
+    config = load_run_config(small_run)
+    stage_1 = shutil.copytree(config.training.init_folders[0], tmp_path / "stage1")
+    run = shutil.copytree(small_run, tmp_path / "run")
+    config.training.init_from = str(stage_1)
+    args = parse_arguments(["all", str(run)])
+
+    def weights(control: str) -> str:
+        return settings_of_model(args, config, Control(control))["weights"]
+
+    plain, base = weights(""), weights("base")
+    (run / "final" / "projectors.safetensors").write_bytes(b"others")
+    assert weights("base") == base
+    assert weights("") != plain
+    (stage_1 / "projectors.safetensors").write_bytes(b"others")
+    assert weights("base") != base
