@@ -390,4 +390,7 @@ def _read_pt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(content, dict) or not {"cfg", "model"} <= content.keys():
         found = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise EncoderError(f"{file} is no BEATs checkpoint: expected the keys cfg and model, found {found}")
-    return content["cfg"], content["model"]
+    cfg, state = content["cfg"], content["model"]
+    if not isinstance(cfg, dict) or not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+        raise EncoderError(f"{file} is no BEATs checkpoint: expected {{'cfg': dict, 'model': tensors}}")
+    return cfg, state

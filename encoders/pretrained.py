@@ -12,6 +12,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Callable, Collection, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def shapes_only() -> bool:
 def load_model(
     path: str | Path, classes: Mapping[str, str], what: str, *, instead: Mapping[str, str] | None = None, **config: Any
 ) -> Any:
-    """The model at `path` in float32, built by the transformers class that `classes` names for its `model_type`.
+    """The model at `path` in float32, built by the class (a name in transformers) that `classes` has for its `model_type`.
 
     No weight may be missing; weights that the class has no use for (a text tower beside the vision tower) are left
     unread. `instead`: model types that are near but not read here, and what to do. `config`: values laid over its own,
@@ -67,7 +68,7 @@ def load_model(
         raise EncoderError(
             f"'{path}' is no {what} model: its model_type is {found}, expected {' or '.join(classes)}{hint}"
         )
-    model_class = getattr(transformers, classes[found])
+    model_class = attrgetter(classes[found])(transformers)
     if shapes_only():
         config.pop("key_mapping", None)
         return model_class(read(model_class.config_class.from_pretrained, path, f"{what} config.json", **config))

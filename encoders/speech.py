@@ -34,7 +34,9 @@ class WhisperEncoder(WaveformEncoder):
         from transformers import WhisperFeatureExtractor
 
         super().__init__(options={"layer": layer}, max_batch=max_batch)
-        self.model = load_model(path, {"whisper": "WhisperModel"}, "whisper").encoder
+        # the decoder beside it is left unread
+        tower = {"whisper": "models.whisper.modeling_whisper.WhisperEncoder"}
+        self.model = load_model(path, tower, "whisper", key_mapping={r"^(model\.)?encoder\.": ""})
         extractor = read(WhisperFeatureExtractor.from_pretrained, path, "whisper preprocessor_config.json")
         config = self.model.config
         if extractor.feature_size != config.num_mel_bins:

@@ -11,6 +11,7 @@ weights only. The hash of a drawn A is compared once with the one in the config.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -171,8 +172,14 @@ def load_pickle(path: Path, what: str) -> Any:
     """torch.load as weights only, on the CPU. UserError for what is no such file, or holds more than tensors."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} cannot be read as {what}: it holds Python objects (possibly code) beside tensors, or is no pickle; "
+            "no code in it was run"
+        ) from error
     except Exception as error:  # torch raises many kinds
-        raise UserError(f"{path} cannot be read as {what}: {str(error).strip().partition(chr(10))[0]}") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} cannot be read as {what}: {reason}") from error
 
 
 def _tensors(folder: Path) -> tuple[list[str], Callable[[str], Tensor], Callable[[str], Sequence[int]]]:

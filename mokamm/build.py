@@ -49,7 +49,8 @@ def build_model(
     """
     device = choose_device(device)
     modalities = config.model.modalities
-    check_sharding(config)
+    if for_training:
+        check_sharding(config)
     # the quick ones first, so that a misspelt encoder does not wait for a large LLM
     encoders = {name: encoder_of(modality) for name, modality in modalities.items()}
     tokenizer = from_pretrained("AutoTokenizer", config.model.llm)

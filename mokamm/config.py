@@ -402,10 +402,12 @@ class RunConfig(Section):
         if media_dir is None:
             return path, path.parent
         inside = Path(media_dir) / path
-        if path.is_relative_to(media_dir):  # the folder itself, or a file named with it
-            return path, Path(media_dir)
-        elsewhere = path.exists() or (isinstance(entry, SourceConfig) and SOURCES[entry.source].hub)  # as given
-        return (inside if inside.exists() or not elsewhere else path), Path(media_dir)
+        as_given = (
+            path.exists()
+            or path.is_relative_to(media_dir)  # the folder itself, or a file named with it
+            or (isinstance(entry, SourceConfig) and SOURCES[entry.source].hub)
+        )
+        return (inside if inside.exists() or not as_given else path), Path(media_dir)
 
     def check_files(self, world_is_made: bool = False) -> None:
         """Raise ConfigError naming every local file that the configuration promises and that is not there.

@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from data.schema import IGNORED, UserError
+from mokamm.adapters.peft_bridge import linear_names
 from mokamm.config import RunConfig
 from mokamm.training.engine import bucket_elements, deepspeed_config
 from mokamm.training.launch import Ranks
@@ -32,6 +33,8 @@ FIRST_READERS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 FAMILY = {  # methods that keep about what another one keeps; a frozen A keeps less, so that is an upper bound
     "multi_lora": "moka", "lori_moka_d": "moka", "lori_moka_s": "moka", "lori_d": "lora", "lori_s": "lora"
 }  # fmt: skip
+# bytes of a weight (mokamm/quantization.py), with the scales of 64 weights in a byte, and theirs of 256 in four
+QUANTIZED = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 AFTER_ATTENTION = ("o_proj", "out_proj")  # their input is kept as the attention's output
 
 
@@ -50,10 +53,11 @@ class Forecast:
 
         Raises UserError for a DeepSpeed JSON that does not fit the run.
         """
-        weights = weights_of(model)
+        shapes = next(model.llm.parameters()).is_meta
+        weights = weights_of(model, config.model.llm.quantization if shapes else None)
         setting = setting_of(config, ranks, sum(w.elements for w in weights if w.trained))
         capacity = _capacity(ranks) if capacity is None else capacity
-        libraries = 0.0 if next(model.llm.parameters()).is_meta else _libraries(weights, ranks)
+        libraries = 0.0 if shapes else _libraries(weights, ranks)
         return cls(tuple(weights), network_of(model, config), setting, config, libraries, capacity)
 
     def memory(self, **changes: Any) -> Memory:
@@ -61,7 +65,7 @@ class Forecast:
         network = {key: changes.pop(key) for key in ("attention", "weight_bytes") if key in changes}
         weights = self.weights
         if "weight_bytes" in network:
-            weights = tuple(replace(w, bytes_each=2) if w.part == "llm" else w for w in weights)
+            weights = tuple(replace(w, bytes_each=min(w.bytes_each, 2)) if w.part == "llm" else w for w in weights)
         return predict(weights, replace(self.network, **network), replace(self.setting, **changes))
 
     def total(self) -> float:
@@ -159,16 +163,24 @@ class Forecast:
 # ---- facts -----------------------------------------------------------------------------------------------------------
 
 
-def weights_of(model: Any) -> list[Weights]:
-    """Every part of the model, by dtype and whether it trains."""
-    found: dict[tuple[str, int, bool], list[int]] = {}
+def weights_of(model: Any, quantization: str | None = None) -> list[Weights]:
+    """Every part of the model, by dtype and whether it trains.
+
+    quantization: of an Outline, whose Linear layers are counted as they will be read (all but the output layer)."""
+    found: dict[tuple[str, float, bool], list[int]] = {}
+    packed: set[int] = set()
+    if quantization:
+        modules, head = dict(model.llm.named_modules()), model.llm.get_output_embeddings()
+        linear = [m for m in map(modules.get, linear_names(model.llm)) if m is not head]
+        packed = {id(cast(Any, getattr(m, "base_layer", m)).weight) for m in linear}
     named = [("projector" if name.startswith("projectors.") else "llm", p) for name, p in model.named_parameters()]
     encoders = getattr(model.perception, "encoders", {}).values()
     named += [("encoder", t) for e in encoders for t in (*e.parameters(), *e.buffers())]
     for part, tensor in named:
         part = "adapter" if part == "llm" and tensor.requires_grad else part
         count = getattr(tensor, "ds_numel", tensor.numel())
-        found.setdefault((part, tensor.element_size(), tensor.requires_grad), []).append(count)
+        size_each = QUANTIZED[quantization] if quantization and id(tensor) in packed else tensor.element_size()
+        found.setdefault((part, size_each, tensor.requires_grad), []).append(count)
     return [
         Weights(part, sum(counts), each, trained, sum(c for c in counts if c < 100_000))
         for (part, each, trained), counts in found.items()

@@ -32,7 +32,7 @@ class Weights:
 
     part: str  # "llm", "adapter", "projector" or "encoder"; encoders are never sharded
     elements: int
-    bytes_each: int
+    bytes_each: float  # of a quantized one 1, or about a half
     trained: bool
     small: int = 0
 
@@ -135,7 +135,7 @@ def _states(weights: list[Weights], setting: Setting) -> Memory:
     stage, n = setting.stage, setting.ranks
     own = [w for w in weights if w.part != "encoder"]
     if stage is not None and setting.bf16:
-        own = [replace(w, bytes_each=2) for w in own]  # DeepSpeed casts the whole module
+        own = [replace(w, bytes_each=min(w.bytes_each, 2)) for w in own]  # DeepSpeed casts all floats of the module
     frozen, trained = (float(sum(w.elements * w.bytes_each for w in own if w.trained is t)) for t in (False, True))
     elements = sum(w.elements for w in own if w.trained)
     if stage is None:  # torch.optim.AdamW: moments of the parameter's own dtype

@@ -156,3 +156,29 @@ def test_clap_reads_its_audio_tower_alone(checkpoints, monkeypatch) -> None:
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(EncoderError, match=r"1 weights missing \(audio_encoder.norm.weight\)"):
         build_encoder("clap", checkpoints["clap"])
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_whisper_reads_its_encoder_alone(tmp_path, published) -> None:
+    """From a WhisperModel (keys `encoder.`) and from what is published, with its head (keys `model.encoder.`)."""
+    import transformers as t
+    from safetensors.torch import load_file, save_file
+
+    bare, extractor = whisper()
+    model = t.WhisperForConditionalGeneration(bare.config) if published else bare
+    folder = write(tmp_path, model, extractor)
+    encoder = build_encoder("whisper", folder)
+    expected = (model.model if published else model).encoder.state_dict()
+    own = encoder.model.state_dict()
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(own[key], expected[key]) for key in own)
+    # without its decoder the checkpoint is as good; without a weight of the encoder it is refused
+    file = folder / "model.safetensors"
+    state = {key: tensor for key, tensor in load_file(file).items() if "encoder." in key}
+    assert len(state) == len(own)
+    save_file(state, file, metadata={"format": "pt"})
+    assert build_encoder("whisper", folder).fingerprint() == encoder.fingerprint()
+    del state[f"{'model.' * published}encoder.layer_norm.weight"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(EncoderError, match=r"1 weights missing \(layer_norm.weight\)"):
+        build_encoder("whisper", folder)

@@ -69,13 +69,21 @@ def test_refusals(model: BEATs, tmp_path: Path, capsys) -> None:
     save_beats(tmp_path / "there.safetensors", model)
     torch.save({"cfg": {}, "model": _Code()}, tmp_path / "evil.pt")
     torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    torch.save({"cfg": None, "model": model.state_dict()}, tmp_path / "no_cfg.pt")
+    torch.save({"cfg": asdict(SMALL), "model": [1]}, tmp_path / "no_tensors.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:2000])
+    (tmp_path / "empty.pt").touch()
     for source, target, message, *options in (
         ("good.pt", "there.safetensors", "is there already"),
         ("good.pt", "out.pt", "must end in .safetensors"),
         ("good.pt", "out.pt", "must end in .safetensors", "--dry-run"),
         ("good.pt", "none/out.safetensors", "cannot be written"),
         ("good.pt", "out.safetensors", "cannot become lora", "--to", "lora"),
-        ("evil.pt", "out.safetensors", "cannot be read as a mask or a BEATs checkpoint"),
+        ("evil.pt", "out.safetensors", "cannot be read as a mask or a BEATs checkpoint: it holds Python objects"),
+        ("no_cfg.pt", "out.safetensors", "expected {'cfg': dict, 'model': tensors}"),
+        ("no_tensors.pt", "out.safetensors", "expected {'cfg': dict, 'model': tensors}"),
+        ("cut.pt", "out.safetensors", "cannot be read as a mask or a BEATs checkpoint: "),
+        ("empty.pt", "out.safetensors", "cannot be read as a mask or a BEATs checkpoint: EOFError"),
         ("foreign.pt", "out.safetensors", "is no mask of a lora_B"),
         ("absent.pt", "out.safetensors", "no such file or folder"),
     ):

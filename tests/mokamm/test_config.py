@@ -310,5 +310,10 @@ def test_a_benchmark_may_be_a_folder_and_a_path_may_name_its_media_folder(tmp_pa
     (tmp_path / "x.jsonl").touch()
     with pytest.raises(ConfigError, match=r"evaluation.benchmarks.0.path: no such file: data/test-clean$"):
         config.check_files()
+    # AVE's own layout: a folder AVE within one of that name; what lies inside comes first
+    (tmp_path / "AVE/AVE").mkdir(parents=True)
+    (tmp_path / "AVE/AVE/list.txt").touch()
+    entry = config.data.train[0].model_copy(update={"path": "AVE/list.txt", "media_dir": "AVE"})
+    assert config.locate(entry)[0] == Path("AVE/AVE/list.txt")
     (tmp_path / "data/test-clean").mkdir(parents=True)
     config.check_files()

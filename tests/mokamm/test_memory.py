@@ -266,6 +266,23 @@ def test_states_of_plain_pytorch_are_exact(method):
     assert found.optimizer == sum(t.nbytes for t in moments)
 
 
+@pytest.mark.parametrize("method", ["moka", "lora", "lori_d"])
+def test_a_quantized_outline_is_counted_as_it_will_be(method):
+    """By hand: a byte for each weight of a block's Linear layers, all else as it is; adapters are not quantized."""
+    llm = build(method, HALF, device="meta")
+    own = [(name, p) for name, p in llm.named_parameters() if not p.requires_grad]
+    packed = sum(p.numel() for name, p in own if name.endswith("proj.base_layer.weight"))
+    assert packed > 0
+    rest = [p for name, p in own if not name.endswith("proj.base_layer.weight")]
+    network = described(llm, configured(method))
+    for quantization, each in (("8bit", 1), ("4bit", 0.5 + 1 / 64 + 1 / 4096)):
+        weights = weights_of(Stub(llm), quantization)
+        plain, cast = Setting(1, 8), Setting(1, 8, bf16=True, stage=2)  # what DeepSpeed casts are floats
+        found = [memory.predict(weights, network, setting).frozen for setting in (plain, cast)]
+        expected = [sum(p.nbytes for p in rest), sum(2 * p.numel() for p in rest)]
+        assert found == pytest.approx([packed * each + other for other in expected], rel=1e-9)
+
+
 def test_llama_2_7b_on_the_meta_device_by_stage():
     """Nothing is loaded; the numbers of the ZeRO paper's table, for frozen and trained weights apart."""
     shape = {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}

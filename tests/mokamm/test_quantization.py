@@ -45,7 +45,15 @@ def test_zero_3_is_refused_and_others_are_not() -> None:
             check_sharding(config)
             continue
         with pytest.raises(UserError, match="is ZeRO-3, which cannot shard an LLM in 8bit"):
-            build_model(config, "cpu")
+            build_model(config, "cpu", for_training=True)
+
+
+def test_a_run_that_has_moved_is_not_asked_for_its_deepspeed_json(monkeypatch) -> None:
+    """What a model answers does not depend on how its training was sharded."""
+    config = load_config(TEXT, ["training.deepspeed=/elsewhere/zero2.json"])
+    config.model.llm.quantization = "4bit"
+    monkeypatch.setattr("mokamm.build.quantized", lambda llm, device: {})
+    assert build_model(config, "cpu").config is config
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys) -> None:
