@@ -23,7 +23,7 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 
 from data.schema import BadSample, Sample, UserError
 from eval.benchmarks.base import Row
-from eval.generation import answer_batches, make_batches
+from eval.generation import answer_batches, by_tokens, make_batches
 from eval.lmms.decoding import Decoding
 from eval.lmms.media import GivenMedia
 from eval.lmms.messages import sample_of, user_turn
@@ -100,7 +100,7 @@ class Mokamm(lmms):
             return self.model.generate(samples, decoding.max_new_tokens, None, decoding.num_beams, media, folded=False)
 
         try:
-            batches = make_batches(rows, self.batch_size, self.model.processor.estimate_length)
+            batches = make_batches(rows, self.batch_size, by_tokens(self.model.processor.estimate_length))
             answer_batches(ask, batches, keep=lambda batch: None, label="lmms-eval")
         finally:
             media.close()
