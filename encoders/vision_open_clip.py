@@ -92,8 +92,9 @@ def _load_open_clip(path: str | Path, pretrained: str | None, image_size: int | 
         )
     elif pretrained is not None and name not in open_clip.list_models():
         raise EncoderError(f"unknown open_clip model '{name}'{nearest(name, open_clip.list_models())}")
-    weights = not shapes_only()
-    logging.disable(logging.NOTSET if weights else logging.WARNING)  # that weights are missing is meant so
+    weights, silenced = not shapes_only(), logging.root.manager.disable
+    if not weights:  # that they are missing is meant so
+        logging.disable(max(silenced, logging.WARNING))
     try:
         model = open_clip.create_model(
             name,
@@ -107,7 +108,7 @@ def _load_open_clip(path: str | Path, pretrained: str | None, image_size: int | 
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise EncoderError(f"open_clip weights could not be read from '{path}': {' '.join(lines[:4])[:600]}") from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(silenced)
     return model.visual
 
 

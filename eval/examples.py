@@ -60,17 +60,18 @@ def write_examples(path: Path, subject: Subject, rows: Sequence[Row], loader: Me
 
 
 def by_kind(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The wrong rows, the right ones, and those that could not be used."""
     kinds: dict[str, list[Row]] = {"wrong": [], "right": [], "unusable": []}
     for row in rows:
         kinds["unusable" if row.error is not None else "right" if benchmark.correct(row) else "wrong"].append(row)
     return kinds
 
 
-def choose(benchmark: Benchmark, rows: Sequence[Row], seed: int = SEED, count: int = SHOWN) -> dict[str, list[Row]]:
-    """Up to `count` rows of each kind, in the order of the file: wrong, right, and those that could not be used."""
+def choose(kinds: dict[str, list[Row]], seed: int = SEED, count: int = SHOWN) -> dict[str, list[Row]]:
+    """Up to `count` rows of each kind, in the order of the file."""
     generator = random.Random(seed)
     drawn = {}
-    for kind, found in by_kind(benchmark, rows).items():
+    for kind, found in kinds.items():
         places = generator.sample(range(len(found)), min(count, len(found)))
         drawn[kind] = [found[place] for place in sorted(places)]
     return drawn
@@ -87,10 +88,10 @@ def page(subject: Subject, rows: Sequence[Row], loader: MediaLoader) -> str:
         f"<h1>{title}</h1>",
         f'<p class="note">{shown(_summary(subject))}; {shown(under)}. Rows drawn with seed {SEED}.</p>',
     ]
-    totals = {kind: len(found) for kind, found in by_kind(subject.benchmark, rows).items()}
-    for kind, chosen in choose(subject.benchmark, rows).items():
+    kinds = by_kind(subject.benchmark, rows)
+    for kind, chosen in choose(kinds).items():
         if chosen:
-            parts.append(f"<h2>{kind.capitalize()}: {len(chosen)} of {totals[kind]}</h2>")
+            parts.append(f"<h2>{kind.capitalize()}: {len(chosen)} of {len(kinds[kind])}</h2>")
             parts += [_example(subject.benchmark, row, kind, loader) for row in chosen]
     return "\n".join([*parts, "</body></html>", ""])
 

@@ -45,6 +45,7 @@ from eval.printing import print_metrics, stdout_kept_clean
 from eval.ranks import check_alike, join, rank_here, told, world_here
 from mokamm.config import RunConfig, find_path, load_run_config
 from mokamm.mistakes import is_users
+from mokamm.names import ROUTED
 from mokamm.training.disk import writing
 
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch", "transformers", "peft")
 ADVICE = "make room or allow it, then start the same command again: it goes on from the answers that are kept"
-ROUTED = ("moka", "multi_lora", "lori_moka_d", "lori_moka_s")  # methods with a path for each modality
 
 
 @dataclass

@@ -88,9 +88,7 @@ class LLMConfig(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    quantization: Literal["4bit", "8bit"] | None = (
-        None  # of the frozen weights, by bitsandbytes; dtype is what it computes in
-    )
+    quantization: Literal["4bit", "8bit"] | None = None  # of the frozen weights, by bitsandbytes; it computes in dtype
     trust_remote_code: bool = False
 
 

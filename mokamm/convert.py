@@ -62,8 +62,13 @@ def plan(source: Path, options: Options) -> Plan:
     if not source.exists():
         raise UserError(f"no such file or folder: {source} (working directory {Path.cwd()})")
     for importer in importers:
-        if (found := importer(source, options)) is not None:
-            return found
+        if (found := importer(source, options)) is None:
+            continue
+        if options.mask is not None and importer is not plan_adapter:
+            raise UserError(f"--mask goes with an adapter; {source} is: {found.found}")
+        if options.logits_by_keys and importer is not plan_published:
+            raise UserError(f"--logits-by-keys goes with a published MokA checkpoint; {source} is: {found.found}")
+        return found
     raise UserError(
         f"{source} is none of: a run, a folder with adapter_config.json, a mask (*.pt, *.safetensors), BEATs (*.pt)"
     )

@@ -17,6 +17,7 @@ DENSE = {"lori_s": "lori_d", "lori_moka_s": "lori_moka_d"}  # a sparse method: t
 WITHOUT_ADAPTERS = ("full", "none")  # those that wrap no layer
 # methods that a quantized LLM cannot have, and why
 NEEDS_WHOLE_WEIGHTS = {"hira": "multiplies the weights themselves", "full": "trains the weights themselves"}
+ROUTED = ("moka", "multi_lora", "lori_moka_d", "lori_moka_s")  # those with a path for each modality
 PROJECTORS = ("qformer", "mlp", "pooled", "perceiver")  # mokamm.projectors.PROJECTORS
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from data.media import MediaLoader
 from data.schema import Media
 from eval.benchmarks import BENCHMARKS, Row
-from eval.examples import LETTERS, SHOWN, Subject, choose, page, write_examples
+from eval.examples import LETTERS, SHOWN, Subject, by_kind, choose, page, write_examples
 from eval.thumbnails import HEIGHT, SOUND_WIDTH, sound_picture, thumbnail
 
 ALLOWED = {
@@ -109,7 +109,7 @@ def test_media_are_shown_and_what_cannot_be_opened_is_said(small_world: Path) ->
 def test_the_choice_is_drawn_by_the_seed_and_covers_the_file() -> None:
     benchmark = BENCHMARKS["yes_no"]
     rows = [Row(id=str(i), index=i, answer="yes", prediction="yes" if i % 3 else "no") for i in range(300)]
-    first, again, other = (choose(benchmark, rows, seed) for seed in (0, 0, 1))
+    first, again, other = (choose(by_kind(benchmark, rows), seed) for seed in (0, 0, 1))
     assert first == again != other
     for kind, wanted in (("right", True), ("wrong", False)):
         assert len(first[kind]) == SHOWN

@@ -31,6 +31,7 @@ from mokamm.adapters import (
     target_report,
     wrap,
 )
+from mokamm.names import ROUTED
 from mokamm.routing import Routing
 
 IDS = torch.tensor([[0, 1, 1, 2, 0, 0, 0, -1], [1, 1, 0, 0, 2, 2, 0, 0]])
@@ -360,6 +361,7 @@ class TestWrap:
         for method in METHODS:
             model = wrap(small_llm(), method, ["vision", "audio"], options)
             trainable[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            assert isinstance(getattr(model, "base_model", None), MokaModel) == (method in ROUTED)
             assert target_report(model) == ({} if method in ("full", "none") else SEVEN)
             set_routing(model, Routing(IDS, KEYS))
             assert logits_of(model).shape == (2, 8, 37)

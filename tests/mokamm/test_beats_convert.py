@@ -79,6 +79,8 @@ def test_refusals(model: BEATs, tmp_path: Path, capsys) -> None:
         ("good.pt", "out.pt", "must end in .safetensors", "--dry-run"),
         ("good.pt", "none/out.safetensors", "cannot be written"),
         ("good.pt", "out.safetensors", "cannot become lora", "--to", "lora"),
+        ("good.pt", "out.safetensors", "--mask goes with an adapter", "--mask", "mask.pt"),
+        ("good.pt", "out.safetensors", "--logits-by-keys goes with a published MokA", "--logits-by-keys"),
         ("evil.pt", "out.safetensors", "cannot be read as a mask or a BEATs checkpoint: it holds Python objects"),
         ("no_cfg.pt", "out.safetensors", "expected {'cfg': dict, 'model': tensors}"),
         ("no_tensors.pt", "out.safetensors", "expected {'cfg': dict, 'model': tensors}"),
