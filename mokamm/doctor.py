@@ -184,7 +184,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
     forecast = Forecast.of(outline, config, Ranks(0, 0, ranks, device, grouped=False), gpu_gb * 2**30)
     tokens = _tokens(outline, config)
     memory = {}
-    for stage in (1, 2, 3):
+    for stage in forecast.zero_stages():
         for offload in (False, True):
             changes = {"stage": stage, "offload_optimizer": offload, "offload_parameters": offload and stage == 3}
             found = forecast.memory(**changes)

@@ -23,6 +23,7 @@ from torch import nn
 from data.schema import IGNORED, UserError
 from mokamm.adapters.peft_bridge import linear_names
 from mokamm.config import RunConfig
+from mokamm.quantization import check_sharding
 from mokamm.training.engine import bucket_elements, deepspeed_config
 from mokamm.training.launch import Ranks
 from mokamm.training.memory import Media, Memory, Network, Setting, Weights, predict
@@ -53,6 +54,7 @@ class Forecast:
 
         Raises UserError for a DeepSpeed JSON that does not fit the run.
         """
+        check_sharding(config)
         shapes = next(model.llm.parameters()).is_meta
         weights = weights_of(model, config.model.llm.quantization if shapes else None)
         setting = setting_of(config, ranks, sum(w.elements for w in weights if w.trained))
@@ -71,11 +73,15 @@ class Forecast:
     def total(self) -> float:
         return self.memory().total + self.libraries
 
+    def zero_stages(self) -> tuple[int, ...]:
+        """Those of ZeRO that the run may have: ZeRO-3 cannot shard a quantized LLM (mokamm/quantization.py)."""
+        return (1, 2) if self.config.model.llm.quantization else (1, 2, 3)
+
     def stages(self) -> dict[int | None, str]:
-        """The ways to run that are told of: as configured, and every ZeRO stage."""
+        """The ways to run that are told of: as configured, and every ZeRO stage that can be."""
         own = self.setting.stage
         return {None if own is None else 0: "plain PyTorch" if own is None else "ZeRO-0"} | {
-            stage: f"ZeRO-{stage}" for stage in (1, 2, 3)
+            stage: f"ZeRO-{stage}" for stage in self.zero_stages()
         }
 
     # ---- before the first step -------------------------------------------------------------------------------------
@@ -152,7 +158,7 @@ class Forecast:
             yield "training.bf16=true model.llm.dtype=bfloat16", {"bf16": True, "weight_bytes": 2}
         elif self.network.weight_bytes == 4 and s.stage is None:
             yield "model.llm.dtype=bfloat16", {"weight_bytes": 2}
-        for stage in (2, 3):
+        for stage in self.zero_stages()[1:]:
             if stage > (s.stage or 0):
                 yield f"training.deepspeed=configs/deepspeed/zero{stage}.json", {"stage": stage}
             if not s.on_cpu and not s.offload_optimizer:

@@ -48,6 +48,17 @@ def test_zero_3_is_refused_and_others_are_not() -> None:
             build_model(config, "cpu", for_training=True)
 
 
+def test_doctor_does_not_offer_what_is_refused() -> None:
+    arguments = [f"training.deepspeed={ROOT}/configs/deepspeed/zero2.json"]
+    plain = doctor.dry_run(load_config(TEXT, arguments), ranks=2, gpu_gb=8)["memory"]
+    found = doctor.dry_run(load_config(TEXT, [*arguments, "model.llm.quantization=4bit"]), ranks=2, gpu_gb=8)["memory"]
+    assert list(plain) == [*found, "zero3", "zero3_offload"]
+    assert all(found[stage]["frozen"] < plain[stage]["frozen"] for stage in found)
+    sharded = [f"training.deepspeed={ROOT}/configs/deepspeed/zero3.json", "model.llm.quantization=4bit"]
+    with pytest.raises(UserError, match="is ZeRO-3, which cannot shard an LLM in 4bit"):
+        doctor.dry_run(load_config(TEXT, sharded), ranks=2, gpu_gb=8)
+
+
 def test_a_run_that_has_moved_is_not_asked_for_its_deepspeed_json(monkeypatch) -> None:
     """What a model answers does not depend on how its training was sharded."""
     config = load_config(TEXT, ["training.deepspeed=/elsewhere/zero2.json"])
