@@ -35,9 +35,13 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Question:
+    """What is asked: a kind's wording with its blanks filled, and the answer."""
+
     kind: str
     text: str
     answer: str
+    wording: int  # which of the kind's
+    blanks: dict[str, str]
 
 
 def _yes(truth: bool) -> str:
@@ -268,8 +272,14 @@ class Balance:
         for about in self._scopes(name, " ".join(blanks.values())):
             self.answers[name, about, answer] += 1
         self.totals[name] += 1
-        wordings = kind.base if self.base else kind.wordings
-        return Question(name, wordings[rng.integers(len(wordings))].format(**blanks), answer)
+        return _worded(name, kind.base if self.base else kind.wordings, rng, blanks, answer)
+
+
+def _worded(
+    kind: str, wordings: tuple[str, ...], rng: np.random.Generator, blanks: dict[str, str], answer: str
+) -> Question:
+    chosen = int(rng.integers(len(wordings)))
+    return Question(kind, wordings[chosen].format(**blanks), answer, chosen, blanks)
 
 
 def questions(scene: Scene, kinds: dict[str, Kind], rng: np.random.Generator, *, base: bool) -> list[Question]:
@@ -283,8 +293,7 @@ def questions(scene: Scene, kinds: dict[str, Kind], rng: np.random.Generator, *,
                 by_answer.setdefault(answer, []).append(blanks)
             answer = list(by_answer)[rng.integers(len(by_answer))]
             blanks = by_answer[answer][rng.integers(len(by_answer[answer]))]
-            wordings = kind.base if base else kind.wordings
-            found.append(Question(name, wordings[rng.integers(len(wordings))].format(**blanks), answer))
+            found.append(_worded(name, kind.base if base else kind.wordings, rng, blanks, answer))
     return found
 
 

@@ -3,15 +3,16 @@
     OUT/SPLIT/videos/ID.mp4  audio/ID.wav        ten-second clips; the video is silent, its sound lies beside it
               speech/ID.wav  images/ID.png
               avqa.json                          MUSIC-AVQA rows
+              avqa_german.json                   the same questions and answers in German
               events.txt                         AVE annotation rows
               spoken.jsonl transcription.jsonl images.jsonl   messages with typed content
               told.jsonl                         messages of text alone: a scene in words and a question about it
               DONE.json                          what was asked for; written last
 
 N clips come with about 5 N audio-visual questions, N/2 events, N spoken questions, N/2 sentences, N/2 images of two
-questions, and 2 N questions about scenes told in words (a split made before these existed gets them added). Every scene
-is drawn from (seed, split, index) alone, so the number of processes changes nothing. The folder is rendered beside its
-place and renamed into it. Cost: about 0.1 s a clip on one core.
+questions, and 2 N questions about scenes told in words (a split made before these or the German ones existed gets them
+added). Every scene is drawn from (seed, split, index) alone, so the number of processes changes nothing. The folder is
+rendered beside its place and renamed into it. Cost: about 0.1 s a clip on one core.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from data.miniworld.ask import AVQA, IMAGES, SPOKEN, Balance
+from data.miniworld.ask import AVQA, IMAGES, SPOKEN, Balance, Question
 from data.miniworld.draw import draw_frame, png_bytes, write_video
+from data.miniworld.german import in_german
 from data.miniworld.scene import Scene, sample_scene
 from data.miniworld.sound import RATE, render_sound
 from data.miniworld.speech import BASE_VOICES, NEW_VOICES, TEST_VOICES, Utterance, sample_utterance, speak
@@ -41,7 +43,6 @@ VOICES = {"train": BASE_VOICES + NEW_VOICES, "validation": BASE_VOICES + NEW_VOI
 VERSION = 1  # of the world: a change of what is drawn or asked raises it
 QUESTIONS_PER_CLIP = 6
 LEAD_INS = ("", "please say ", "now ", "listen ", "tell us ", "can you say ", "quickly ", "i ask you ")
-TOLD = "told.jsonl"
 _CLIPS, _SPOKEN, _SENTENCES, _IMAGES, _TOLD = range(5)
 
 
@@ -96,12 +97,14 @@ def _render_speech(folder: Path, job: tuple[str, Utterance]) -> None:
     write_wave(folder / "speech" / f"{name}.wav", speak(utterance))
 
 
-def avqa_rows(request: Request) -> list[dict[str, Any]]:
-    """MUSIC-AVQA's rows, its spelling of `anser` included."""
+def avqa_rows(
+    request: Request, say: Callable[[Question], Question] = lambda question: question
+) -> list[dict[str, Any]]:
+    """MUSIC-AVQA's rows, its spelling of `anser` included; `say` puts each question in other words."""
     balance, rng = Balance(AVQA), request.choices(_CLIPS)
     rows: list[dict[str, Any]] = []
     for index in range(request.num):
-        for question in balance.pick(clip_scene(request, index), rng, QUESTIONS_PER_CLIP):
+        for question in map(say, balance.pick(clip_scene(request, index), rng, QUESTIONS_PER_CLIP)):
             rows.append(
                 {
                     "video_id": _identity(index),
@@ -206,10 +209,27 @@ def _jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _write_told(folder: Path, request: Request) -> None:
-    beside = folder / f".{TOLD}.{os.getpid()}"
-    _jsonl(beside, told_rows(request, 2 * request.num))
-    beside.rename(folder / TOLD)
+def _write_avqa(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(rows, indent=0))
+
+
+# Annotations that came after the first worlds were made, and what writes them.
+_LATER: dict[str, Callable[[Path, Request], None]] = {
+    "told.jsonl": lambda path, request: _jsonl(path, told_rows(request, 2 * request.num)),
+    "avqa_german.json": lambda path, request: _write_avqa(path, avqa_rows(request, in_german)),
+}
+
+
+def lacking(folder: Path) -> list[str]:
+    """The annotation files that a split of before they existed lacks."""
+    return [name for name in _LATER if not (folder / name).exists()]
+
+
+def _add_lacking(folder: Path, request: Request) -> None:
+    for name in lacking(folder):
+        beside = folder / f".{name}.{os.getpid()}"
+        _LATER[name](beside, request)
+        beside.rename(folder / name)
 
 
 def _one_thread() -> None:
@@ -233,13 +253,13 @@ def _call(job: Callable[[], object]) -> None:
 
 def _fill(folder: Path, request: Request, workers: int) -> None:
     half = max(1, request.num // 2)
-    (folder / "avqa.json").write_text(json.dumps(avqa_rows(request), indent=0))
+    _write_avqa(folder / "avqa.json", avqa_rows(request))
     (folder / "events.txt").write_text("\n".join(event_lines(request)) + "\n")
     asked, said = list(spoken(request)), list(sentences(request, half))
     _jsonl(folder / "spoken.jsonl", (row for row, _ in asked))
     _jsonl(folder / "transcription.jsonl", (row for row, _ in said))
     _jsonl(folder / "images.jsonl", image_rows(request, half))
-    _write_told(folder, request)
+    _add_lacking(folder, request)
     jobs: list[Callable[[], None]] = [partial(_render_clip, folder, request, index) for index in range(request.num)]
     jobs += [partial(_render_image, folder, request, index) for index in range(half)]
     jobs += [partial(_render_speech, folder, job) for _, job in asked + said]
@@ -260,8 +280,7 @@ def write_split(out: str | Path, split: str, num: int, seed: int = 0, workers: i
     if folder.exists():
         done = folder / "DONE.json"
         if done.exists() and json.loads(done.read_text()) == asdict(request):
-            if not (folder / TOLD).exists():
-                _write_told(folder, request)
+            _add_lacking(folder, request)
             return folder
         raise UserError(
             f"{folder} exists and holds something else than {asdict(request)}: remove it or choose another --out"

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.miniworld.write import TOLD, Request
+from data.miniworld.write import Request, lacking
 from data.schema import UserError
 from mokamm.config import WorldConfig
 from mokamm.training.launch import plain_environment
@@ -33,8 +33,8 @@ def make_world(world: WorldConfig) -> None:
                 f"{wanted} wanted. Delete that folder (rm -r {folder}) to have it made anew, or choose another "
                 "data.world.dir"
             )
-        if found == wanted and ((folder / TOLD).exists() or not os.access(folder, os.W_OK)):
-            continue  # an older one lacks the text-only rows, which are quickly added
+        if found == wanted and (not lacking(folder) or not os.access(folder, os.W_OK)):
+            continue  # what an older one lacks is text, and quickly added
         print(f"making the miniature world: {folder}, {getattr(world, split)} scenes", flush=True)
         command = [sys.executable, "-m", "data.miniworld", "--out", str(Path(world.dir).resolve()), "--split", split]
         command += ["--num", str(getattr(world, split)), "--seed", str(world.seed)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -18,6 +19,7 @@ from data.media import MediaLoader
 from data.miniworld.__main__ import main
 from data.miniworld.ask import AVQA, IMAGES, NUMBERS, SPOKEN, questions
 from data.miniworld.draw import draw_frame
+from data.miniworld.german import WORDS, in_german
 from data.miniworld.scene import COLOURS, PLAYED_BY, SECONDS, sample_scene
 from data.miniworld.sound import RATE, render_sound
 from data.miniworld.speech import TEST_VOICES, sample_utterance, speak
@@ -48,7 +50,9 @@ def frames_of(path: Path) -> np.ndarray:
 def test_same_seed_gives_the_same_decoded_content_with_any_number_of_processes(tmp_path: Path) -> None:
     one, two = (write_split(tmp_path / name, "train", 3, seed=5, workers=n) for name, n in (("a", 1), ("b", 2)))
     other = write_split(tmp_path / "c", "train", 3, seed=6, workers=1)
-    for name in ("avqa.json", "events.txt", "spoken.jsonl", "transcription.jsonl", "images.jsonl", "told.jsonl"):
+    texts = sorted(path.name for path in one.iterdir() if path.suffix in (".json", ".jsonl", ".txt"))
+    assert len(texts) == 8
+    for name in texts:
         assert (one / name).read_bytes() == (two / name).read_bytes()
     video, sound = "videos/00000002.mp4", "audio/00000002.wav"
     assert np.array_equal(frames_of(one / video), frames_of(two / video))
@@ -263,6 +267,26 @@ def test_the_readers_of_the_real_data_sets_read_it(world: Path) -> None:
     assert all(word not in question.prompt[-1].text for word in ("which", "where", "how many"))
 
 
+def test_german_rows_ask_the_same_in_words_of_their_own(world: Path) -> None:
+    english, german = (json.loads((world / "train" / name).read_text()) for name in ("avqa.json", "avqa_german.json"))
+    told = ("question_content", "anser")
+    for one, other in zip(english, german, strict=True):
+        assert {k: v for k, v in one.items() if k not in told} == {k: v for k, v in other.items() if k not in told}
+    rng = np.random.default_rng(7)
+    pairs = set()
+    for _ in range(1500):
+        for question in questions(sample_scene(rng), AVQA, rng, base=False):
+            said = in_german(question)
+            pairs.add(((question.text, said.text), (question.answer, said.answer)))
+    texts, answers = ({pair[i] for pair in pairs} for i in (0, 1))
+    for found in (texts, answers):  # one to one: nothing is lost in translation
+        assert len(found) == len({one for one, _ in found}) == len({other for _, other in found})
+    wordings = sum(len(kind.wordings) for kind in AVQA.values())
+    assert len({re.sub("|".join(WORDS.values()), "_", other) for _, other in texts}) == wordings
+    assert ("Where in the video is the star?", "Wo im Video ist der Stern?") in texts
+    assert {other for _, other in answers} >= {"ja", "vier", "Mitte", "außerhalb", "Raute"}
+
+
 def test_spoken_and_image_kinds_have_all_their_answers() -> None:
     rng = np.random.default_rng(1)
     for kinds, still in ((SPOKEN, False), (IMAGES, True)):
@@ -280,11 +304,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (tmp_path / "test" / "DONE.json").stat().st_mtime_ns
     assert main(arguments) == 0
     assert (tmp_path / "test" / "DONE.json").stat().st_mtime_ns == before, "what is there is not made again"
-    told = tmp_path / "test" / "told.jsonl"
-    rows = told.read_bytes()
-    told.unlink()  # as in a split of before these rows existed
-    assert main(arguments) == 0
-    assert told.read_bytes() == rows
+    for name in ("told.jsonl", "avqa_german.json"):
+        later = tmp_path / "test" / name
+        rows = later.read_bytes()
+        later.unlink()  # as in a split of before these rows existed
+        assert main(arguments) == 0
+        assert later.read_bytes() == rows
     assert (tmp_path / "test" / "DONE.json").stat().st_mtime_ns == before
     capsys.readouterr()
     assert main([*arguments[:4], "--num", "2"]) == 2

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data.miniworld.ask import AVQA, IMAGES
+from data.miniworld.german import WORDINGS, WORDS
 from data.miniworld.scene import BASE, COLUMNS, PLAYS, WORLD, sample_scene
 from mokamm.mini import captions
 from mokamm.mini.text import FIND, NOTE, corpus, document, note_lines, told
@@ -25,6 +26,9 @@ def test_the_base_never_meets_what_stage_2_keeps_new() -> None:
         for wording in kind.wordings:
             asked = re.sub(r"\\\{\w\\\}", r"\\w+", re.escape(wording.lower()))
             assert not re.search(asked, text), wording
+    german = set(" ".join((*WORDS.values(), *(text for pair in WORDINGS.values() for text in pair))).lower().split())
+    assert len(german) > 60
+    assert german & set(re.findall(r"\w+", text)) <= {"ring", "video"}
     assert re.search(r"where is the \w+\?", text)  # the same search finds a wording of the base
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
-from data.miniworld.write import VERSION, Request
+from data.miniworld.write import VERSION, Request, lacking
 from data.schema import UserError
 from mokamm.config import WorldConfig
 from mokamm.training import world
@@ -19,7 +19,8 @@ def made(tmp_path):
     for split in world.SPLITS:
         (tmp_path / split).mkdir()
         (tmp_path / split / "DONE.json").write_text(json.dumps(asdict(Request(split, 3, seed=5))))
-        (tmp_path / split / "told.jsonl").touch()
+        for name in lacking(tmp_path / split):
+            (tmp_path / split / name).touch()
     return tmp_path
 
 
@@ -48,7 +49,7 @@ def test_a_world_of_another_version_or_without_notes_is_refused(made):
         world.make_world(asked(made))
 
 
-def test_an_older_world_gets_the_text_rows_that_it_lacks(made):
+def test_an_older_world_gets_the_rows_that_it_lacks(made):
     (made / "validation" / "told.jsonl").unlink()
     world.make_world(asked(made))
     assert len((made / "validation" / "told.jsonl").read_text().splitlines()) == 6
