@@ -8,7 +8,8 @@ Legend: F frames, H W pixels, P patches, C width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,11 +93,41 @@ def _load_open_clip(path: str | Path, pretrained: str | None, image_size: int | 
         )
     elif pretrained is not None and name not in open_clip.list_models():
         raise EncoderError(f"unknown open_clip model '{name}'{nearest(name, open_clip.list_models())}")
+    try:
+        return _at_size(partial(_create, name, pretrained), image_size).visual
+    except Exception as error:  # open_clip raises bare RuntimeErrors, and its readers whatever they like
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise EncoderError(f"open_clip weights could not be read from '{path}': {' '.join(lines[:4])[:600]}") from error
+
+
+def _at_size(create: Callable[[int | None], Any], image_size: int | None) -> Any:
+    """The model for pictures of that size (None: its own).
+
+    open_clip resizes the position embedding of its own towers in the precision of the file, which a CPU cannot where
+    that is float16: they are read at their own size into float32, and resized by open_clip's function then.
+    """
+    from open_clip.model import resize_pos_embed
+
+    if image_size is None or shapes_only():
+        return create(image_size)
+    with torch.device("meta"):
+        model = create(image_size)
+    if not hasattr(model.visual, "grid_size"):  # one of timm's, which open_clip resizes when it has been read
+        return create(image_size)
+    state = create(None).state_dict()
+    resize_pos_embed(state, model)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _create(name: str, pretrained: str | None, image_size: int | None) -> Any:
+    import open_clip
+
     weights, silenced = not shapes_only(), logging.root.manager.disable
     if not weights:  # that they are missing is meant so
         logging.disable(max(silenced, logging.WARNING))
     try:
-        model = open_clip.create_model(
+        return open_clip.create_model(
             name,
             pretrained=pretrained,
             load_weights=weights,
@@ -104,12 +135,8 @@ def _load_open_clip(path: str | Path, pretrained: str | None, image_size: int | 
             device=torch.get_default_device(),
             force_image_size=image_size,
         )
-    except Exception as error:  # open_clip raises bare RuntimeErrors, and its readers whatever they like
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise EncoderError(f"open_clip weights could not be read from '{path}': {' '.join(lines[:4])[:600]}") from error
     finally:
         logging.disable(silenced)
-    return model.visual
 
 
 def _patch_size(visual: Any) -> int | Sequence[int]:

@@ -164,6 +164,23 @@ def test_open_clip_at_another_size(open_clip_folder) -> None:
         OpenClipEncoder(open_clip_folder, image_size=100)
 
 
+@pytest.mark.parametrize("file", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_open_clip_at_another_size_of_half_precision_weights(open_clip_folder, tmp_path, file: str, dtype) -> None:
+    """As those same weights held in float32: nothing is computed in the precision of the file."""
+    from safetensors.torch import load_file, save_file
+
+    half = {key: w.to(dtype) for key, w in load_file(open_clip_folder / "open_clip_model.safetensors").items()}
+    folders = {"half": half, "full": {key: w.float() for key, w in half.items()}}
+    for name, weights in folders.items():
+        (tmp_path / name).mkdir()
+        (save_file if file.endswith(".safetensors") else torch.save)(weights, tmp_path / name / file)
+        (tmp_path / name / "open_clip_config.json").write_text((open_clip_folder / "open_clip_config.json").read_text())
+    frames = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    found, expected = (OpenClipEncoder(tmp_path / name, image_size=96).encode(frames).features for name in folders)
+    assert torch.equal(found, expected)
+
+
 def test_open_clip_by_name_and_a_file_of_weights(tmp_path, capsys) -> None:
     import open_clip
     from safetensors.torch import save_file
