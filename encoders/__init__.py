@@ -58,6 +58,6 @@ def check_options(name: str, options: Mapping[str, Any]) -> type[Encoder]:
         raise EncoderError(f"unknown encoder '{name}'{nearest(name, ENCODERS)}")
     module, attribute = ENCODERS[name].split(":")
     encoder_class: type[Encoder] = getattr(importlib.import_module(module), attribute)
-    if problems := option_problems(encoder_class, options):
+    if problems := option_problems(options, encoder_class):
         raise EncoderError(f"encoder '{name}' " + "; ".join(problems))
     return encoder_class

@@ -24,14 +24,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.base import EncoderError, load_exactly, require_path
 from encoders.fbank import HOP, MEL_BINS, WINDOW, kaldi_fbank
+from encoders.options import option_problems
 from encoders.pretrained import shapes_only
 
 FBANK_MEAN, FBANK_STD = 15.41663, 6.55582
@@ -48,49 +50,73 @@ PUBLISHED_DEFAULTS: dict[str, Any] = {
 }
 
 
-@dataclass
-class BeatsConfig:
-    """The `cfg` of a checkpoint; defaults, for a new model, are the fine-tuned AS2M one's (training-only rates are 0)."""
+Size = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 
-    input_patch_size: int = 16
-    embed_dim: int = 512
+
+@dataclass(kw_only=True)
+class BeatsConfig:
+    """The `cfg` of a checkpoint; defaults, for a new model, are the fine-tuned AS2M one's (training-only rates are 0).
+
+    The annotations are what a checkpoint may say, read strictly as those of an encoder's options are.
+    """
+
+    input_patch_size: Annotated[int, Field(ge=1, le=MEL_BINS)] = 16
+    embed_dim: Size = 512
     conv_bias: bool = False
-    encoder_layers: int = 12
-    encoder_embed_dim: int = 768
-    encoder_ffn_embed_dim: int = 3072
-    encoder_attention_heads: int = 12
+    encoder_layers: Size = 12
+    encoder_embed_dim: Size = 768
+    encoder_ffn_embed_dim: Size = 3072
+    encoder_attention_heads: Size = 12
     activation_fn: str = "gelu"
     layer_wise_gradient_decay_ratio: float = 1.0
     layer_norm_first: bool = False
     deep_norm: bool = True
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    activation_dropout: float = 0.0
-    encoder_layerdrop: float = 0.0
-    dropout_input: float = 0.0
-    conv_pos: int = 128
-    conv_pos_groups: int = 16
+    dropout: Rate = 0.0
+    attention_dropout: Rate = 0.0
+    activation_dropout: Rate = 0.0
+    encoder_layerdrop: Rate = 0.0
+    dropout_input: Rate = 0.0
+    conv_pos: Size = 128
+    conv_pos_groups: Size = 16
     relative_position_embedding: bool = True
-    num_buckets: int = 320
-    max_distance: int = 800
+    num_buckets: Annotated[int, Field(ge=4)] = 320
+    max_distance: Size = 800
     gru_rel_pos: bool = True
     finetuned_model: bool = True
-    predictor_dropout: float = 0.0
-    predictor_class: int = 527
+    predictor_dropout: Rate = 0.0
+    predictor_class: Size = 527
 
     @classmethod
     def from_dict(cls, cfg: Mapping[str, Any]) -> BeatsConfig:
-        """A checkpoint's cfg: fields it lacks are the published code's, those unknown here are ignored."""
-        if cfg.get("input_patch_size", -1) < 1:
+        """A checkpoint's cfg: fields it lacks are the published code's, those unknown here are ignored.
+
+        EncoderError names every value that is of another type or range than its field's.
+        """
+        if cfg.get("input_patch_size", -1) == -1:
             raise EncoderError("the BEATs checkpoint's cfg has no input_patch_size; the published ones say 16")
         complete = {**PUBLISHED_DEFAULTS, **cfg}
-        return cls(**{field.name: complete[field.name] for field in fields(cls) if field.name in complete})
+        values = {field.name: complete[field.name] for field in fields(cls) if field.name in complete}
+        if problems := option_problems(values, cls):
+            raise EncoderError("the BEATs checkpoint's cfg cannot be read: " + "; ".join(problems))
+        return cls(**values)
 
     def __post_init__(self) -> None:
         if self.activation_fn != "gelu" or self.layer_norm_first:
             raise EncoderError(
                 "this BEATs checkpoint is of a kind that was never published: expected activation_fn gelu and "
                 f"layer_norm_first false, found {self.activation_fn} and {self.layer_norm_first}"
+            )
+        for parts in ("encoder_attention_heads", "conv_pos_groups"):
+            if self.encoder_embed_dim % getattr(self, parts):
+                raise EncoderError(
+                    f"a BEATs model's encoder_embed_dim is a multiple of its {parts}; found {self.encoder_embed_dim} "
+                    f"and {getattr(self, parts)}"
+                )
+        if self.max_distance <= self.num_buckets // 4:  # so many distances have a bucket of their own
+            raise EncoderError(
+                f"a BEATs model's max_distance is above a quarter of its num_buckets; found {self.max_distance} and "
+                f"{self.num_buckets}"
             )
 
 
@@ -368,7 +394,13 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{file} has no metadata key 'cfg' (found: {found}); make the file from the published checkpoint by "
             "mokamm convert FILE.pt OUT.safetensors"
         )
-    return json.loads(metadata["cfg"]), state
+    try:
+        cfg = json.loads(metadata["cfg"])
+    except ValueError:
+        cfg = None
+    if not isinstance(cfg, dict):
+        raise EncoderError(f"{file}: expected a JSON object under the metadata key 'cfg', found {metadata['cfg'][:80]}")
+    return cfg, state
 
 
 def _shape(opened: Any, key: str) -> Tensor:

@@ -18,11 +18,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from data.schema import UserError, nearest
-from data.sources import SOURCES, is_there
+from data.sources import SOURCES, is_there, option_takers
 from encoders import ENCODERS
+from encoders.options import option_problems
 from mokamm import names
 from mokamm.config_file import ConfigError, apply_overrides, explain, listed, read_yaml
 
@@ -210,8 +220,12 @@ class SourceConfig(Section):
 
     @field_validator("options")
     @classmethod
-    def _no_keys_of_its_own(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return _options_only(options, cls)
+    def _known_to_the_reader(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        _options_only(options, cls)
+        source = info.data.get("source")  # not there where it is unknown itself
+        if source and (problems := option_problems(options, *option_takers(source))):
+            raise ValueError(f"data source '{source}' " + "; ".join(problems))
+        return options
 
 
 class WorldConfig(Section):

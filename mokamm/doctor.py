@@ -42,13 +42,17 @@ OWN = "your own rows: README, Your own data"
 
 
 class Finding(NamedTuple):
-    """One thing that the run needs. where: looked for; fix: the command or page that fetches it, where it is missing."""
+    """One thing that the run needs. where: looked for; fix: the command or page that fetches it, where it is not whole.
+
+    damage: what is wrong with a file that lies there; `there` is False then, too.
+    """
 
     part: str
     what: str
     there: bool
     where: str
     fix: str = ""
+    damage: str = ""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -79,7 +83,10 @@ def findings(config: RunConfig) -> list[Finding]:
 def _packages(config: RunConfig) -> Iterator[Finding]:
     wanted = {
         "deepspeed": (config.training.deepspeed is not None, "uv sync"),
-        "datasets": (any(entry.source == "hf" for entry in config.data.train), "uv sync --extra datasets"),
+        "datasets": (
+            any(entry.source == "hf" for entry in [*config.data.train, *config.data.validation]),
+            "uv sync --extra datasets",
+        ),
         "flash_attn": (
             config.model.llm.attention == "flash_attention_2",
             "uv pip install flash-attn, or attention: sdpa",
@@ -116,7 +123,8 @@ def _hub_or_folder(part: str, path: str, revision: str | None, file: str) -> Fin
 
     local = find_path(path)
     if local.exists():
-        return Finding(part, path, True, str(local))
+        damage = _damage(local)
+        return Finding(part, path, not damage, str(local), "fetch or copy it again", damage)
     fix = f"hf download {path}" + (f" --revision {revision}" if revision else "")
     try:
         cached = try_to_load_from_cache(path, file, revision=revision)
@@ -124,6 +132,20 @@ def _hub_or_folder(part: str, path: str, revision: str | None, file: str) -> Fin
         return Finding(part, path, False, str(local.absolute()), "put the file there, or correct its path")
     whole = isinstance(cached, str) and any(p.suffix in (".safetensors", ".bin") for p in Path(cached).parent.iterdir())
     return Finding(part, path, whole, f"{local.absolute()}, {constants.HF_HUB_CACHE}", fix)
+
+
+def _damage(path: Path) -> str:
+    """Which safetensors files of a folder (or the file itself) have no readable header, or are shorter than it says."""
+    from safetensors import SafetensorError, safe_open
+
+    found = []
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        try:
+            if file.suffix == ".safetensors":
+                safe_open(file, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            found.append(f"{file} is damaged: {error}")
+    return "; ".join(found)
 
 
 def _beginning(config: RunConfig) -> Iterator[Finding]:
@@ -244,9 +266,10 @@ def show(config: RunConfig, path: str, found: list[Finding], shapes: dict[str, A
     from mokamm.training.forecast import size
 
     for finding in found:
-        print(f"{'ok     ' if finding.there else 'MISSING'} {finding.part}: {finding.what}")
+        state = "ok     " if finding.there else "DAMAGED" if finding.damage else "MISSING"
+        print(f"{state} {finding.part}: {finding.what}")
         if not finding.there:
-            print(f"        looked at {finding.where}\n        {finding.fix}")
+            print(f"        {finding.damage or f'looked at {finding.where}'}\n        {finding.fix}")
     if found:
         print()
     for problem in shapes["problems"]:

@@ -263,8 +263,12 @@ def _pyplot() -> Any:
 
 
 if __name__ == "__main__":
+    from mokamm.training.disk import writing
+
+    of = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
     try:
-        print(write_report(sys.argv[1] if len(sys.argv) > 1 else "."))
+        with writing(of / "report", "make room or allow it, then start the same command again"):
+            print(write_report(of))
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -23,12 +23,12 @@ from data.sources import (
 )
 from data.sources.rows import Rows, existing
 
-__all__ = ["SOURCES", "Rows", "Source", "annotation_files", "is_there", "open_source", "reader_options"]
+__all__ = ["SOURCES", "Rows", "Source", "annotation_files", "is_there", "open_source", "option_takers"]
 
 
 class Source(NamedTuple):
-    """A reader. folder: the files that hold the rows where a folder may be named (None: it wants a file).
-    hub: a path at which nothing lies may be a name on the hub."""
+    """A reader: read(path, [media_dir], *, options). folder: the files that hold the rows where a folder may be named
+    (None: it wants a file). hub: a path at which nothing lies may be a name on the hub."""
 
     read: Callable[..., Rows]
     folder: str | None = None
@@ -53,9 +53,9 @@ SOURCES: dict[str, Source] = {
 def open_source(
     source: str,
     path: str | Path,
-    *,
     limit: int | None = None,
     media_dir: str | Path | None = None,
+    *,
     strip_prefix: str | list[str] | None = None,
     **options: Any,
 ) -> Rows:
@@ -70,11 +70,11 @@ def open_source(
     if source not in SOURCES:
         raise UserError(f"unknown data source '{source}'{nearest(source, SOURCES)}")
     kind = SOURCES[source]
-    known = reader_options(source)
+    known = [p.name for taker in option_takers(source) for p in _parameters(taker) if p.kind is p.KEYWORD_ONLY]
     for name in options:
         if name not in known:
             raise UserError(f"data source '{source}': unknown option '{name}'{nearest(name, known)}")
-    if "media_dir" in inspect.signature(kind.read).parameters:
+    if "media_dir" in [parameter.name for parameter in _parameters(kind.read)]:
         options["media_dir"] = None if media_dir is None else Path(media_dir)
     path = Path(path)
     rows = kind.read(path if kind.hub else existing(path, source, folder=kind.folder is not None), **options)
@@ -82,10 +82,13 @@ def open_source(
     return rows if limit is None else rows.head(limit)
 
 
-def reader_options(source: str) -> list[str]:
-    """The options of a format's reader."""
-    own = [name for name in inspect.signature(SOURCES[source].read).parameters if name not in ("path", "media_dir")]
-    return [*own, "strip_prefix"]
+def option_takers(source: str) -> tuple[Callable[..., Rows], ...]:
+    """The functions whose keyword-only arguments are the options of a format."""
+    return SOURCES[source].read, open_source
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())
 
 
 def is_there(source: str, path: Path) -> bool:

@@ -24,7 +24,7 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def read(path: Path, columns: dict[str, str] | None = None, audio_as: str = "audio") -> Rows:
+def read(path: Path, *, columns: dict[str, str] | None = None, audio_as: str = "audio") -> Rows:
     """Rows of questions, one sample an answer. columns: the file's names, by LLaMA-Factory's (prompt, query, response,
     history, system, images, videos, audios). audio_as: the modality that perceives `audios`."""
     return conversation_rows(path, layout(columns, audio_as))

@@ -22,7 +22,7 @@ PROMPT = "Describe the sound."
 _COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
 
 
-def read(path: Path, file: str = "{youtube_id}.wav", prompt: str = PROMPT, audio_as: str = "audio") -> Rows:
+def read(path: Path, *, file: str = "{youtube_id}.wav", prompt: str = PROMPT, audio_as: str = "audio") -> Rows:
     """Rows of [sound, question] -> caption. file: its name below the media folder; prompt: the question of all rows."""
     for name in re.findall(r"{(.*?)}", file):
         if name not in _COLUMNS:

@@ -43,6 +43,7 @@ def parse_event(text: str) -> tuple[str, float, float] | None:
 
 def read(
     path: Path,
+    *,
     video_dir: str = "videos",
     audio_dir: str | None = None,
     question: str = QUESTION,

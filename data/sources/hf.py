@@ -94,6 +94,7 @@ class _Table(Sequence[tuple[dict[str, Any], int]]):
 def read(
     path: Path,
     media_dir: Path | None = None,
+    *,
     split: str | None = None,
     subset: str | None = None,
     revision: str | None = None,

@@ -23,6 +23,7 @@ TRANSCRIPTS = "*.trans.txt"
 def read(
     path: Path,
     media_dir: Path | None = None,
+    *,
     prompt: str = PROMPT,
     lower: bool = False,
     extension: str = ".flac",

@@ -22,7 +22,7 @@ ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "
 _COLUMNS: dict[Kind, str] = {"image": "image", "video": "video", "audio": "audio"}
 
 
-def read(path: Path, audio_as: str = "audio") -> Rows:
+def read(path: Path, *, audio_as: str = "audio") -> Rows:
     """Rows of conversations, one sample an answer. audio_as: the modality that perceives the column `audio`."""
     return conversation_rows(path, layout(audio_as))
 

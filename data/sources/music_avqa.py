@@ -23,7 +23,9 @@ from data.sources.rows import Rows, ask, text_of, value_of
 _PLACEHOLDER = re.compile(r"<[^<>]+>")
 
 
-def read(path: Path, video_dir: str = "videos", audio_dir: str | None = None, instruction: str | None = None) -> Rows:
+def read(
+    path: Path, *, video_dir: str = "videos", audio_dir: str | None = None, instruction: str | None = None
+) -> Rows:
     """Rows of [video, sound, question] -> answer.
 
     Options, relative to the media folder: the clips are video_dir/ID.mp4; their sound is audio_dir/ID.wav, or the

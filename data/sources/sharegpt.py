@@ -29,7 +29,7 @@ TAGS = {
 
 
 def read(
-    path: Path, columns: dict[str, str] | None = None, tags: dict[str, str] | None = None, audio_as: str = "audio"
+    path: Path, *, columns: dict[str, str] | None = None, tags: dict[str, str] | None = None, audio_as: str = "audio"
 ) -> Rows:
     """Rows of conversations, one sample an answer.
 

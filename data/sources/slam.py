@@ -16,7 +16,7 @@ PROMPT = "Transcribe speech to text."
 _SHAPE = '{"key": ..., "source": path, "target": text}'
 
 
-def read(path: Path, prompt: str | None = None, audio_as: str = "speech") -> Rows:
+def read(path: Path, *, prompt: str | None = None, audio_as: str = "speech") -> Rows:
     """Rows of [sound, question] -> target. prompt: the question of all rows; else the row's own `prompt`, else PROMPT.
     audio_as: the modality that perceives `source`."""
     return Rows(path, json_rows(path, _SHAPE), partial(_parse, prompt=prompt, audio_as=audio_as))

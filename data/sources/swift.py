@@ -25,7 +25,7 @@ _MEDIA: dict[Kind, str] = {"image": "images", "video": "videos", "audio": "audio
 _EXCHANGE = {"prompt": "query", "query": "", "response": "response", "history": "history", "system": "system"}
 
 
-def read(path: Path, audio_as: str = "audio") -> Rows:
+def read(path: Path, *, audio_as: str = "audio") -> Rows:
     """Rows of conversations, one sample an answer. audio_as: the modality that perceives `audios`."""
     return conversation_rows(path, layout(audio_as))
 

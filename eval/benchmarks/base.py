@@ -28,12 +28,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from data.schema import BadSample, Sample, UserError, nearest
-from data.sources import open_source, reader_options
+from data.schema import BadSample, Sample, UserError
+from data.sources import open_source, option_takers
 from data.sources.rows import Rows
 from eval.benchmarks.fields import Fields
 from eval.intervals import bootstrap_interval
@@ -150,18 +149,8 @@ class Benchmark(ABC):
         """
         from encoders.options import option_problems
 
-        known: dict[str, Any] = dict.fromkeys(reader_options(self.source) if self.source else ())
-        for function in (self.open, *([self.prompt] if hasattr(self, "prompt") else [])):
-            for parameter in signature(function).parameters.values():
-                if parameter.kind is parameter.KEYWORD_ONLY:
-                    known[parameter.name] = function
-        problems = []
-        for name, value in options.items():
-            if name not in known:
-                problems.append(f"has no option '{name}'" + (nearest(name, known) if known else "; it has none"))
-            elif known[name] is not None:
-                problems += option_problems(known[name], {name: value})
-        return problems
+        readers = option_takers(self.source) if self.source else ()
+        return option_problems(options, *readers, self.open, *([self.prompt] if hasattr(self, "prompt") else []))
 
     def _row(self, source: Any, index: int) -> Row:
         try:

@@ -37,6 +37,6 @@ def build_projector(
     """The projector of that name; `options` are its keyword arguments (raises UserError on a wrong name or value)."""
     if name not in PROJECTORS:
         raise UserError(f"unknown projector '{name}'{nearest(name, PROJECTORS)}")
-    if problems := option_problems(PROJECTORS[name], options):
+    if problems := option_problems(options, PROJECTORS[name]):
         raise UserError(f"projector '{name}' " + "; ".join(problems))
     return PROJECTORS[name](in_features, out_features, boundaries, **options)

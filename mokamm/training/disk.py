@@ -19,8 +19,9 @@ from typing import IO
 from data.schema import UserError
 
 LOCK = ".lock"
+NO_FOLDER = {errno.EEXIST, errno.ENOTDIR}  # a file lies where a folder should be
 REFUSALS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, *NO_FOLDER
 }  # fmt: skip
 
 
@@ -35,7 +36,8 @@ def writing(place: Path, advice: str) -> Iterator[None]:
         number = error_number(error)
         if number is None:
             raise
-        raise UserError(f"{place} cannot be written: {os.strerror(number)} ({_room(place)}); {advice}") from error
+        about = "a file lies where a folder should be" if number in NO_FOLDER else _room(place)
+        raise UserError(f"{place} cannot be written: {os.strerror(number)} ({about}); {advice}") from error
 
 
 def error_number(error: BaseException | None) -> int | None:

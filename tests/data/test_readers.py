@@ -420,7 +420,7 @@ def test_adding_a_format_is_one_function_and_one_line(tmp_path, monkeypatch):
         question, _, answer = raw.text.decode().partition("|")
         return Sample(f"q{index}", ask((), question, answer), source="pipes", row=index)
 
-    def read(path, upper: bool = False):
+    def read(path, *, upper: bool = False):
         return Rows(path, lines([path]), parse)
 
     monkeypatch.setitem(SOURCES, "pipes", Source(read))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -324,6 +325,56 @@ def test_keys_missing_from_a_cfg_are_the_published_codes(tmp_path) -> None:
     for cfg in ({}, {"input_patch_size": -1}):
         with pytest.raises(EncoderError, match="cfg has no input_patch_size"):
             BeatsConfig.from_dict(cfg)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("encoder_embed_dim", "768", "should be a valid integer"),
+        ("encoder_layers", None, "should be a valid integer"),
+        ("encoder_layers", True, "should be a valid integer"),
+        ("embed_dim", -512, "should be greater than or equal to 1"),
+        ("encoder_attention_heads", 0, "should be greater than or equal to 1"),
+        ("input_patch_size", "16", "should be a valid integer"),
+        ("input_patch_size", 0, "should be greater than or equal to 1"),
+        ("input_patch_size", 129, "should be less than or equal to 128"),
+        ("num_buckets", 3, "should be greater than or equal to 4"),
+        ("dropout", 1.5, "should be less than or equal to 1"),
+        ("deep_norm", 1, "should be a valid boolean"),
+        ("activation_fn", ["gelu"], "should be a valid string"),
+    ],
+)
+def test_a_value_of_a_wrong_type_or_range_is_named(model: BEATs, tmp_path, field: str, value, expected: str) -> None:
+    torch.save({"cfg": {**asdict(SMALL), field: value}, "model": model.state_dict()}, tmp_path / "b.pt")
+    with pytest.raises(
+        EncoderError, match=re.escape(f"cfg cannot be read: option '{field}' {expected}; found {value!r}")
+    ):
+        load_beats(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"encoder_attention_heads": 3},
+            "encoder_embed_dim is a multiple of its encoder_attention_heads; found 16 and 3",
+        ),
+        ({"conv_pos_groups": 5}, "encoder_embed_dim is a multiple of its conv_pos_groups; found 16 and 5"),
+        ({"max_distance": 8}, "max_distance is above a quarter of its num_buckets; found 8 and 32"),
+    ],
+)
+def test_values_that_do_not_go_together_are_named(changes, message: str) -> None:
+    with pytest.raises(EncoderError, match=message):
+        BeatsConfig.from_dict({**asdict(SMALL), **changes})
+
+
+@pytest.mark.parametrize("cfg", ["{", "null", "[16]"])
+def test_a_cfg_that_is_no_json_object(tmp_path, cfg: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors", metadata={"cfg": cfg})
+    with pytest.raises(EncoderError, match="expected a JSON object under the metadata key 'cfg'"):
+        load_beats(tmp_path / "b.safetensors")
 
 
 def test_a_predictor_is_there_where_the_file_has_one(model: BEATs, tmp_path) -> None:

@@ -54,6 +54,8 @@ def test_options_of_an_entry_reach_the_benchmark(small_run: Path, table: Path) -
         ("mmbench", {"circular": "yes"}, "option 'circular' should be a valid boolean; found 'yes'"),
         ("air_bench", {"tasks": "sound"}, "option 'tasks' should be 'speech' or 'all'; found 'sound'"),
         ("ave", {"video_dirs": "x"}, "has no option 'video_dirs'; did you mean 'video_dir'?"),
+        ("ave", {"video_dir": ["x"]}, "option 'video_dir' should be a valid string; found ['x']"),
+        ("ave", {"strip_prefix": [1]}, "option 'strip_prefix' should be a valid string; found [1]"),
         ("miniworld_images", {"strip_prefx": "x"}, "did you mean 'strip_prefix'?"),
         ("pope", {"circular": True}, "has no option 'circular'; it has none"),
     ],

@@ -133,6 +133,19 @@ def test_mistakes_end_in_one_message(
     assert message in output.err
 
 
+@pytest.mark.parametrize("name", ["predictions", "report", "report/examples"])
+def test_a_file_in_the_place_of_a_folder_is_told(
+    small_run: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(small_run, tmp_path / "run")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).write_text("")
+    assert main(["miniworld_images", str(run)]) == 2
+    place = run / name.partition("/")[0]
+    assert f"error: {place} cannot be written: " in (told := capfd.readouterr().err)
+    assert "a file lies where a folder should be" in told
+
+
 def test_the_script_itself(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "eval" / "run.py"), "all", "nowhere", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -213,6 +213,35 @@ def test_folders_and_names_of_the_hub_are_located_too(write, tmp_path):
     assert config.locate(hub)[0] == tmp_path / "user" / "rows"
 
 
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (
+            "slam",
+            "{strip_prefix: [1]}",
+            r"data source 'slam' option 'strip_prefix' should be a valid string.*; found \[1\]",
+        ),
+        ("slam", "{prompt: 3}", "option 'prompt' should be a valid string; found 3"),
+        ("librispeech", "{lower: 'yes'}", "option 'lower' should be a valid boolean; found 'yes'"),
+        ("sharegpt", "{tags: {role_tag: 1}}", "option 'tags' should be a valid string; found {'role_tag': 1}"),
+        (
+            "music_avqa",
+            "{vidio_dir: x}",
+            "data source 'music_avqa' has no option 'vidio_dir'; did you mean 'video_dir'",
+        ),
+        ("slam", "{prompt: null, strip_prefix: [/a, /b]}", None),
+    ],
+)
+@pytest.mark.parametrize("key", ["train", "validation"])
+def test_options_of_a_reader_are_checked_by_its_annotations(write, key, source, options, message):
+    entry = f"data.{key}=[{{source: {source}, path: a, options: {options}}}]"
+    if message is None:
+        load_config(write(GOOD), [entry])
+        return
+    with pytest.raises(ConfigError, match=rf"data\.{key}\.0\.options.*: .*{message}"):
+        load_config(write(GOOD), [entry])
+
+
 def test_the_keys_of_a_source_are_none_of_its_options(write):
     with pytest.raises(ConfigError, match="'limit' is a key beside `options`, not one of them"):
         load_config(write(GOOD), ["data.train=[{source: slam, path: a.jsonl, options: {limit: 3}}]"])

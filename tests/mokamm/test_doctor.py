@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,36 @@ def test_the_miniature_run_lacks_nothing(capsys, monkeypatch):
     assert (code, found["problems"]) == (0, [])
     parts = found["parameters"]
     assert parts["adapter"]["trained"] == parts["adapter"]["all"] > 0 == parts["llm"]["trained"]
+
+
+@pytest.mark.parametrize("kept", [4, 100, -1])
+@pytest.mark.parametrize("part", ["LLM", "vision encoder", "audio encoder"])
+def test_a_damaged_weights_file_is_named(capsys, monkeypatch, tmp_path, kept, part):
+    monkeypatch.chdir(ROOT)
+    names = {"LLM": "llm", "vision encoder": "vision", "audio encoder": "audio.safetensors"}
+    keys = {"LLM": "llm.path", "vision encoder": "modalities.vision.encoder.path"}
+    place, key = ROOT / "mokamm" / "mini" / names[part], keys.get(part, "modalities.audio.encoder.path")
+    copy = shutil.copytree(place, tmp_path / place.name) if place.is_dir() else shutil.copy(place, tmp_path)
+    file = next(Path(copy).glob("*.safetensors"), Path(copy))
+    arguments = ["configs/mini/av_text.yaml", "training.use_cpu=true", f"model.{key}={copy}"]
+    assert all(finding["there"] for finding in examined(capsys, *arguments)[1]["findings"])
+    file.write_bytes(file.read_bytes()[:kept])
+    code, found = examined(capsys, *arguments)
+    (wrong,) = [finding for finding in found["findings"] if not finding["there"]]
+    assert (code, wrong["part"]) == (1, part)
+    assert f"{file} is damaged: " in wrong["damage"]
+    with pytest.raises(SystemExit):
+        doctor.main(arguments)
+    assert f"DAMAGED {part}: {copy}\n        {file} is damaged: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["train", "validation"])
+def test_the_package_datasets_is_needed_wherever_hf_is_read(capsys, monkeypatch, key):
+    monkeypatch.chdir(ROOT)
+    arguments = ["configs/mini/av_text.yaml", "training.use_cpu=true"]
+    config = load_config(arguments[0], [arguments[1], f"data.{key}=[{{source: hf, path: user/name}}]"])
+    assert "datasets" in [finding.what for finding in doctor.findings(config)]
+    assert "datasets" not in [finding.what for finding in doctor.findings(load_config(arguments[0], arguments[1:]))]
 
 
 def test_media_that_leave_no_room_are_a_problem(capsys, monkeypatch):

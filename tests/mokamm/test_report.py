@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ from PIL import Image
 from data.schema import UserError
 from mokamm.report import read_results, results_table, running_mean, write_report
 from mokamm.training.watch import describe, duration, forget_after, read_metrics, short
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -88,6 +93,13 @@ def test_report_without_evaluation(run):
 def test_report_of_nothing(tmp_path):
     with pytest.raises(UserError, match="no training step"):
         write_report(tmp_path)
+
+
+def test_the_command_tells_a_file_in_the_place_of_its_folder(run):
+    (run / "report").write_text("")
+    done = subprocess.run([sys.executable, "-m", "mokamm.report", run], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {run / 'report'} cannot be written: File exists (a file lies where a folder")
 
 
 def test_results_are_sorted_with_controls_after(run):
