@@ -327,7 +327,7 @@ def test_the_script_is_one_json_object_and_loads_no_torch(tmp_path: Path, benchm
 def test_a_table_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = write(tmp_path / "a", [pope(0), pope(1)]), write(tmp_path / "b", [pope(0, "No"), pope(1)])
     assert main(["POPE", "--predictions", str(one), "--against", str(other)]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())  # a line breaks where the folder's name is long
     for word in ("strict", "official", "precision", "yes ratio", "p = 1", "2 parsed"):
         assert word in out
 
