@@ -1,7 +1,7 @@
 """The audio-visual questions in German, a language that the miniature base has never met.
 
 The same clips, questions and answers as in English, so that the two differ by language alone: in English stage 2 brings
-little that is new to the LLM, in German every word. Nouns come with their articles, as subjects of the sentence.
+little that is new to the LLM, in German nearly every word. Nouns come with their articles, as subjects of the sentence.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import replace
 from data.miniworld.ask import Question
 
 WORDS = {
-    **{"circle": "der Kreis", "square": "das Quadrat", "triangle": "das Dreieck", "star": "der Stern"},
-    **{"cross": "das Kreuz", "ring": "der Ring", "diamond": "die Raute"},
-    **{"flute": "die Flöte", "drum": "die Trommel", "bell": "die Glocke", "violin": "die Geige"},
-    **{"organ": "die Orgel", "guitar": "die Gitarre", "horn": "das Horn"},
-    **{"left": "links", "middle": "Mitte", "right": "rechts", "outside": "außerhalb"},
-    **{"first": "zuerst", "last": "zuletzt", "yes": "ja", "no": "nein"},
-    **{"zero": "null", "one": "eins", "two": "zwei", "three": "drei", "four": "vier"},
-}
+    "circle": "der Kreis", "square": "das Quadrat", "triangle": "das Dreieck", "star": "der Stern",
+    "cross": "das Kreuz", "ring": "der Ring", "diamond": "die Raute",
+    "flute": "die Flöte", "drum": "die Trommel", "bell": "die Glocke", "violin": "die Geige",
+    "organ": "die Orgel", "guitar": "die Gitarre", "horn": "das Horn",
+    "left": "links", "middle": "Mitte", "right": "rechts", "outside": "außerhalb",
+    "first": "zuerst", "last": "zuletzt", "yes": "ja", "no": "nein",
+    "zero": "null", "one": "eins", "two": "zwei", "three": "drei", "four": "vier",
+}  # fmt: skip
 WORDINGS = {  # in the order of the kind's English ones
     "audio_counting": ("Wie viele Instrumente sind zu hören?", "Wie groß ist die Zahl der Instrumente?"),
     "audio_comparative": ("Spielt {a} länger als {b}?", "Ist {a} länger zu hören als {b}?"),
