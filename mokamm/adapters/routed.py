@@ -46,13 +46,13 @@ from mokamm.adapters.frozen_a import VERSION
 from mokamm.adapters.frozen_tuner import FrozenATuner, new_a, new_b
 from mokamm.adapters.peft_bridge import TunerLayer, first_match, register_method
 from mokamm.adapters.routed_fast import DownProjection, FrozenDownProjection, UpProjection, together
+from mokamm.adapters.routed_fold import Fold
 from mokamm.adapters.routed_plan import Settings, plan_of
 from mokamm.adapters.routed_siblings import Siblings, find_siblings
 from mokamm.adapters.sparse_b import dense_weight
 from mokamm.routing import AdapterError, Routing, RoutingContext
 
 FORMAT = 1
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as an element
 
 
 @dataclass
@@ -101,16 +101,6 @@ class MokaConfig(PeftConfig):
         names = self.modalities = list(self.modalities)
         if names[:1] != ["text"] or len(set(names)) < len(names):
             raise AdapterError(f"modalities must be distinct names, 'text' first; found {names}.")
-
-
-@dataclass(frozen=True)
-class Fold:
-    """What takes a folded text path out again, bit by bit: its factors, and the few entries subtraction would miss."""
-
-    b: Tensor
-    a: Tensor
-    index: tuple[Tensor, ...]
-    value: Tensor
 
 
 class RoutedLinear(TunerLayer):
@@ -282,7 +272,7 @@ class RoutedLinear(TunerLayer):
         logits_BTQ = torch.baddbmm(bias_B1Q, query_BTR, key_BQR.transpose(1, 2), alpha=at.logit_scale)
         return torch.bmm(logits_BTQ.softmax(-1).to(key_BQR.dtype), key_BQR)
 
-    # -- the text path inside W --
+    # -- the text path inside W: routed_fold.py --
 
     @property
     def base_weight(self) -> Tensor:
@@ -300,31 +290,19 @@ class RoutedLinear(TunerLayer):
         for name in self.active_adapters:
             if name not in self.moka_A or name in self.folds or self.disable_adapters:
                 continue
-            r, weight = self.settings[name].r, self.base_weight
+            r = self.settings[name].r
             b = dense_weight(self.moka_B[name])[:, :r] * self.settings[name].scaling
             a = dense_weight(self.moka_A[name])[:r].clone()
-            delta = self._text_delta(b, a, weight)
-            folded = (weight.to(delta.dtype) + delta).to(weight.dtype)
-            back, bits = (folded.to(delta.dtype) - delta).to(weight.dtype), BITS[weight.element_size()]
-            index = (back.view(bits) != weight.view(bits)).nonzero(as_tuple=True)
-            self.folds[name] = Fold(b, a, index, weight[index])
-            weight.copy_(folded)
+            self.folds[name] = Fold.into(self.base_weight, b, a, self._weight_is_transposed)
 
-    @torch.no_grad()
     def unfold_text(self) -> None:
         """Takes the text path out of W again; W is bit-identical to what it was."""
-        weight = self.base_weight
         for name in reversed(list(self.folds)):
-            fold = self.folds.pop(name)
-            delta = self._text_delta(fold.b.to(weight.device), fold.a.to(weight.device), weight)
-            weight.copy_((weight.to(delta.dtype) - delta).to(weight.dtype))
-            weight[tuple(index.to(weight.device) for index in fold.index)] = fold.value.to(weight.device)
+            self.folds.pop(name).out_of(self.base_weight)
 
-    def _text_delta(self, b: Tensor, a: Tensor, weight: Tensor) -> Tensor:
-        """b a in a dtype wider than the weight's (so that adding and taking away loses few bits), laid out like it."""
-        wide = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else torch.float64
-        delta = b.to(wide) @ a.to(wide)
-        return delta.T if type(self.get_base_layer()).__name__ == "Conv1D" else delta  # which keeps W transposed
+    @property
+    def _weight_is_transposed(self) -> bool:
+        return type(self.get_base_layer()).__name__ == "Conv1D"
 
     # -- PEFT's bookkeeping: whatever changes which adapter acts, or its weights, takes the folded one out first --
 
