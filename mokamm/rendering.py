@@ -59,7 +59,7 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.template = tokenizer.chat_template or PLAIN_TEMPLATE
+        self.template = _template_of(tokenizer)
         self._control = _control_tokens(tokenizer, str(self.template))
         self.takes_system = self._probe_system()
         probe = self.render([Message("user", (Text("?"),)), Message("assistant", (Text("!"),))], "question")
@@ -108,10 +108,15 @@ class ChatRenderer:
             raise BadSample(f"the tokenizer's chat template refuses the roles {roles}: {error}") from None
 
     def _probe_system(self) -> bool:
-        """Whether the template prints a system message, as a turn or inside the first user's."""
-        turns = [{"role": "system", "content": _mark(0)}, {"role": "user", "content": _mark(1)}]
+        """Whether the template prints a system message first, as a turn or inside the first user's.
+
+        Mistral's of 2024 print it inside the last one: there, too, it is joined to the first, where it stays as the
+        conversation grows.
+        """
+        roles = ["system", "user", "assistant", "user"]
+        turns = [{"role": role, "content": _mark(number)} for number, role in enumerate(roles)]
         try:
-            return _mark(0) in self._apply(turns, True)
+            return MARK.findall(self._apply(turns, True)) == ["0", "1", "2", "3"]
         except BadSample:
             return False
         except Exception as error:
@@ -158,6 +163,16 @@ class ChatRenderer:
             return ids, [(0, len(text))] * len(ids)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoding["input_ids"], encoding["offset_mapping"]
+
+
+def _template_of(tokenizer: Any) -> str:
+    """The chat template: of several the one called "default", of none the plain one. Raises UserError."""
+    if not tokenizer.chat_template:
+        return PLAIN_TEMPLATE
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise UserError(f"the tokenizer's chat template cannot be used: {error}") from error
 
 
 def _control_tokens(tokenizer: Any, template: str) -> re.Pattern[str] | None:

@@ -4,7 +4,7 @@
 
 `talk` only finds the turns, so that a file can be indexed without making messages; `build` makes text and media of
 their contents. A conversation of n answers is n samples: the k-th has the turns before as plain history, and bears its
-loss on answer k only. Columns that the layout does not use are kept in `meta`.
+loss on answer k only, so that what is wrong after an answer does not lose it. Columns that the layout does not use are kept in `meta`.
 """
 
 from __future__ import annotations
@@ -88,15 +88,17 @@ def sample_of(row: Any, index: int, turn: int, name: str, layout: Layout) -> Sam
     if not isinstance(row, dict):
         raise BadSample(f"expected {layout.shape}, found {describe(row)}")
     messages = layout.build(row, layout.talk(row))
-    _check_order(messages)
     answers = [k for k, message in enumerate(messages) if message.role == "assistant"]
+    if not answers:
+        raise BadSample("the row has no answer: none of its messages is the assistant's")
     kept = messages[: answers[turn] + 1]
+    _check_order(kept)
     kept = [_plain(m) for m in kept[:-2]] + [_with_question(m) for m in kept[-2:-1]] + kept[-1:]
     meta = row.get("meta") or {}
     if not isinstance(meta, dict):
         raise BadSample(f"'meta' must be an object, found {describe(meta)}")
     extra = {key: value for key, value in row.items() if key not in layout.uses | {"id", "meta"}}
-    name = str(row.get("id", name))
+    name = str(row["id"]) if row.get("id") is not None else name
     return Sample(
         id=name if len(answers) == 1 else f"{name}#{turn}",
         messages=tuple(kept),
@@ -122,8 +124,6 @@ def _check_order(messages: list[Message]) -> None:
             raise BadSample(
                 f"user and assistant must take turns; expected the {expected} as turn {k}, found the {message.role}"
             )
-    if not turns or turns[-1].role != "assistant":
-        raise BadSample("the row has no answer: its last message must be the assistant's")
     for k, message in enumerate(messages):
         if message.role == "assistant" and not message.text.strip():
             raise BadSample(f"message {k}: the answer is empty; expected a text")

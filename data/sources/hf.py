@@ -230,7 +230,7 @@ def _parse_columns(record: tuple[dict[str, Any], int], index: int, names: dict[s
         media += [Media(kind, path_of(entry, names[name]), modality) for entry in entries]  # type: ignore[arg-type]
     instruction = text_of(row, names["instruction"]) if names["instruction"] else None
     return Sample(
-        id=str(row.get(names["id"], index)),
+        id=str(index if row.get(names["id"]) is None else row[names["id"]]),
         messages=ask(media, text_of(row, names["question"]), text_of(row, names["answer"]), instruction),
         source="hf",
         row=index,

@@ -3,8 +3,8 @@
     LibriSpeech/train-clean-100/103/1240/103-1240.trans.txt     103-1240-0000 CHAPTER ONE MISSUS RACHEL LYNDE IS ...
                                          103-1240-0000.flac
 
-The path is the folder, or a subset or any other folder in it; all transcripts below are read. Multilingual LibriSpeech
-and other corpora in this form are read too.
+The path is the folder, or a subset or any other folder in it; all transcripts below are read. Other corpora in this
+form are read too (not Multilingual LibriSpeech, which keeps one table of a whole split).
 """
 
 from __future__ import annotations

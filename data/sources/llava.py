@@ -4,7 +4,8 @@
                                                                {"from": "gpt", "value": "A dog runs."}]}
 
 `image`, `video` and `audio` hold a path or a list of paths; see data/sources/placeholders.py for their places in the
-text. In a row that has videos and no image, `<image>` means the video, as in Valley's files.
+text. In a row that has videos and no image, `<image>` means the video, as in Valley's files. Where a conversation begins
+with the assistant, as some of ShareGPT do, that turn is left out: there is no question to it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def layout(audio_as: str = "audio") -> Layout:
 
 
 def _talk(row: dict[str, Any]) -> list[Turn]:
-    return system_turn(row) + turns_of(row, "conversations", "from", "value", {**ROLES, "system": "system"})
+    turns = turns_of(row, "conversations", "from", "value", {**ROLES, "system": "system"})
+    unasked = len(turns) > 1 and turns[0].role == "assistant"
+    return system_turn(row) + turns[unasked:]
 
 
 def _build(row: dict[str, Any], turns: list[Turn], audio_as: str) -> list[Message]:

@@ -62,9 +62,8 @@ def _part(part: Any, role: str, where: str) -> Text | Media:
     if role != "user":
         raise BadSample(f"{where}a {kind} may stand in the user's messages only, not in the {role}'s")
     media_kind, modality = _MODALITY[kind]
-    return Media(
-        media_kind, text_of(part, "path", where=where), text_of(part, "as", where=where) if "as" in part else modality
-    )
+    named = part.get("as") is not None  # in tables such as Arrow's all parts have all columns
+    return Media(media_kind, text_of(part, "path", where=where), text_of(part, "as", where=where) if named else modality)
 
 
 LAYOUT = Layout(

@@ -76,6 +76,22 @@ def test_conversations_become_a_sample_an_answer(tmp_path, layout):
     assert pickle.loads(pickle.dumps(rows))[2].answer == "two"
 
 
+def test_a_medium_without_as_beside_one_that_has_it(tmp_path):
+    """Arrow gives all parts of a message all columns, empty ones too."""
+    content = [
+        {"type": "image", "path": "a.png"},
+        {"type": "audio", "path": "q.wav", "as": "speech"},
+        {"type": "text", "text": "What?"},
+    ]
+    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": [content[2]]}]}
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "talk")
+    (tmp_path / "talk.json").write_text(json.dumps([row]))
+    read, plain = open_source("hf", tmp_path / "talk", layout="messages"), open_source("messages", tmp_path / "talk.json")
+    assert read[0].messages == plain[0].messages
+    assert [media.modality for media in read[0].media] == ["vision", "speech"]
+    assert read[0].id == "0"
+
+
 def test_several_splits(tmp_path):
     parts = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")

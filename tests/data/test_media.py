@@ -13,6 +13,7 @@ import soundfile
 import torch
 from PIL import Image
 
+from data.decode import mono_sound
 from data.media import MediaLimits, MediaLoader, cut_windows
 from data.schema import BadSample, Media, MediaError, UserError
 
@@ -75,27 +76,33 @@ def test_decoding_twice_gives_the_same_bits(tmp_path, write_video):
     assert torch.equal(first, second)
 
 
-def test_a_clip_filmed_upright_is_shown_upright(tmp_path):
+@pytest.mark.parametrize(
+    "matrix",  # a, b, c, d of x' = a x + c y, y' = b x + d y: the four turns, and what is seen in a mirror
+    [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0)],
+)
+def test_a_clip_filmed_upright_is_shown_upright(tmp_path, matrix):
     """Phones store a turned picture and, in the track header, the matrix that turns it back (ISO 14496-12, 8.3.2)."""
-    path = tmp_path / "phone.mp4"
+    path, (a, b, c, d) = tmp_path / "phone.mp4", matrix
     pixels = np.zeros((48, 64, 3), dtype=np.uint8)
-    pixels[:, :32, 0] = pixels[:, 32:, 2] = 240  # left red, right blue
+    pixels[:24, :32] = (240, 0, 0)
+    pixels[:24, 32:] = (0, 0, 240)
+    pixels[24:, :32] = 240
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for _ in range(5):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-    unit, one = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 2**30), 65536
-    clockwise = struct.pack(">9i", 0, one, 0, -one, 0, 0, 48 * one, 0, 2**30)  # x' = 48 - y, y' = x: left becomes top
+    unit = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 2**30)
+    shown = struct.pack(">9i", a * 65536, b * 65536, 0, c * 65536, d * 65536, 0, 0, 0, 2**30)
     data = path.read_bytes()
     track = data.index(b"tkhd")
-    path.write_bytes(data[:track] + data[track:].replace(unit, clockwise, 1))
+    path.write_bytes(data[:track] + data[track:].replace(unit, shown, 1))
     frames = MediaLoader(tmp_path).frames(video("phone.mp4"), 2)
-    assert frames.shape == (2, 3, 64, 48)
-    assert (frames[:, 0, :30] > 180).all()
-    assert (frames[:, 2, 34:] > 180).all()
-    assert (frames[:, 0, 34:] < 60).all()
+    assert frames.shape == ((2, 3, 48, 64) if a else (2, 3, 64, 48))
+    for y, x in ((10, 14), (10, 50), (38, 14), (38, 50)):
+        to_x, to_y = a * x + c * y, b * x + d * y  # negative: counted from the other side
+        assert (frames[:, :, to_y, to_x] - torch.from_numpy(pixels[y, x]).float()).abs().max() < 40, (y, x)
 
 
 def test_image_exactly_and_upright(tmp_path):
@@ -117,6 +124,31 @@ def test_grey_and_16_bit_images(tmp_path):
     for name in ("grey.png", "deep.png"):
         got = MediaLoader(tmp_path).frames(image(name), 1)
         assert torch.equal(got[0], torch.from_numpy(grey)[None].expand(3, 3, 4)), name
+
+
+def test_16_bits_in_formats_that_pillow_opens_as_wider_ones(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    (tmp_path / "a.pgm").write_bytes(b"P5 8 8 65535\n" + ramp.astype(">u2").tobytes())
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "a.tif")
+    for name in ("a.pgm", "a.tif"):
+        got = MediaLoader(tmp_path).frames(image(name), 1)[0, 0]
+        assert torch.equal(got, torch.from_numpy((ramp >> 8).astype(np.uint8))), name
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(ramp.astype(np.int32) * 1000).save(tmp_path / "wide.tif")
+    for name in ("float.tif", "wide.tif"):
+        with pytest.raises(MediaError, match="no white that is known"):
+            MediaLoader(tmp_path).frames(image(name), 1)
+
+
+def test_a_damaged_exif_entry_beside_the_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    Image.fromarray(np.zeros((24, 32, 3), dtype=np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    data = bytearray((tmp_path / "a.jpg").read_bytes())
+    at = data.index(b"\x01\x1a")
+    data[at : at + 2] = b"\x01\x00"  # now an ImageWidth that is a fraction
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert MediaLoader(tmp_path).frames(image("a.jpg"), 1).shape == (1, 3, 32, 24)
 
 
 # --- sound
@@ -350,3 +382,24 @@ def test_limits_hold_where_the_header_lies_or_is_silent(tmp_path, write_video, n
     assert late.stat().st_size < 100_000
     with pytest.raises(MediaError, match=r"late\.mkv: lasts 60\.9 s, more than data\.limits\.max_seconds = 2"):
         MediaLoader(tmp_path, limits).windows(audio("late.mkv"), 2, 1.0, False)
+
+
+@pytest.mark.parametrize("rate", [1_000, 3_999, 8_000, 11_127, 22_050, 22_254, 44_056, 44_101, 47_952, 65_537, 999_983])
+def test_every_sampling_rate_in_little_memory(rate):
+    """Against the sine that was sampled; a filter for each phase of 44101 Hz would take 3 GB."""
+    hertz = min(300.0, rate / 10)
+    track = mono_sound(np.sin(2 * np.pi * hertz * np.arange(rate // 2 + 1) / rate), rate, "x", MediaLimits())
+    assert len(track) == math.ceil((rate // 2 + 1) * 16_000 / rate)
+    wanted = np.sin(2 * np.pi * hertz * np.arange(len(track)) / 16_000)
+    middle = slice(500, -500)  # what lies outside is silence to the filter
+    assert np.abs(track.numpy() - wanted)[middle].max() < 0.02
+
+
+@pytest.mark.parametrize("rate", [1, 999, 1_000_001, 2**31 - 1])
+def test_a_rate_that_no_recording_has(tmp_path, noise, rate):
+    soundfile.write(tmp_path / "a.wav", noise(0.1), 16_000)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[24:28] = struct.pack("<I", rate)
+    (tmp_path / "a.wav").write_bytes(data)
+    with pytest.raises(MediaError, match="a second|lasts"):
+        MediaLoader(tmp_path).windows(audio("a.wav"), 1, 1.0, False)

@@ -100,6 +100,19 @@ def test_llava_lists_text_alone_and_a_placeholder_at_the_end(tmp_path):
     assert rows[2].messages[0] == user("What is this?", image("a.jpg"))
 
 
+def test_an_answer_is_not_lost_by_what_is_wrong_after_it(tmp_path):
+    """A question at the end that nobody answered, an empty answer, an assistant who begins: each answer by itself."""
+    unanswered = {"id": "u", "conversations": talk("Hi", "Ho", "And?")}
+    empty = {"id": "e", "conversations": talk("Hi", "Ho", "And?", " ")}
+    begun = {"id": "b", "conversations": [{"from": "gpt", "value": "I can help."}, *talk("Hi", "Ho")]}
+    rows = open_source("llava", jsonl(tmp_path / "a.jsonl", unanswered, empty, begun))
+    for index, id in enumerate(["u", "e#0", None, "b"]):
+        if id:
+            assert (rows[index].id, rows[index].messages) == (id, (user("Hi"), said("Ho")))
+    with pytest.raises(BadSample, match="message 3: the answer is empty"):
+        rows[2]
+
+
 def test_video_llava_stage_1(tmp_path):
     valley = {
         "id": "v_0",
@@ -252,7 +265,7 @@ def test_swift_as_published(tmp_path):
 def test_swift_broken_rows(tmp_path):
     row = {"messages": openai("<image>Which?", "The left."), "images": ["a.jpg", "b.jpg"]}
     assert "the texts hold 1 <image>, but the row names 2 images" in reason("swift", tmp_path, row)
-    assert "its last message must be" in reason("swift", tmp_path, {"messages": openai("Hi")})
+    assert "none of its messages is the assistant's" in reason("swift", tmp_path, {"messages": openai("Hi")})
     assert "there is no 'messages', no 'response' and no 'conversation'" in reason("swift", tmp_path, {"text": "x"})
     alone = {"messages": [{"role": "assistant", "content": "I love music"}]}
     assert "expected the user as turn 0" in reason("swift", tmp_path, alone)

@@ -246,7 +246,7 @@ GOOD = {"messages": [user(QUESTION), said("A.")]}
         ({"text": "x"}, r"there is no 'messages' \(the row has: text\)"),
         ({"mesages": []}, "there is no 'messages' .*is 'messages' called 'mesages' there"),
         ({"messages": []}, "the row has no answer"),
-        ({"messages": [user(QUESTION)]}, "the row has no answer: its last message must be the assistant's"),
+        ({"messages": [user(QUESTION)]}, "the row has no answer: none of its messages is the assistant's"),
         ({"messages": [user(QUESTION), said(" ")]}, "message 1: the answer is empty"),
         ({"messages": [user(QUESTION), user(QUESTION), said("A")]}, "expected the assistant as turn 1, found the user"),
         (

@@ -308,6 +308,32 @@ def test_unusable_rows_say_why(make, sample, message):
         processor(sample)
 
 
+def test_a_system_message_stays_in_the_first_turn(make_tokenizer, media_dir):
+    """Mistral's templates of 2024 print it in the last user turn, which is another one with every answer."""
+    tokenizer = make_tokenizer("mistral")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\\n\\n' %}"
+        "{% set messages = messages[1:] %}{% endif %}{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{{ '[INST] ' }}{% if system is defined and (loop.last or loop.index0 == messages | length - 2) %}{{ system }}"
+        "{% endif %}{{ message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}"
+        "{% endfor %}"
+    )
+    processor = Processor(tokenizer, {}, MediaLoader(media_dir))
+    sample = turns("How many objects?", "two", "Which?", "a flute", system="You are a helpful assistant.")
+    merged = tokenizer.apply_chat_template(plain(sample, True), tokenize=True, return_dict=False)
+    assert processor(sample).input_ids.tolist() == merged
+
+
+def test_of_several_templates_the_default_one(make_tokenizer, media_dir):
+    tokenizer = make_tokenizer("chatml")
+    wanted = Processor(tokenizer, {}, MediaLoader(media_dir))(turns("a", "b")).input_ids
+    tokenizer.chat_template = {"tool_use": "{{ 'x' }}", "default": tokenizer.chat_template}
+    assert torch.equal(Processor(tokenizer, {}, MediaLoader(media_dir))(turns("a", "b")).input_ids, wanted)
+    tokenizer.chat_template = {"tool_use": "{{ 'x' }}", "rag": "{{ 'y' }}"}
+    with pytest.raises(UserError, match="chat template"):
+        Processor(tokenizer, {}, MediaLoader(media_dir))
+
+
 def test_a_template_that_loses_messages_is_refused(make_tokenizer, media_dir):
     tokenizer = make_tokenizer("chatml")
     tokenizer.chat_template = "{{ messages[-1]['content'] }}{{ eos_token }}"
