@@ -151,9 +151,7 @@ def _eight_bits(image: Image.Image, name: Path | str) -> Image.Image:
 def mono_sound(samples: np.ndarray, rate: int, name: Path | str, limits: MediaLimits) -> Tensor:
     """Decoded sound, (S,) or (channels, S) at `rate`, as `sound_track` gives it. Raises MediaError."""
     if samples.ndim not in (1, 2) or samples.size == 0:
-        raise MediaError(
-            f"{name}: expected samples (S,) or (channels, S), found {samples.shape}"
-        )
+        raise MediaError(f"{name}: expected samples (S,) or (channels, S), found {samples.shape}")
     _check_rate(name, rate)
     _check_seconds(name, Fraction(samples.shape[-1], rate), limits)
     mono = samples if samples.ndim == 1 else samples.mean(axis=0, dtype=np.float64)

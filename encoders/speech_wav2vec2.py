@@ -29,8 +29,9 @@ from encoders.layers import Layers, choose_layers
 from encoders.pretrained import drop_unread_blocks, load_model, read
 from encoders.waveform import WaveformEncoder, check_rate, features_of, silenced, true_lengths
 
-# SpecAugment's vector is for training only, and some published checkpoints lack it
-NO_AUGMENTATION: dict[str, Any] = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+# SpecAugment's vector is for training only, and some published checkpoints lack it; an adapter, which some carry behind
+# the blocks, would shorten their output for another network
+BARE: dict[str, Any] = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0, "add_adapter": False}
 
 
 class Wav2Vec2Encoder(WaveformEncoder):
@@ -44,7 +45,7 @@ class Wav2Vec2Encoder(WaveformEncoder):
 
         super().__init__(options={"layer": layer}, max_batch=max_batch)
         what = next(iter(self.classes))
-        self.model = load_model(path, self.classes, what, **NO_AUGMENTATION)
+        self.model = load_model(path, self.classes, what, **BARE)
         extractor = read(Wav2Vec2FeatureExtractor.from_pretrained, path, f"{what} preprocessor_config.json")
         check_rate(extractor.sampling_rate, path)
         config = self.model.config

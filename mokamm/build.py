@@ -12,6 +12,7 @@ Cost: reading the weights.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -54,13 +55,7 @@ def build_model(
     # the quick ones first, so that a misspelt encoder does not wait for a large LLM
     encoders = {name: encoder_of(modality) for name, modality in modalities.items()}
     tokenizer = from_pretrained("AutoTokenizer", config.model.llm)
-    llm = from_pretrained(
-        "AutoModelForCausalLM",
-        config.model.llm,
-        dtype=getattr(torch, config.model.llm.dtype),
-        attn_implementation=config.model.llm.attention,
-        **quantized(config.model.llm, device),
-    )
+    llm = load_llm(config.model.llm, device)
     width = llm.get_input_embeddings().weight.shape[1]
     projectors = {name: projector_of(modality, encoders[name], width) for name, modality in modalities.items()}
     llm = wrapped(llm, config)
@@ -184,6 +179,23 @@ def projector_of(modality: ModalityConfig, encoder: Encoder, width: int) -> Proj
     return build_projector(projector.name, encoder.width, width, modality.boundaries, **projector.options)
 
 
+def load_llm(settings: LLMConfig, device: torch.device) -> Any:
+    """The LLM with its weights. Raises UserError for one that cannot be loaded, or cannot answer from embeddings."""
+    llm = from_pretrained(
+        "AutoModelForCausalLM",
+        settings,
+        dtype=getattr(torch, settings.dtype),
+        attn_implementation=settings.attention,
+        **quantized(settings, device),
+    )
+    if "inputs_embeds" not in inspect.signature(llm.prepare_inputs_for_generation).parameters:
+        raise UserError(
+            f"model.llm.path: '{settings.path}' is a {type(llm).__name__}, which does not generate from embeddings, as "
+            "media need it; use a checkpoint of the language model alone (of its text part, where it is multimodal)"
+        )
+    return llm
+
+
 def from_pretrained(kind: str, llm: LLMConfig, **options: Any) -> Any:
     """AutoTokenizer's or AutoModelForCausalLM's `from_pretrained`, its errors told in one message."""
     import transformers
@@ -195,6 +207,11 @@ def from_pretrained(kind: str, llm: LLMConfig, **options: Any) -> Any:
             path, revision=llm.revision or "main", trust_remote_code=llm.trust_remote_code, **options
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if "attn_implementation" in str(error) and options.get("attn_implementation") != "eager":
+            raise UserError(
+                f"model.llm.attention: the LLM of '{path}' has no {options['attn_implementation']}; set another (eager, "
+                "sdpa)"
+            ) from error
         raise UserError(
             f"model.llm.path: {kind} cannot load '{path}': {_first_line(error)}\n  expected a local folder with an LLM "
             "in Hugging Face format, or a hub id (which needs the network, or a downloaded copy); for a run, "

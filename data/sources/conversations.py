@@ -4,7 +4,8 @@
 
 `talk` only finds the turns, so that a file can be indexed without making messages; `build` makes text and media of
 their contents. A conversation of n answers is n samples: the k-th has the turns before as plain history, and bears its
-loss on answer k only, so that what is wrong after an answer does not lose it. Columns that the layout does not use are kept in `meta`.
+loss on answer k only, so that what is wrong after an answer does not lose it. Columns that the layout does not use are
+kept in `meta`.
 """
 
 from __future__ import annotations

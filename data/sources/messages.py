@@ -63,7 +63,9 @@ def _part(part: Any, role: str, where: str) -> Text | Media:
         raise BadSample(f"{where}a {kind} may stand in the user's messages only, not in the {role}'s")
     media_kind, modality = _MODALITY[kind]
     named = part.get("as") is not None  # in tables such as Arrow's all parts have all columns
-    return Media(media_kind, text_of(part, "path", where=where), text_of(part, "as", where=where) if named else modality)
+    return Media(
+        media_kind, text_of(part, "path", where=where), text_of(part, "as", where=where) if named else modality
+    )
 
 
 LAYOUT = Layout(

@@ -215,9 +215,10 @@ class RoutedLinear(TunerLayer):
             and _is_bare(B, UpProjection)
         ):
             return False
-        weight = cast(nn.Linear, base).weight
+        weight, bias = cast(nn.Linear, base).weight, cast(nn.Linear, base).bias
         fits = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-        return fits and not weight.requires_grad and type(weight.data) is Tensor
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        return fits and not trains and type(weight.data) is Tensor
 
     def _dropout(self, name: str) -> float:
         return getattr(self.moka_dropout[name], "p", 0.0) if self.training else 0.0

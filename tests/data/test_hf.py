@@ -86,7 +86,10 @@ def test_a_medium_without_as_beside_one_that_has_it(tmp_path):
     row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": [content[2]]}]}
     datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "talk")
     (tmp_path / "talk.json").write_text(json.dumps([row]))
-    read, plain = open_source("hf", tmp_path / "talk", layout="messages"), open_source("messages", tmp_path / "talk.json")
+    read, plain = (
+        open_source("hf", tmp_path / "talk", layout="messages"),
+        open_source("messages", tmp_path / "talk.json"),
+    )
     assert read[0].messages == plain[0].messages
     assert [media.modality for media in read[0].media] == ["vision", "speech"]
     assert read[0].id == "0"

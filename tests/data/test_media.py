@@ -401,5 +401,5 @@ def test_a_rate_that_no_recording_has(tmp_path, noise, rate):
     data = bytearray((tmp_path / "a.wav").read_bytes())
     data[24:28] = struct.pack("<I", rate)
     (tmp_path / "a.wav").write_bytes(data)
-    with pytest.raises(MediaError, match="a second|lasts"):
+    with pytest.raises(MediaError, match=r"a second|lasts"):
         MediaLoader(tmp_path).windows(audio("a.wav"), 1, 1.0, False)

@@ -174,3 +174,16 @@ def test_mistakes(written, tmp_path, capsys) -> None:
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(EncoderError, match="wavlm weights could not be read"):
         build_encoder("wavlm", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "wavlm"])
+def test_an_adapter_behind_the_blocks_is_left_out(tmp_path, name: str) -> None:
+    """It would make 6 positions of 24; the blocks' own output is what the same weights give without it."""
+    write(tmp_path / "with", name, "layer", add_adapter=True, num_adapter_layers=2)
+    encoder = build_encoder(name, tmp_path / "with")
+    segments, lengths = torch.randn(2, 8000) * 0.1, torch.tensor([8000, 5000])
+    features, mask = encoder.encode(segments, lengths)
+    assert mask.sum(1).tolist() == [encoder.num_tokens(8000), encoder.num_tokens(5000)]
+    config = json.loads((tmp_path / "with" / "config.json").read_text())
+    (tmp_path / "with" / "config.json").write_text(json.dumps(config | {"add_adapter": False}))
+    assert torch.equal(build_encoder(name, tmp_path / "with").encode(segments, lengths).features, features)

@@ -6,11 +6,13 @@ import copy
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from data.collate import collate
 from data.schema import IGNORED, Message, Text, UserError
-from mokamm.build import trainable_parts
+from mokamm.build import load_llm, trainable_parts
+from mokamm.config import LLMConfig
 from mokamm.init_from import load_init
 from mokamm.model import user_message
 
@@ -303,3 +305,29 @@ def test_init_from_names_what_does_not_fit(make_model, tmp_path):
     for part in ("audio.encoder gives features of width 8", "was trained on width 9: name the encoder"):
         assert part in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in model.projectors.state_dict().items())
+
+
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 60, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def test_an_llm_that_cannot_be_used_is_told_before_training(tmp_path):
+    sight = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "patch_size": 8, "image_size": 16,
+    }  # fmt: skip
+    composite = transformers.Gemma3Config(
+        text_config=SMALL, vision_config=sight, mm_tokens_per_image=1, image_token_index=50, boi_token_index=51,
+        eoi_token_index=52,
+    )  # fmt: skip
+    transformers.Gemma3ForConditionalGeneration(composite).save_pretrained(tmp_path / "gemma3")
+    with pytest.raises(UserError, match="does not generate from embeddings"):
+        load_llm(LLMConfig(path=str(tmp_path / "gemma3")), torch.device("cpu"))
+    transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SMALL)).save_pretrained(tmp_path / "gemma2")
+    if not transformers.Gemma2ForCausalLM._supports_sdpa:
+        with pytest.raises(UserError, match=r"model\.llm\.attention: the LLM of .* has no sdpa; set another"):
+            load_llm(LLMConfig(path=str(tmp_path / "gemma2")), torch.device("cpu"))
+    llm = load_llm(LLMConfig(path=str(tmp_path / "gemma2"), attention="eager"), torch.device("cpu"))
+    assert llm.config._attn_implementation == "eager"

@@ -177,14 +177,15 @@ def test_base_layers_of_other_kinds() -> None:
         assert_close(run(layer, routing, True), run(layer, routing, False), 1e-12)
 
 
-def test_a_trained_base_layer() -> None:
+@pytest.mark.parametrize("trained", [["weight", "bias"], ["bias"]], ids=["all of it", "its bias"])
+def test_a_trained_base_layer(trained: list[str]) -> None:
     routing, layer = routing_of(BATCHES["ragged"]), layer_of(nn.Linear(WIDTH, OUT))
-    layer.base_layer.requires_grad_(True)
+    parameters = [getattr(layer.base_layer, name).requires_grad_(True) for name in trained]
     grads = []
     for fast in (True, False):
         layer.base_layer.zero_grad()
         run(layer, routing, fast)
-        grads.append(layer.base_layer.weight.grad.clone())
+        grads.append([parameter.grad.clone() for parameter in parameters])
     torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
 
 
