@@ -36,6 +36,7 @@ from mokamm.perception import Perception, Sense
 from mokamm.processor import Lookup, Processor
 from mokamm.projectors import Projector, build_projector
 from mokamm.quantization import check_sharding, quantized
+from mokamm.rendering import PLAIN_TEMPLATE
 from mokamm.weights import fingerprint, is_adapter, load_weights
 
 log = logging.getLogger("mokamm")
@@ -54,7 +55,7 @@ def build_model(
         check_sharding(config)
     # the quick ones first, so that a misspelt encoder does not wait for a large LLM
     encoders = {name: encoder_of(modality) for name, modality in modalities.items()}
-    tokenizer = from_pretrained("AutoTokenizer", config.model.llm)
+    tokenizer = load_tokenizer(config.model.llm)
     llm = load_llm(config.model.llm, device)
     width = llm.get_input_embeddings().weight.shape[1]
     projectors = {name: projector_of(modality, encoders[name], width) for name, modality in modalities.items()}
@@ -80,7 +81,7 @@ def build_processor(config: RunConfig, weights: bool = True) -> tuple[Processor,
     """
     with nullcontext() if weights else torch.device("meta"):
         encoders = {name: encoder_of(modality) for name, modality in config.model.modalities.items()}
-    tokenizer = from_pretrained("AutoTokenizer", config.model.llm)
+    tokenizer = load_tokenizer(config.model.llm)
     with torch.device("meta"):
         projectors = {name: projector_of(m, encoders[name], 8) for name, m in config.model.modalities.items()}
     return processor_of(config, tokenizer, encoders, projectors, None), encoders
@@ -177,6 +178,14 @@ def encoder_of(modality: ModalityConfig) -> Encoder:
 def projector_of(modality: ModalityConfig, encoder: Encoder, width: int) -> Projector:
     projector = modality.projector
     return build_projector(projector.name, encoder.width, width, modality.boundaries, **projector.options)
+
+
+def load_tokenizer(settings: LLMConfig, **options: Any) -> Any:
+    """The LLM's tokenizer, under the template that the settings give to one without. Raises UserError."""
+    tokenizer = from_pretrained("AutoTokenizer", settings, **options)
+    if settings.chat_template and not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
 
 
 def load_llm(settings: LLMConfig, device: torch.device) -> Any:

@@ -99,6 +99,7 @@ class LLMConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     quantization: Literal["4bit", "8bit"] | None = None  # of the frozen weights, by bitsandbytes; it computes in dtype
+    chat_template: Literal["plain"] | None = None  # where the tokenizer has none: USER: ... ASSISTANT: ...
     trust_remote_code: bool = False
 
 

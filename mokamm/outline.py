@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from data.schema import UserError
-from mokamm.build import encoder_of, from_pretrained, processor_of, projector_of, wrapped
+from mokamm.build import encoder_of, from_pretrained, load_tokenizer, processor_of, projector_of, wrapped
 from mokamm.config import RunConfig, find_path
 from mokamm.perception import Perception, Sense
 from mokamm.processor import Processor
@@ -69,9 +69,10 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
             f"the encoder is not in a local folder ({modalities[name].encoder.path}), and its shape is not known here"
         )
     try:
-        tokenizer = from_pretrained("AutoTokenizer", settings, local_files_only=offline)
-        outline.processor = processor_of(config, tokenizer, encoders, projectors, None)
+        tokenizer = load_tokenizer(settings, local_files_only=offline)
     except UserError:
         left_out["tokenizer"] = f"{settings.path} has no tokenizer that can be read"
+    else:
+        outline.processor = processor_of(config, tokenizer, encoders, projectors, None)
     outline.left_out = left_out
     return outline

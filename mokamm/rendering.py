@@ -21,7 +21,7 @@ from typing import Any, Literal
 from data.schema import BadSample, Media, Message, Text, UserError
 
 MARK = re.compile("\ue000([0-9]+)\ue001")
-# for base LLMs, whose tokenizers have no template of their own
+# for base LLMs, whose tokenizers have no template of their own (model.llm.chat_template: plain)
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}{{ message['role'].upper() + ': ' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token or '' }}{% endif %}{{ '\\n' }}{% endfor %}"
@@ -166,9 +166,12 @@ class ChatRenderer:
 
 
 def _template_of(tokenizer: Any) -> str:
-    """The chat template: of several the one called "default", of none the plain one. Raises UserError."""
+    """The chat template: of several the one called "default". Raises UserError."""
     if not tokenizer.chat_template:
-        return PLAIN_TEMPLATE
+        raise UserError(
+            "the tokenizer has no chat template (a base LLM?): take the LLM's chat variant, put a template beside the "
+            "tokenizer as chat_template.jinja, or set model.llm.chat_template: plain (USER: ... ASSISTANT: ...)"
+        )
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:

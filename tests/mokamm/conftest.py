@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mokamm.rendering import PLAIN_TEMPLATE
+
 # the formats that these families publish, written down anew
 TEMPLATES = {
     "llama2": (
@@ -62,7 +64,7 @@ TEMPLATES = {
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     ),
-    "none": None,
+    "plain": PLAIN_TEMPLATE,
 }
 CONTROL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<start_of_turn>"]
 CONTROL += ["<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]

@@ -12,7 +12,7 @@ from data.schema import IGNORED, BadSample, Media, Message, Sample, Text, UserEr
 from mokamm.perception import Sense
 from mokamm.processor import Processor
 
-FAMILIES = ["llama2", "llama3", "chatml", "gemma", "mistral", "phi3", "thinking", "bare", "none"]
+FAMILIES = ["llama2", "llama3", "chatml", "gemma", "mistral", "phi3", "thinking", "bare", "plain"]
 SENSES = {
     "vision": Sense("vision", "frames", 2, 0.0, False, True, lambda _: 4, lambda _: 3),
     "audio": Sense("audio", "waveform", 3, 1.0, False, True, lambda n: -(-n // 1600), lambda p: -(-p // 2)),
@@ -144,7 +144,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("template", ["chatml", "llama2", "none"])
+@pytest.mark.parametrize("template", ["chatml", "llama2", "plain"])
 @pytest.mark.parametrize("text", HOSTILE)
 def test_control_tokens_in_written_text_stay_text(make, template, text):
     processor = make(template)
@@ -330,7 +330,10 @@ def test_of_several_templates_the_default_one(make_tokenizer, media_dir):
     tokenizer.chat_template = {"tool_use": "{{ 'x' }}", "default": tokenizer.chat_template}
     assert torch.equal(Processor(tokenizer, {}, MediaLoader(media_dir))(turns("a", "b")).input_ids, wanted)
     tokenizer.chat_template = {"tool_use": "{{ 'x' }}", "rag": "{{ 'y' }}"}
-    with pytest.raises(UserError, match="chat template"):
+    with pytest.raises(UserError, match="template cannot be used"):
+        Processor(tokenizer, {}, MediaLoader(media_dir))
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="has no chat template"):
         Processor(tokenizer, {}, MediaLoader(media_dir))
 
 
