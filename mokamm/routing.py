@@ -12,9 +12,10 @@ attend to the question's tokens. Both are facts of the batch, not of a layer, so
 `RoutingContext` is the one object that a tuner shares with all of its layers: it holds the routing of the current batch
 until the next one is set, because gradient checkpointing runs layers again during the backward pass.
 
-Cost: a handful of small kernels per batch, memoised per dtype. Built from CPU tensors nothing here waits for a device;
-built from CUDA tensors without `key_index` it waits once, to learn Q. Layers never wait. Build it on the CPU and move it by
-`to`: only there is it known without waiting that all keys are text, which the layers' fast path needs.
+Cost: a handful of small kernels per batch, memoised per dtype. Built from CPU tensors nothing here waits for a device.
+Built from CUDA tensors it is worked out on the CPU, for which it waits once: Q, the highest id and whether all keys are
+text (which the layers' fast path needs) are numbers of the host. With `key_index` given it does not wait, and knows the
+last two of them on the CPU only. Layers never wait.
 
 Shape legend: B batch, T tokens, D width, R rank, M modalities, Q key tokens.
 """
@@ -42,7 +43,7 @@ class Routing:
         key_index, key_valid: (B,Q) the same keys as positions, where the collator has them ready; else computed.
 
     Raises:
-        AdapterError: shapes or dtypes disagree, or an id is below -1 (checked where the tensors are on the CPU).
+        AdapterError: shapes or dtypes disagree, or an id is below -1 (not looked for in CUDA tensors with `key_index`).
     """
 
     def __init__(
@@ -62,7 +63,13 @@ class Routing:
         if modality_ids is None:
             return
         _check(modality_ids, key_mask, key_index, key_valid)
-        if modality_ids.device.type == "cpu" and modality_ids.numel():
+        device = modality_ids.device
+        if device.type != "cpu" and key_index is None and key_mask is not None:
+            found = Routing(modality_ids.cpu(), key_mask.cpu()).to(device)
+            self.max_id, self.keys_are_text = found.max_id, found.keys_are_text
+            self.key_index, self.key_valid = found.key_index, found.key_valid
+            return
+        if device.type == "cpu" and modality_ids.numel():
             low, self.max_id = (int(end) for end in torch.aminmax(modality_ids))
             if low < -1:
                 raise AdapterError(f"modality_ids holds {low}; expected -1 (padding), 0 (text), 1.. (media).")
@@ -71,7 +78,7 @@ class Routing:
         elif key_index.shape[1] == 0:  # no sample has a question: one key that does not count
             self.key_index = key_index.new_zeros(len(key_index), 1)
             self.key_valid = self.key_index.bool()
-        self.keys_are_text = modality_ids.device.type == "cpu" and self._all_keys_are_text()
+        self.keys_are_text = device.type == "cpu" and self._all_keys_are_text()
 
     @classmethod
     def text_only(cls) -> Routing:

@@ -258,3 +258,14 @@ def test_on_cuda_it_agrees_and_never_waits() -> None:
         layer(x.requires_grad_()).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_routing_built_on_cuda_knows_what_one_from_the_cpu_does() -> None:
+    there, here = Routing(IDS.cuda(), KEYS.cuda()), Routing(IDS, KEYS)
+    assert (there.max_id, there.keys_are_text) == (here.max_id, here.keys_are_text)
+    for name in ("modality_ids", "key_mask", "key_index", "key_valid"):
+        assert torch.equal(getattr(there, name).cpu(), getattr(here, name))
+        assert getattr(there, name).is_cuda
+    with pytest.raises(AdapterError, match="modality_ids holds -2"):
+        Routing(IDS.cuda() * 0 - 2, KEYS.cuda())
