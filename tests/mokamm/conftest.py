@@ -3,6 +3,7 @@ encoders of a few weights, media files, and a Llama of ~60k parameters under Mok
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,14 @@ TEMPLATES = {
     ),
     "plain": PLAIN_TEMPLATE,
 }
+TRUE_CLASSES = {  # (template, whether in SentencePiece's style) -> the class that the family's checkpoints name
+    ("llama2", True): "LlamaTokenizer",
+    ("mistral", True): "LlamaTokenizer",
+    ("phi3", True): "LlamaTokenizer",
+    ("gemma", True): "GemmaTokenizer",
+    ("chatml", False): "Qwen2Tokenizer",
+    ("thinking", False): "Qwen2Tokenizer",
+}
 CONTROL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<start_of_turn>"]
 CONTROL += ["<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 CORPUS = [
@@ -76,9 +85,12 @@ CORPUS = [
 
 
 def make_tokenizer_(template: str = "chatml", sentencepiece: bool = False) -> Any:
-    """A byte-level BPE, or one in the style of Llama-2's SentencePiece (a space before every text), with a template."""
+    """A byte-level BPE, or one in the style of Llama-2's SentencePiece (a space before every text), with a template.
+
+    Of the family's own class where that goes with the style, else (as Llama 3's) of the general one.
+    """
+    import transformers
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=sentencepiece, unk_token="<unk>" if sentencepiece else None))
     special = ["<unk>", "<pad>", "<s>", "</s>"]
@@ -96,8 +108,12 @@ def make_tokenizer_(template: str = "chatml", sentencepiece: bool = False) -> An
         vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False, max_token_length=8
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+    model = json.loads(tokenizer.to_str())["model"]
+    own: dict[str, Any] = {"tokenizer_object": tokenizer}
+    if (template, sentencepiece) in TRUE_CLASSES:
+        own = {"vocab": model["vocab"], "merges": [tuple(merge) for merge in model["merges"]]}
+    wrapped = getattr(transformers, TRUE_CLASSES.get((template, sentencepiece), "PreTrainedTokenizerFast"))(
+        **own, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         additional_special_tokens=[AddedToken(name, normalized=False, special=True) for name in CONTROL],
     )  # fmt: skip
     wrapped.chat_template = TEMPLATES[template]
