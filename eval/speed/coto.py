@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.printing import stdout_kept_clean
+from eval.speed.reporting import surroundings
 from eval.speed.timing import in_turns
 from mokamm.adapters import Coto, Routing, set_routing, wrap
 from mokamm.adapters.coto import rising
@@ -134,12 +136,6 @@ def _run(seconds: list[float], acting: list[int]) -> float:
     return sum(statistics.median(by_number[n]) for n in acting) / STEPS
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -153,11 +149,8 @@ def main() -> None:
     args = parser.parse_args()
     with stdout_kept_clean(args.json):
         found: dict[str, Any] = {
-            "machine": torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            **{key: value for key, value in vars(args).items() if key not in ("json", "out", "llms")},
+            "command": shlex.join(["python", "eval/speed/coto.py", *sys.argv[1:]]),
+            **surroundings(args),
             "steps": STEPS,
             "llms": {name: measure(LLMS[name], args) for name in args.llms},
         }

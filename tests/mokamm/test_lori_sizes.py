@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from eval.speed.lori import measure
 from mokamm.adapters import wrap
 from mokamm.adapters.masks import Mask, pack
 from mokamm.adapters.start import factors
-from tests.mokamm.toy_lori import cut, random_b
 
 SHAPES = {
     "llama 3 8B": {
@@ -76,31 +75,10 @@ def test_counts_of_large_models_on_the_meta_device(
     model.unload()
 
 
-def test_bytes_against_lora(tmp_path: Path) -> None:
+def test_bytes_against_lora() -> None:
     """At 90 %: at most 6 % of LoRA's trained parameters, gradients and optimizer states, 11 % of its file."""
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=512,
-        intermediate_size=1792,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-    )
-    sizes, counts, files = {}, {}, {}
-    for method in ("lora", "lori_s"):
-        model = wrap(LlamaForCausalLM(config), method, ["text"], {"r": 32})
-        if method == "lori_s":
-            model.base_model.set_mask(cut(random_b(model), 0.9))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained)
-        model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
-        optimizer.step()
-        state = [t for entry in optimizer.state.values() for t in entry.values() if t.numel() > 1]
-        sizes[method] = sum(t.numel() * t.element_size() for t in [*state, *(p.grad for p in trained)])
-        counts[method] = sum(p.numel() for p in trained)
-        model.save_pretrained(tmp_path / method)
-        files[method] = sum(file.stat().st_size for file in (tmp_path / method).iterdir())
-    ratios = [found["lori_s"] / found["lora"] for found in (counts, sizes, files)]
-    assert ratios[0] <= 0.06
-    assert ratios[1] <= 0.06
-    assert ratios[2] <= 0.11
+    sizes = measure(rank=32, sparsity=0.9, layers=2)
+    share = {key: size / sizes["lora"][key] for key, size in sizes["lori_s"].items()}
+    assert share["trained"] <= 0.06
+    assert share["gradient_and_optimizer_bytes"] <= 0.06
+    assert share["file_bytes"] <= 0.11
