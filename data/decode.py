@@ -38,7 +38,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from data.schema import MediaError
+from data.schema import MediaError, NoTrack, OverLimit
 
 SAMPLE_RATE = 16_000
 # FFmpeg's containers that hold media and nothing else: playlists and scripts (hls, concat, ...) could open other files.
@@ -106,7 +106,7 @@ def picture(path: Path, limits: MediaLimits) -> Tensor:
         try:
             image = Image.open(path, formats=IMAGE_FORMATS)
         except Image.DecompressionBombError as error:
-            raise MediaError(f"{path}: the header claims too large an image ({error}); scale it down") from None
+            raise OverLimit(f"{path}: the header claims too large an image ({error}); scale it down") from None
         with image:
             return pixels(image, path, limits)
 
@@ -144,7 +144,7 @@ def check_file(path: Path, limits: MediaLimits, expected: str = "a media file") 
     if status.st_size == 0:
         raise MediaError(f"{path}: is empty (0 bytes); fetch or record it again")
     if status.st_size > limits.max_bytes:
-        raise MediaError(
+        raise OverLimit(
             f"{path}: has {status.st_size} bytes, more than data.limits.max_bytes = {limits.max_bytes}; shorten it or "
             "raise the limit"
         )
@@ -193,8 +193,10 @@ def _stream(container: Any, kind: str, path: Path) -> Any:
     streams = [s for s in getattr(container.streams, kind) if not s.disposition & Disposition.attached_pic]
     if not streams:
         has = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+        if not container.streams.video and not container.streams.audio:
+            raise MediaError(f"{path}: has neither pictures nor sound (it has: {has}): {_looks(path)}")
         name = {"video": "picture", "audio": "sound"}[kind]
-        raise MediaError(
+        raise NoTrack(
             f"{path}: has no {name} track (it has: {has}); leave this {kind} out of the row or use another file"
         )
     if streams[0].codec_context is None:
@@ -249,12 +251,12 @@ def _frame_time(stream: Any) -> Fraction:
 
 def _check_pixels(path: Path | str, width: int, height: int, limits: MediaLimits) -> None:
     if width * height > limits.max_pixels:
-        raise MediaError(
+        raise OverLimit(
             f"{path}: its header claims {width} x {height} = {width * height} pixels, more than data.limits.max_pixels "
             f"= {limits.max_pixels}; scale it down or raise the limit"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise MediaError(
+        raise OverLimit(
             f"{path}: its header claims {width} x {height} pixels, a strip more than {MAX_ASPECT} times as long as it "
             "is wide; cut it into pictures"
         )
@@ -262,7 +264,7 @@ def _check_pixels(path: Path | str, width: int, height: int, limits: MediaLimits
 
 def _check_seconds(path: Path | str, duration: Fraction, limits: MediaLimits) -> None:
     if duration > limits.max_seconds:
-        raise MediaError(
+        raise OverLimit(
             f"{path}: lasts {float(duration):.1f} s, more than data.limits.max_seconds = {limits.max_seconds:g}; "
             "cut it or raise the limit"
         )
