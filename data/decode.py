@@ -40,7 +40,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from data.schema import MediaError
+from data.schema import MediaError, NoTrack, OverLimit
 
 SAMPLE_RATE = 16_000
 _PHASES = (1000, 4000)  # filters of a resampler, at most; the second where the first is off by more than
@@ -121,7 +121,7 @@ def picture(path: Path, limits: MediaLimits) -> Tensor:
         try:
             image = Image.open(path, formats=IMAGE_FORMATS)
         except Image.DecompressionBombError as error:
-            raise MediaError(f"{path}: the header claims too large an image ({error}); scale it down") from None
+            raise OverLimit(f"{path}: the header claims too large an image ({error}); scale it down") from None
         with image:
             return pixels(image, path, limits)
 
@@ -171,7 +171,7 @@ def check_file(path: Path, limits: MediaLimits, expected: str = "a media file") 
     if status.st_size == 0:
         raise MediaError(f"{path}: is empty (0 bytes); fetch or record it again")
     if status.st_size > limits.max_bytes:
-        raise MediaError(
+        raise OverLimit(
             f"{path}: has {status.st_size} bytes, more than data.limits.max_bytes = {limits.max_bytes}; shorten it or "
             "raise the limit"
         )
@@ -220,8 +220,10 @@ def _stream(container: Any, kind: str, path: Path) -> Any:
     streams = [s for s in getattr(container.streams, kind) if not s.disposition & Disposition.attached_pic]
     if not streams:
         has = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+        if not container.streams.video and not container.streams.audio:
+            raise MediaError(f"{path}: has neither pictures nor sound (it has: {has}): {_looks(path)}")
         name = {"video": "picture", "audio": "sound"}[kind]
-        raise MediaError(
+        raise NoTrack(
             f"{path}: has no {name} track (it has: {has}); leave this {kind} out of the row or use another file"
         )
     if streams[0].codec_context is None:
@@ -276,12 +278,12 @@ def _frame_time(stream: Any) -> Fraction:
 
 def _check_pixels(path: Path | str, width: int, height: int, limits: MediaLimits) -> None:
     if width * height > limits.max_pixels:
-        raise MediaError(
+        raise OverLimit(
             f"{path}: its header claims {width} x {height} = {width * height} pixels, more than data.limits.max_pixels "
             f"= {limits.max_pixels}; scale it down or raise the limit"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise MediaError(
+        raise OverLimit(
             f"{path}: its header claims {width} x {height} pixels, a strip more than {MAX_ASPECT} times as long as it "
             "is wide; cut it into pictures"
         )
@@ -289,7 +291,7 @@ def _check_pixels(path: Path | str, width: int, height: int, limits: MediaLimits
 
 def _check_seconds(path: Path | str, duration: Fraction, limits: MediaLimits) -> None:
     if duration > limits.max_seconds:
-        raise MediaError(
+        raise OverLimit(
             f"{path}: lasts {float(duration):.1f} s, more than data.limits.max_seconds = {limits.max_seconds:g}; "
             "cut it or raise the limit"
         )

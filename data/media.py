@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from data.decode import SAMPLE_RATE, MediaLimits, check_file, picture, sound_track, video_frames
-from data.schema import Media, MediaError, MissingMedia
+from data.schema import Media, MediaError, MissingMedia, NoTrack, OverLimit, RefusedMedia
 
 __all__ = ["SAMPLE_RATE", "MediaLimits", "MediaLoader", "Windows", "cut_windows"]
 
@@ -51,23 +51,26 @@ class MediaLoader:
         self._hashes: dict[tuple[str, int, int], str] = {}
 
     def resolve(self, media: Media) -> Path:
-        """The file of a media reference; MediaError if it lies outside media_dir, is a URL, or cannot be reached."""
+        """The file of a media reference.
+
+        Raises RefusedMedia for one outside media_dir, a URL, or one that cannot be reached, and MissingMedia.
+        """
         name = media.path
         if _URL.match(name):
-            raise MediaError(
+            raise RefusedMedia(
                 f"{name!r} is a URL; media are read from local files only: download it into data.media_dir"
             )
         if not name or "\0" in name:
-            raise MediaError(
+            raise RefusedMedia(
                 f"the row's {media.kind} path {name!r} names no file; expected a path relative to data.media_dir"
             )
         if self.media_dir is None and not (self.allow_outside and Path(name).is_absolute()):
-            raise MediaError(f"{name!r}: the row names a {media.kind}, but data.media_dir is not set; set it")
+            raise RefusedMedia(f"{name!r}: the row names a {media.kind}, but data.media_dir is not set; set it")
         try:
             return self._located(name)
         except (OSError, RuntimeError, UnicodeError) as error:  # too long, no permission, a link to itself, half a pair
             reason = getattr(error, "strerror", None) or error
-            raise MediaError(
+            raise RefusedMedia(
                 f"{name[:200]!r}: cannot be resolved ({reason}); correct the row's path, or put the real file there and "
                 "check the permissions of its folder"
             ) from None
@@ -79,7 +82,7 @@ class MediaLoader:
             return picture(path, self.limits)
         if media.kind == "video":
             return video_frames(path, segments, self.limits)
-        raise MediaError(
+        raise NoTrack(
             f"{path}: the row uses it as sound, which has no pictures; give it the modality of an audio encoder"
         )
 
@@ -87,7 +90,7 @@ class MediaLoader:
         """At most `segments` windows of `seconds` from a sound file or a video's own track; see `cut_windows`."""
         path = self.resolve(media)
         if media.kind == "image":
-            raise MediaError(
+            raise NoTrack(
                 f"{path}: the row uses it as an image, which has no sound; give it the modality of a vision encoder"
             )
         return cut_windows(sound_track(path, self.limits), segments, seconds, whole, path)
@@ -113,16 +116,16 @@ class MediaLoader:
 
     def _check_inside(self, path: Path, name: str) -> None:
         if Path(name).is_absolute():
-            raise MediaError(
+            raise RefusedMedia(
                 f"{name!r} is an absolute path; expected one relative to data.media_dir = {self.media_dir}; take its "
                 f"front off by the source's options: {{strip_prefix: {Path(name).parent}}}, {_ALLOW}"
             )
         if ".." in Path(name).parts:
-            raise MediaError(
+            raise RefusedMedia(
                 f"{name!r} climbs with '..'; expected a path below data.media_dir = {self.media_dir}; {_ALLOW}"
             )
         if self.media_dir is None or not path.is_relative_to(self.media_dir):
-            raise MediaError(
+            raise RefusedMedia(
                 f"{name!r} is a link that leads out of data.media_dir = {self.media_dir} to {path}; copy the file "
                 f"there, {_ALLOW}"
             )
@@ -131,7 +134,7 @@ class MediaLoader:
         if path.is_file():
             return path
         if path.is_dir():
-            raise MediaError(f"{path}: is a folder; the row must name a media file")
+            raise RefusedMedia(f"{path}: is a folder; the row must name a media file")
         if self.media_dir is not None and not self.media_dir.is_dir():
             raise MissingMedia(
                 f"{name!r}: data.media_dir = {self.media_dir} does not exist; correct it or fetch the media"
@@ -151,7 +154,7 @@ def cut_windows(samples_S: Tensor, segments: int, seconds: float, whole: bool, p
     """Cut 16 kHz mono sound into windows of `seconds`.
 
     Up to segments * seconds: ceil(duration / seconds) consecutive windows, the last zero padded. Longer: `segments`
-    windows, each centred in one of as many equal parts of the sound; with `whole`, a MediaError, because speech must be
+    windows, each centred in one of as many equal parts of the sound; with `whole`, OverLimit, because speech must be
     heard to its end.
     """
     size = round(seconds * SAMPLE_RATE)
@@ -162,7 +165,7 @@ def cut_windows(samples_S: Tensor, segments: int, seconds: float, whole: bool, p
         lengths = (total - torch.arange(count) * size).clamp(max=size)
         return Windows(padded.view(count, size), lengths)
     if whole:
-        raise MediaError(
+        raise OverLimit(
             f"{path}: lasts {total / SAMPLE_RATE:.2f} s, longer than the {segments} x {seconds:g} s that the config "
             "gives to speech; raise `segments` or `seconds` of that modality, or cut the recording"
         )

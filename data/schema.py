@@ -47,6 +47,18 @@ class MissingMedia(MediaError):
     """There is no such media file."""
 
 
+class RefusedMedia(MediaError):
+    """A media path that may not be followed, or leads to no file."""
+
+
+class OverLimit(MediaError):
+    """A media file that is too long or too large for the configuration."""
+
+
+class NoTrack(MediaError):
+    """A media file without the pictures, or without the sound, that the row wants of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """A piece of text. `question` marks the span whose tokens are the keys of the cross-modal attention."""

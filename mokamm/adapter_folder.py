@@ -26,7 +26,7 @@ from mokamm.adapters.frozen_a import digest, draw
 from mokamm.adapters.masks import Mask, Shape, pack, unpack
 from mokamm.adapters.peft_bridge import PREFIX
 from mokamm.adapters.start import Source
-from mokamm.weights import ADAPTER
+from mokamm.weights import ADAPTER, refuse
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KEY = re.compile(
@@ -44,11 +44,16 @@ PLAIN = {
 }
 
 
+def adapter_in(path: Path) -> Path | None:
+    """The adapter's folder of a run, a checkpoint, `final` or itself; None where there is none."""
+    folders = (path, path / ADAPTER, path / "final" / ADAPTER)
+    return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
+
+
 def find_adapter(path: Path) -> Path:
-    """The adapter's folder of a run, a checkpoint, `final` or itself. Raises UserError."""
-    for folder in (path, path / ADAPTER, path / "final" / ADAPTER):
-        if (folder / CONFIG).is_file():
-            return folder
+    """As `adapter_in`; raises UserError where there is none."""
+    if folder := adapter_in(path):
+        return folder
     raise UserError(f"{path} holds no adapter: no {CONFIG} there, in {ADAPTER}/ or in final/{ADAPTER}/")
 
 
@@ -105,12 +110,14 @@ class AdapterFolder:
         odd = [key for key, plain in PLAIN.items() if self.config.get(key, plain) not in (plain, None)]
         if odd:
             raise UserError(f"{self.folder} is no plain LoRA: its config sets {', '.join(odd)}")
-        found = {}
-        for name, parts in self.keys.items():
-            missing = [p for p in ("A", "B") if not {f"{p}.weight", f"{p}.shape"} & set(parts)]
-            if missing:
-                raise UserError(f"{self.folder} is not whole: {name} has no {' and no '.join(missing)}")
-            found[name] = (self._shape(name, "A"), self._shape(name, "B"))
+        absent = [
+            f"{name} has no {factor}"
+            for name, parts in self.keys.items()
+            for factor in ("A", "B")
+            if not {f"{factor}.weight", f"{factor}.shape"} & set(parts)
+        ]
+        refuse(self.folder, absent, "is not whole")
+        found = {name: (self._shape(name, "A"), self._shape(name, "B")) for name in self.keys}
         if not found:
             raise UserError(f"{self.folder} holds no A and B of any layer")
         return found
@@ -138,10 +145,14 @@ class AdapterFolder:
         entries = shape[0] * shape[1]
         B = torch.zeros(entries)
         for mask, values in (("B.mask", "B.values"), ("B.frozen_mask", "B.frozen_values")):
+            kept = unpack(self.read(parts[mask]), entries) if mask in parts else torch.zeros(entries, dtype=torch.bool)
+            found = self.read(parts[values]) if values in parts else torch.zeros(0)
+            if int(kept.sum()) != len(found):
+                problem = f"{name} has {len(found)} {values}, its {mask} keeps {int(kept.sum())}"
+                refuse(self.folder, [problem], "is not whole")
             if values in parts:
-                kept = self.read(parts[values])
-                B = B.to(kept.dtype)
-                B[unpack(self.read(parts[mask]), entries)] = kept
+                B = B.to(found.dtype)
+                B[kept] = found
         return B.view(shape)
 
     @cached_property

@@ -54,7 +54,7 @@ def plan(source: Path, options: Options) -> Plan:
     """Raises UserError or AdapterError where no importer knows the source, or it cannot become what is asked for."""
     from mokamm.beats_convert import plan_beats
     from mokamm.lori_convert import plan_adapter, plan_mask
-    from mokamm.published_moka import plan_published
+    from mokamm.published_moka import ADAPTER_FILE, OTHER_FILE, plan_published
 
     importers: tuple[Callable[[Path, Options], Plan | None], ...] = (
         plan_published, plan_beats, plan_mask, plan_adapter,
@@ -70,7 +70,9 @@ def plan(source: Path, options: Options) -> Plan:
             raise UserError(f"--logits-by-keys goes with a published MokA checkpoint; {source} is: {found.found}")
         return found
     raise UserError(
-        f"{source} is none of: a run, a folder with adapter_config.json, a mask (*.pt, *.safetensors), BEATs (*.pt)"
+        f"{source} is none of: a run or a folder with adapter_config.json; a published MokA checkpoint, that is a folder "
+        f"with {ADAPTER_FILE}, or with projectors in {OTHER_FILE}; a mask (*.pt, *.safetensors); BEATs (*.pt). For "
+        f"projectors of MokA in a file of another name: rename it to {OTHER_FILE}, and name its folder"
     )
 
 

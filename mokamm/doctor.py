@@ -39,12 +39,17 @@ HOMES = {
     "librispeech": "fetch {name}.tar.gz, OpenSLR's resource SLR12, then: tar xzf {name}.tar.gz -C {media_dir}/..",
 }
 OWN = "your own rows: README, Your own data"
+# what a model's folder needs: one of each of these files, the first that is there
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+MODEL = (("config.json",), WEIGHTS)
+TOKENIZER = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
+OPEN_CLIP = (("open_clip_config.json",), ("*.safetensors", "*.bin", "*.pth"))
 
 
 class Finding(NamedTuple):
     """One thing that the run needs. where: looked for; fix: the command or page that fetches it, where it is not whole.
 
-    damage: what is wrong with a file that lies there; `there` is False then, too.
+    damage: what is wrong with a file that lies there; lacks: which files of a folder do not. `there` is False then, too.
     """
 
     part: str
@@ -53,6 +58,7 @@ class Finding(NamedTuple):
     where: str
     fix: str = ""
     damage: str = ""
+    lacks: str = ""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -102,7 +108,7 @@ def _packages(config: RunConfig) -> Iterator[Finding]:
 
 def _weights(config: RunConfig) -> Iterator[Finding]:
     llm = config.model.llm
-    yield _hub_or_folder("LLM", llm.path, llm.revision, "config.json")
+    yield _hub_or_folder("LLM", llm.path, llm.revision, (*MODEL, TOKENIZER))
     for name, modality in config.model.modalities.items():
         encoder, part = modality.encoder, f"{name} encoder"
         if encoder.name == "open_clip" and encoder.options.get("pretrained") and not find_path(encoder.path).exists():
@@ -110,28 +116,58 @@ def _weights(config: RunConfig) -> Iterator[Finding]:
                 part, encoder.path, True, "open_clip's own cache, not looked into: it fetches what is missing"
             )
             continue
-        hub = encoder.path.removeprefix("hf-hub:")
-        file = "open_clip_config.json" if hub != encoder.path else "config.json"
-        found = _hub_or_folder(part, hub, None, file)
-        yield found._replace(fix=BEATS.format(path=encoder.path)) if encoder.name == "beats" else found
+        if encoder.name == "beats":
+            yield _file(part, encoder.path, BEATS.format(path=encoder.path))
+            continue
+        needed = OPEN_CLIP if encoder.name == "open_clip" else MODEL
+        yield _hub_or_folder(part, encoder.path.removeprefix("hf-hub:"), None, needed)
 
 
-def _hub_or_folder(part: str, path: str, revision: str | None, file: str) -> Finding:
-    """A local path, or a model in the hub's cache (its weights are looked for by name there)."""
+def _file(part: str, path: str, fix: str) -> Finding:
+    place = find_path(path)
+    damage = _damage(place) if place.is_file() else ""
+    return Finding(part, path, place.is_file() and not damage, str(place.absolute()), fix, damage)
+
+
+def _hub_or_folder(part: str, path: str, revision: str | None, needed: tuple[tuple[str, ...], ...]) -> Finding:
+    """A model's folder, here or in the hub's cache, that must hold a file of each of `needed`."""
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    local = find_path(path)
-    if local.exists():
-        damage = _damage(local)
-        return Finding(part, path, not damage, str(local), "fetch or copy it again", damage)
-    fix = f"hf download {path}" + (f" --revision {revision}" if revision else "")
+    local = place = find_path(path)
+    where, fix = str(local), "fetch or copy it again"
+    if not local.exists():
+        try:
+            cached = try_to_load_from_cache(path, needed[0][0], revision=revision)
+        except HFValidationError:  # a file name, not a hub id
+            return Finding(part, path, False, str(local.absolute()), "put the file there, or correct its path")
+        where = f"{local.absolute()}, {constants.HF_HUB_CACHE}"
+        fix = f"hf download {path}" + (f" --revision {revision}" if revision else "")
+        if not isinstance(cached, str):
+            return Finding(part, path, False, where, fix)
+        place = Path(cached).parent
+    damage, lacks = _damage(place), _lacks(place, needed)
+    return Finding(part, path, not damage and not lacks, where, fix, damage, lacks)
+
+
+def _lacks(folder: Path, needed: tuple[tuple[str, ...], ...]) -> str:
+    """Which files a folder lacks; of weights in shards, those that the index names."""
+    absent = []
+    for names in needed:
+        found = next((file for name in names for file in sorted(folder.glob(name)) if file.is_file()), None)
+        if found is None:
+            absent.append(" or ".join(names))
+        elif found.name.endswith(".index.json"):
+            absent += _absent_shards(found)
+    return f"{folder} lacks {'; '.join(absent)}" if absent else ""
+
+
+def _absent_shards(index: Path) -> list[str]:
     try:
-        cached = try_to_load_from_cache(path, file, revision=revision)
-    except HFValidationError:  # a file name, not a hub id
-        return Finding(part, path, False, str(local.absolute()), "put the file there, or correct its path")
-    whole = isinstance(cached, str) and any(p.suffix in (".safetensors", ".bin") for p in Path(cached).parent.iterdir())
-    return Finding(part, path, whole, f"{local.absolute()}, {constants.HF_HUB_CACHE}", fix)
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [f"a readable {index.name}"]
+    return sorted(shard for shard in shards if not (index.parent / shard).is_file())
 
 
 def _damage(path: Path) -> str:
@@ -269,7 +305,8 @@ def show(config: RunConfig, path: str, found: list[Finding], shapes: dict[str, A
         state = "ok     " if finding.there else "DAMAGED" if finding.damage else "MISSING"
         print(f"{state} {finding.part}: {finding.what}")
         if not finding.there:
-            print(f"        {finding.damage or f'looked at {finding.where}'}\n        {finding.fix}")
+            said = "; ".join(filter(None, [finding.damage, finding.lacks])) or f"looked at {finding.where}"
+            print(f"        {said}\n        {finding.fix}")
     if found:
         print()
     for problem in shapes["problems"]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.schema import UserError
-from mokamm.adapter_folder import CONFIG, TENSORS, AdapterFolder, find_adapter, load_pickle
+from mokamm.adapter_folder import CONFIG, TENSORS, AdapterFolder, adapter_in, load_pickle
 from mokamm.adapters import LoriConfig
 from mokamm.adapters.masks import Mask, pack, unpack
 from mokamm.adapters.peft_bridge import PREFIX
@@ -41,11 +41,17 @@ COPIED = (
 def plan_mask(source: Path, options: Options) -> Plan | None:
     if not source.is_file():
         return None
+    if source.suffix != ".safetensors" and not _holds_masks(load_pickle(source, "a mask")):
+        return None
     if options.to not in (None, "mask"):
         raise UserError(f"{source} is a mask; it cannot become {options.to}")
     mask = any_mask(source)
     found = f"a mask of {len(mask.bits)} layers, {mask.kept:,} of {mask.total:,} entries kept (sparsity {mask.sparsity:.4f})"
     return Plan(found, "mask", lambda out: write_mask(mask, out, str(source)))
+
+
+def _holds_masks(state: Any) -> bool:
+    return isinstance(state, dict) and any(".lora_B" in str(key) for key in state)
 
 
 def any_mask(path: Path) -> Mask:
@@ -72,9 +78,9 @@ def published_mask(state: Any, path: Path) -> Mask:
 
 
 def plan_adapter(source: Path, options: Options) -> Plan | None:
-    if not source.is_dir():
+    if (place := adapter_in(source)) is None:
         return None
-    folder = AdapterFolder.open(find_adapter(source))
+    folder = AdapterFolder.open(place)
     if folder.kind == "MOKA":
         raise UserError(
             f"{source} is a MOKA adapter: its tokens take a path by their modality, which no LoRA can do. It loads with "

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from data.schema import UserError
 from mokamm.convert import Options, Plan
-from mokamm.weights import ADAPTER, PROJECTORS, write_manifest
+from mokamm.weights import ADAPTER, PROJECTORS, differences, refuse, write_manifest
 
 ADAPTER_FILE, OTHER_FILE = "adapter_model.bin", "non_lora_trainables.bin"
 VISUAL_LAMBDA = 0.05  # in the published visual-text code; the paper leaves it open
@@ -63,6 +64,7 @@ EMBEDDINGS = re.compile(r"(?:.*\.)?(?:embed_tokens|lm_head)\.weight")
 AUDIO_VISUAL = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A[012]|B0)(?:\.default)?\.weight")
 VISUAL_TEXT = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A\.text|A\.image|B\.text)(?:\.default)?\.weight")
 LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
+QFORMER_LAYER = re.compile(r".*Qformer\.bert\.encoder\.layer\.(\d+)\..*")
 
 
 @dataclass
@@ -94,7 +96,8 @@ def read_published(folder: str | Path, logits_by_keys: bool = False) -> Publishe
 
     logits_by_keys: it was trained by the audio-visual code of before 2025-12-28; nothing in the files says so.
 
-    Raises UserError for a key that no rule knows, a layer with a matrix missing, or shapes that disagree; all at once.
+    Raises UserError for a key that no rule knows, a projector without one of its parameters, a layer without one of its
+    modules or matrices, or ranks that disagree; all at once.
     """
     folder = Path(folder)
     files = [folder / name for name in (ADAPTER_FILE, OTHER_FILE) if (folder / name).is_file()]
@@ -116,9 +119,8 @@ def read_published(folder: str | Path, logits_by_keys: bool = False) -> Publishe
             problems.append(f"{key} {tuple(tensor.shape)}: no rule knows this key")
     if matrices:
         problems += _adapter(result, matrices, _settings(folder), logits_by_keys)
-    if problems:
-        more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
-        raise UserError("\n  - ".join([f"{folder} is not read: {len(problems)} mistakes", *problems[:8], *more]))
+    problems += _absent_parameters(result)
+    refuse(folder, problems, f"is not read: {len(problems)} mistakes")
     return result
 
 
@@ -183,6 +185,23 @@ def _projector_key(result: Published, key: str, which: str, inner: str, tensor: 
     return [f"{key} {tuple(tensor.shape)}: no rule knows this part of a projector"]
 
 
+def _absent_parameters(result: Published) -> list[str]:
+    """What a projector lacks of this project's Q-Former of as many layers, which is what will load it."""
+    from mokamm.projectors.qformer import QFormerProjector
+
+    problems = []
+    for which, modality in MODALITY.items():
+        found: dict[str, tuple[int, ...]] = {key: () for key in result.projectors if key.startswith(f"{modality}.")}
+        if not found:
+            continue
+        keys = [key for key in (*result.used, *result.left_out) if (m := PROJECTOR.fullmatch(key)) and m[1] == which]
+        last = max((int(match[1]) for key in keys if (match := QFORMER_LAYER.fullmatch(key))), default=0)
+        with torch.device("meta"):
+            whole = QFormerProjector(1, 1, False, tokens=1, hidden=1, heads=1, layers=last + 1)
+        problems += differences({f"{modality}.{name}": () for name in whole.state_dict()}, found)
+    return problems
+
+
 # ---- adapter ---------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +215,7 @@ def _adapter(
         return ["the adapter mixes the namings of the audio-visual and of the visual-text code"]
     result.kind = "visual-text" if visual else "audio-visual"
     needed = ("A.text", "A.image", "B.text") if visual else ("A0", "A1", "A2", "B0")
-    problems = []
+    problems = [f"missing: {module}, which other layers have" for module in _absent_modules(matrices)]
     for module, found in matrices.items():
         problems += [f"{module}: lora_{name} is missing" for name in needed if name not in found]
     if problems:
@@ -223,6 +242,15 @@ def _adapter(
         "attention_weight_pattern": {r"layers\.0\..*": VISUAL_LAMBDA} if visual else {},
     }
     return []
+
+
+def _absent_modules(modules: Collection[str]) -> list[str]:
+    """The published runs adapt the same modules in every layer, from the first to the last."""
+    layers = [match for module in modules if (match := LAYER.match(module))]
+    places = sorted({(m.string[: m.start(1)], m.string[m.end(1) :]) for m in layers})
+    last = max((int(match[1]) for match in layers), default=-1)
+    expected = (f"{before}{layer}{after}" for layer in range(last + 1) for before, after in places)
+    return [module for module in expected if module not in modules]
 
 
 def _layer(module: str) -> int | None:

@@ -185,14 +185,14 @@ def load_weights(model: Any, folder: str | Path, verify: bool = True) -> None:
     """
     folder = Path(folder)
     if verify and (folder / MANIFEST).is_file():
-        _refuse(folder, manifest_problems(folder))
+        refuse(folder, manifest_problems(folder))
     load_projectors(model, folder)
     if is_adapter(model.llm):
         load_adapter(model.llm, folder / ADAPTER)
     elif (folder / LLM).is_dir():
         _load_llm(model.llm, folder / LLM)
     elif (folder / ADAPTER).is_dir():
-        _refuse(
+        refuse(
             folder,
             [f"it holds an {ADAPTER}/ and the model has none; build the model with adapter.method as in its config"],
         )
@@ -225,13 +225,13 @@ def load_adapter(llm: Any, folder: Path) -> None:
         raise WeightsError(f"{path} is missing; the configuration asks for an adapter, these weights have none")
     config = folder / "adapter_config.json"
     saved = json.loads(config.read_text()) if config.is_file() else {}
-    _refuse(folder, _other_settings(llm.peft_config["default"], saved), "holds an adapter of other settings")
+    refuse(folder, _other_settings(llm.peft_config["default"], saved), "holds an adapter of other settings")
     for line in _other_mathematics(llm.peft_config["default"], saved):
         log.warning("note: %s was trained with another %s", folder, line)
     state = load_file(path)
     fit(llm, folder, state)
     expected = get_peft_model_state_dict(llm, save_embedding_layers=False)
-    _refuse(
+    refuse(
         path,
         differences({k: tuple(v.shape) for k, v in expected.items()}, {k: tuple(v.shape) for k, v in state.items()}),
         f"(made for the LLM '{saved.get('base_model_name_or_path')}') does not fit this LLM, or is not whole",
@@ -292,7 +292,7 @@ def _load_llm(llm: nn.Module, folder: Path) -> None:
 
 def _load_exactly(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    _refuse(path, differences(own, {name: tuple(tensor.shape) for name, tensor in state.items()}))
+    refuse(path, differences(own, {name: tuple(tensor.shape) for name, tensor in state.items()}))
     module.load_state_dict(state)
 
 
@@ -307,7 +307,8 @@ def differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int
     return problems
 
 
-def _refuse(path: Path, problems: list[str], what: str = "does not fit the model, or is not whole") -> None:
+def refuse(path: Path, problems: list[str], what: str = "does not fit the model, or is not whole") -> None:
+    """Raises WeightsError with the first problems, where there are any."""
     if problems:
         more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise WeightsError("\n  - ".join([f"{path} {what}:", *problems[:8], *more]))

@@ -75,9 +75,8 @@ def check(config: RunConfig, out: Path, limit: int | None = None, workers: int |
     ledger.path.unlink(missing_ok=True)
     workers = config.training.dataloader_num_workers if workers is None else workers
     for found in _with_bar(findings(walk, workers), len(walk), summary):
-        summary.add(found)
-        if found.trouble:
-            ledger.add(parts[found.part].name, found.row, found.id, f"{found.trouble}: {found.reason}")
+        if why := summary.add(found):
+            ledger.add(parts[found.part].name, found.row, found.id, why)
     result = summary.result()
     (out / "check.json").write_text(json.dumps(result, indent=1))
     draw(summary.sources, config.data.max_length, out / "lengths.png")

@@ -24,9 +24,12 @@ TROUBLES = {
     "missing": "rows whose media are not there",
     "refused": "rows whose media paths may not be read (absolute, '..', links, URLs)",
     "broken": "rows whose media cannot be decoded",
+    "limit": "rows whose media are too long or too large (windows of speech, data.limits)",
+    "track": "rows whose media lack the pictures or the sound that the row wants of them",
     "too_long": "rows whose prompt does not fit into data.max_length",
     "cut": "rows whose answer is cut at data.max_length (they are used)",
 }
+USED = ("", "cut")  # with these a row is used all the same
 EXAMPLES = 3  # reasons shown of each trouble
 STEP = 64  # suggested lengths are multiples of it
 
@@ -51,7 +54,7 @@ class SourceSummary:
         return np.asarray(self.prompts, dtype=np.int64) + np.asarray(self.answers, dtype=np.int64)
 
     def usable(self) -> int:
-        return self.checked - sum(n for name, n in self.troubles.items() if name != "cut")
+        return self.checked - sum(n for name, n in self.troubles.items() if name not in USED)
 
 
 class Summary:
@@ -63,7 +66,8 @@ class Summary:
         self.examples: dict[str, list[str]] = defaultdict(list)
         self.feature_bytes: dict[str, dict[int, int]] = defaultdict(dict)
 
-    def add(self, found: Finding) -> None:
+    def add(self, found: Finding) -> str:
+        """Why the row cannot be used, as trouble and reason; '' where it can."""
         source = self.sources[found.part]
         source.checked += 1
         trouble, reason = found.trouble, found.reason
@@ -80,6 +84,7 @@ class Summary:
             source.troubles[trouble] += 1
             if len(self.examples[trouble]) < EXAMPLES:
                 self.examples[trouble].append(f"{source.name} row {found.row}: {reason}")
+        return f"{trouble}: {reason}" if trouble not in USED else ""
 
     def _length_trouble(self, found: Finding) -> tuple[str, str]:
         """As mokamm/processor.py decides: a prompt must leave room for one token, an answer is cut."""
@@ -161,7 +166,7 @@ def advice(
 ) -> list[str]:
     """What to do next, the most pressing first."""
     data, said = config.data, []
-    bad = sum(n for name, n in troubles.items() if name != "cut")
+    bad = sum(n for name, n in troubles.items() if name not in USED)
     if checked and bad > data.max_bad_fraction * checked:
         said.append(
             f"a training would stop: {bad} of {checked} rows ({bad / checked:.1%}) cannot be used, more than "
@@ -176,6 +181,15 @@ def advice(
         )
     if troubles["broken"]:
         said.append("fetch the broken media again, or leave their rows out; bad_samples.jsonl names each")
+    if troubles["limit"]:
+        said.append(
+            "raise the limit that bad_samples.jsonl names for each (`segments` or `seconds` of speech, data.limits), or "
+            "make those media smaller"
+        )
+    if troubles["track"]:
+        said.append(
+            "use other files for media without the wanted track (bad_samples.jsonl names each), or leave them out"
+        )
     if troubles["row"]:
         said.append("mend the rows that cannot be read; bad_samples.jsonl says where and why")
     if troubles["too_long"] or troubles["cut"]:

@@ -16,11 +16,31 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.dataset import Part, loaded
-from data.schema import IGNORED, BadSample, Example, Media, MediaError, MediaInput, MissingMedia, Sample
+from data.schema import (
+    IGNORED,
+    BadSample,
+    Example,
+    Media,
+    MediaError,
+    MediaInput,
+    MissingMedia,
+    NoTrack,
+    OverLimit,
+    RefusedMedia,
+)
 from encoders.base import Encoder
 from mokamm.perception import Sense
 
 UNBOUNDED = 2**31  # max_length of the processor that walks
+# the first that fits -> the trouble of a row
+TROUBLE: dict[type[BadSample], str] = {
+    MissingMedia: "missing",
+    RefusedMedia: "refused",
+    OverLimit: "limit",
+    NoTrack: "track",
+    MediaError: "broken",
+    BadSample: "row",
+}
 
 
 class Item(NamedTuple):
@@ -33,7 +53,7 @@ class Item(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """One row. trouble: '' or row, missing, refused, broken; prompt, answer: tokens."""
+    """One row. trouble: '' or a value of TROUBLE; prompt, answer: tokens."""
 
     part: int
     row: int
@@ -64,11 +84,11 @@ class Walk(torch.utils.data.Dataset[Finding]):
         try:
             sample = self.parts[part].rows[row]
         except BadSample as error:
-            return Finding(part, row, trouble="row", reason=str(error))
+            return Finding(part, row, trouble=_trouble(error), reason=str(error))
         try:
             example: Example = process(sample)
         except BadSample as error:
-            return Finding(part, row, sample.id, trouble=_trouble(sample, process, error), reason=str(error))
+            return Finding(part, row, sample.id, trouble=_trouble(error), reason=str(error))
         answer = int((example.labels != IGNORED).sum())
         items = zip(sample.media, example.media, strict=True)
         return Finding(
@@ -100,13 +120,5 @@ def _spread(rows: int, limit: int | None) -> np.ndarray:
     return np.arange(limit) * rows // limit
 
 
-def _trouble(sample: Sample, process: Any, error: BadSample) -> str:
-    """missing: no such file; refused: a path that may not be read; broken: a file of no use; row: the row itself."""
-    for media in sample.media:
-        try:
-            process.loader.resolve(media)
-        except MissingMedia:
-            return "missing"
-        except MediaError:
-            return "refused"
-    return "broken" if isinstance(error, MediaError) else "row"
+def _trouble(error: BadSample) -> str:
+    return next(trouble for kind, trouble in TROUBLE.items() if isinstance(error, kind))

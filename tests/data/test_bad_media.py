@@ -12,7 +12,7 @@ import soundfile
 from PIL import Image
 
 from data.media import MediaLoader
-from data.schema import Media, MediaError
+from data.schema import Media, MediaError, NoTrack
 
 
 def frames(folder, name, kind="video"):
@@ -113,13 +113,13 @@ def test_missing_tracks(tmp_path, write_video, noise):
     write_video(tmp_path / "silent.mp4", [0] * 10)
     soundfile.write(tmp_path / "a.wav", noise(1), 16_000)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(MediaError, match=r"silent\.mp4: has no sound track \(it has: video\)"):
+    with pytest.raises(NoTrack, match=r"silent\.mp4: has no sound track \(it has: video\)"):
         windows(tmp_path, "silent.mp4")
-    with pytest.raises(MediaError, match=r"a\.wav: has no picture track \(it has: audio\)"):
+    with pytest.raises(NoTrack, match=r"a\.wav: has no picture track \(it has: audio\)"):
         frames(tmp_path, "a.wav")
-    with pytest.raises(MediaError, match="has no pictures"):
+    with pytest.raises(NoTrack, match="has no pictures"):
         frames(tmp_path, "a.wav", "audio")
-    with pytest.raises(MediaError, match="has no sound"):
+    with pytest.raises(NoTrack, match="has no sound"):
         MediaLoader(tmp_path).windows(Media("image", "a.png", "vision"), 1, 1.0, False)
 
 

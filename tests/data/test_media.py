@@ -15,7 +15,7 @@ from PIL import Image
 
 from data.decode import mono_sound
 from data.media import MediaLimits, MediaLoader, cut_windows
-from data.schema import BadSample, Media, MediaError, UserError
+from data.schema import BadSample, Media, MediaError, OverLimit, UserError
 
 
 def video(path: str) -> Media:
@@ -234,7 +234,7 @@ def test_speech_is_heard_to_its_end_or_refused(tmp_path, noise):
     soundfile.write(tmp_path / "talk.wav", noise(2.1), 16_000)
     loader = MediaLoader(tmp_path)
     assert loader.windows(audio("talk.wav"), 3, 1.0, whole=True).lengths.tolist() == [16_000, 16_000, 1_600]
-    with pytest.raises(MediaError, match=r"talk\.wav: lasts 2\.10 s, longer than the 2 x 1 s .* raise `segments`"):
+    with pytest.raises(OverLimit, match=r"talk\.wav: lasts 2\.10 s, longer than the 2 x 1 s .* raise `segments`"):
         loader.windows(audio("talk.wav"), 2, 1.0, whole=True)
 
 
@@ -353,17 +353,17 @@ def test_limits_come_before_decoding(tmp_path, write_video, noise):
     write_video(tmp_path / "a.mp4", [0] * 20)
     soundfile.write(tmp_path / "a.wav", noise(2.0), 16_000)
     Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
-    with pytest.raises(MediaError, match=r"a\.mp4: .*64 x 48 = 3072 pixels, more than data\.limits\.max_pixels = 3071"):
+    with pytest.raises(OverLimit, match=r"a\.mp4: .*64 x 48 = 3072 pixels, more than data\.limits\.max_pixels = 3071"):
         MediaLoader(tmp_path, MediaLimits(max_pixels=3071)).frames(video("a.mp4"), 2)
-    with pytest.raises(MediaError, match=r"a\.png: .*64 x 48 = 3072 pixels, more than data\.limits\.max_pixels = 3071"):
+    with pytest.raises(OverLimit, match=r"a\.png: .*64 x 48 = 3072 pixels, more than data\.limits\.max_pixels = 3071"):
         MediaLoader(tmp_path, MediaLimits(max_pixels=3071)).frames(image("a.png"), 1)
-    with pytest.raises(MediaError, match=r"a\.mp4: lasts 2\.0 s, more than data\.limits\.max_seconds = 1\.5"):
+    with pytest.raises(OverLimit, match=r"a\.mp4: lasts 2\.0 s, more than data\.limits\.max_seconds = 1\.5"):
         MediaLoader(tmp_path, MediaLimits(max_seconds=1.5)).frames(video("a.mp4"), 2)
-    with pytest.raises(MediaError, match=r"a\.wav: lasts 2\.0 s, more than data\.limits\.max_seconds = 1\.5"):
+    with pytest.raises(OverLimit, match=r"a\.wav: lasts 2\.0 s, more than data\.limits\.max_seconds = 1\.5"):
         MediaLoader(tmp_path, MediaLimits(max_seconds=1.5)).windows(audio("a.wav"), 2, 1.0, False)
-    with pytest.raises(MediaError, match=r"a\.wav: has \d+ bytes, more than data\.limits\.max_bytes = 1000"):
+    with pytest.raises(OverLimit, match=r"a\.wav: has \d+ bytes, more than data\.limits\.max_bytes = 1000"):
         MediaLoader(tmp_path, MediaLimits(max_bytes=1000)).windows(audio("a.wav"), 2, 1.0, False)
-    with pytest.raises(MediaError, match=r"a\.wav: has \d+ bytes, more than data\.limits\.max_bytes = 1000"):
+    with pytest.raises(OverLimit, match=r"a\.wav: has \d+ bytes, more than data\.limits\.max_bytes = 1000"):
         MediaLoader(tmp_path, MediaLimits(max_bytes=1000)).fingerprint(audio("a.wav"))
     exact = MediaLoader(tmp_path, MediaLimits(max_pixels=3072, max_seconds=2.0))
     assert exact.frames(video("a.mp4"), 2).shape == (2, 3, 48, 64)
@@ -376,11 +376,11 @@ def test_limits_hold_where_the_header_lies_or_is_silent(tmp_path, write_video, n
     written = path.read_bytes()
     assert written.count(b"00:00:06.000") == 1  # the track's own DURATION
     path.write_bytes(written.replace(b"00:00:06.000", b"00:00:01.000"))
-    with pytest.raises(MediaError, match=r"long\.mkv: lasts 2\.1 s, more than data\.limits\.max_seconds = 2"):
+    with pytest.raises(OverLimit, match=r"long\.mkv: lasts 2\.1 s, more than data\.limits\.max_seconds = 2"):
         MediaLoader(tmp_path, limits).frames(video("long.mkv"), 2)
     late = write_video(tmp_path / "late.mkv", [0] * 5, sound=noise(1.0), sound_delay_ms=60_000, sound_codec="pcm_s16le")
     assert late.stat().st_size < 100_000
-    with pytest.raises(MediaError, match=r"late\.mkv: lasts 60\.9 s, more than data\.limits\.max_seconds = 2"):
+    with pytest.raises(OverLimit, match=r"late\.mkv: lasts 60\.9 s, more than data\.limits\.max_seconds = 2"):
         MediaLoader(tmp_path, limits).windows(audio("late.mkv"), 2, 1.0, False)
 
 

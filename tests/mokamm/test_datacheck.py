@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from data.schema import BadSample
 from encoders import EncoderError
@@ -35,6 +36,8 @@ ROWS = [
     talk("<image>What?", images=["clip.mp4"]),  # of another kind than declared
     talk("<image><image>What?", images=["picture.png"]),
     {"messages": [{"role": "user", "content": "Hi"}]},
+    talk("<image>What?", images=["huge.png"]),  # over data.limits
+    talk("<audio>What?", audios=["clip.mp4"]),  # without a sound track
 ]
 VALIDATION = [talk("<video>What is it?", videos=["/old/clip.mp4"]), talk("And?", "Yes.")]
 
@@ -49,6 +52,7 @@ def config(tmp_path_factory, media_dir, mini_base):
     (media / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (folder / "outside.png").write_bytes((media / "picture.png").read_bytes())
     (media / "link.png").symlink_to(folder / "outside.png")
+    Image.new("RGB", (1500, 1500)).save(media / "huge.png")
     for name, rows in (("train", ROWS), ("validation", VALIDATION)):
         (media / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     qformer = {"name": "qformer", "hidden": 128, "heads": 4, "layers": 2, "intermediate": 256}
@@ -69,6 +73,7 @@ def config(tmp_path_factory, media_dir, mini_base):
             "train": [{"source": "swift", "path": "train.jsonl", "weight": 2.0}],
             "validation": [validation],
             "max_length": 60,
+            "limits": {"max_pixels": 1_000_000},
         },
         "training": {"output_dir": str(folder / "run"), "per_device_train_batch_size": 2},
     }
@@ -89,26 +94,39 @@ def checked(config):
 def test_counts_by_source_and_modality(checked):
     result, _ = checked
     train, validation = result["sources"]["train"], result["sources"]["validation/validation"]
-    assert (train["rows"], train["checked"], train["usable"], train["weight"]) == (12, 12, 4, 2.0)
+    assert (train["rows"], train["checked"], train["usable"], train["weight"]) == (14, 14, 4, 2.0)
     assert train["media"] == {
         "vision": {"items": 2, "tokens": VISION + 6},
         "audio": {"items": 1, "tokens": AUDIO},
     }
     assert train["text_only"] == 3
     assert (validation["usable"], validation["media"]["vision"]["items"]) == (2, 1)  # strip_prefix at work
-    assert (result["rows"], result["checked"], result["usable"]) == (14, 14, 6)
+    assert (result["rows"], result["checked"], result["usable"]) == (16, 16, 6)
 
 
 def test_every_trouble_is_found_and_written_down(checked):
     result, out = checked
-    assert result["troubles"] == {"row": 2, "missing": 1, "refused": 2, "broken": 2, "too_long": 1, "cut": 1}
+    counts = {"row": 2, "missing": 1, "refused": 2, "broken": 2, "limit": 1, "track": 1, "too_long": 1, "cut": 1}
+    assert result["troubles"] == counts
     ledger = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
     found = {entry["row"]: entry["reason"].split(":")[0] for entry in ledger}
-    assert found == {5: "missing", 6: "refused", 7: "refused", 8: "broken", 9: "broken", 10: "row", 11: "row"}
+    assert found == {
+        4: "too_long", 5: "missing", 6: "refused", 7: "refused", 8: "broken", 9: "broken", 10: "row", 11: "row",
+        12: "limit", 13: "track",
+    }  # fmt: skip
+    assert len(ledger) == result["checked"] - result["usable"]
     assert "the texts hold 2 <image>, but the row names 1 images" in result["examples"]["row"][0]
     assert "is a link that leads out" in result["examples"]["refused"][1]
     advice = "\n".join(result["advice"])
-    for part in ("a training would stop: 8 of 14 rows", "fetch the missing media", "strip_prefix", "data.max_length: "):
+    for part in (
+        "a training would stop: 10 of 16 rows",
+        "fetch the missing media",
+        "strip_prefix",
+        "data.max_length: ",
+        "fetch the broken media again",
+        "raise the limit",
+        "without the wanted track",
+    ):
         assert part in advice
 
 
@@ -140,8 +158,6 @@ def test_lengths_are_those_of_the_training(config, checked):
 
 
 def test_the_picture_and_the_predicted_cache(config, checked, tmp_path):
-    from PIL import Image
-
     from data.schema import Media
     from encoders.cache import FeatureCache
     from mokamm.build import build_processor

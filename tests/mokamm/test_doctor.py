@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,63 @@ def test_a_damaged_weights_file_is_named(capsys, monkeypatch, tmp_path, kept, pa
     with pytest.raises(SystemExit):
         doctor.main(arguments)
     assert f"DAMAGED {part}: {copy}\n        {file} is damaged: " in capsys.readouterr().out
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def in_shards(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+def with_half_an_index(folder: Path) -> None:
+    in_shards(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a"')
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["folder", "hub's cache"])
+@pytest.mark.parametrize(
+    ("part", "edit", "lacking"),
+    [
+        ("LLM", without("model.safetensors"), "model.safetensors or model.safetensors.index.json or "),
+        ("LLM", without("tokenizer.json"), "lacks tokenizer.json or "),
+        ("LLM", in_shards, "lacks model-00002-of-00002.safetensors"),
+        ("LLM", with_half_an_index, "lacks a readable model.safetensors.index.json"),
+        ("vision encoder", without("open_clip_model.safetensors"), "lacks *.safetensors or "),
+    ],
+    ids=["weights", "tokenizer", "shard", "index", "open_clip"],
+)
+def test_a_model_that_is_not_whole_is_missing_and_what_lacks_is_named(
+    capsys, monkeypatch, tmp_path, part, edit, lacking, cached
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, key = tmp_path / "models--a--b", {"LLM": "llm", "vision encoder": "modalities.vision.encoder"}[part]
+    folder = repository / "snapshots" / "0123" if cached else tmp_path / "copy"
+    shutil.copytree(ROOT / "mokamm" / "mini" / ("llm" if part == "LLM" else "vision"), folder)
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123")
+    path = "a/b" if cached else str(folder)
+    config = load_config("configs/mini/av_text.yaml", ["training.use_cpu=true", f"model.{key}.path={path}"])
+    assert all(finding.there for finding in doctor.findings(config))
+    edit(folder)
+    (found,) = [finding for finding in doctor.findings(config) if not finding.there]
+    assert (found.part, found.damage) == (part, "")
+    assert lacking in found.lacks
+    doctor.show(config, "", [found], {"problems": [], "parameters": {}})
+    assert f"MISSING {part}: {path}\n        {folder} lacks " in capsys.readouterr().out
+
+
+def test_an_empty_folder_is_no_model(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    paths = [f"model.{key}={tmp_path}" for key in ("llm.path", "modalities.audio.encoder.path")]
+    config = load_config("configs/mini/av_text.yaml", ["training.use_cpu=true", *paths])
+    llm, audio = [finding for finding in doctor.findings(config) if not finding.there]
+    assert llm.lacks.startswith(f"{tmp_path} lacks config.json; model.safetensors or ")
+    assert audio.part == "audio encoder"  # BEATs is a file
 
 
 @pytest.mark.parametrize("key", ["train", "validation"])

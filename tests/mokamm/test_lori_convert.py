@@ -150,12 +150,12 @@ def test_what_cannot_be_converted(published: tuple, tmp_path: Path, capsys: pyte
     out = str(tmp_path / "out")
     for arguments, message in (
         ([str(tmp_path / "nothing"), out], "no such file or folder"),
-        ([str(tmp_path), out], "holds no adapter"),
+        ([str(tmp_path), out], "is none of: a run or a folder with adapter_config.json"),
         ([str(tmp_path / "moka"), out], "is a MOKA adapter"),
         ([str(tmp_path / "other_seed"), out], "A cannot be remade: drawn from seed 3"),
         ([str(tmp_path / "newer"), out], "has format 9, written by a newer mokamm"),
         ([str(tmp_path / "evil.pt"), out], "cannot be read as a mask"),
-        ([str(tmp_path / "a.pt"), out], "is no mask of a lora_B"),
+        ([str(tmp_path / "a.pt"), out], "is none of: "),
         ([str(pickled), out, "--to", "lora"], "is a mask; it cannot become lora"),
         ([str(folder), out, "--mask", str(tmp_path / "inverse.pt")], "the mask is not this adapter's"),
         ([str(folder), str(tmp_path / "moka")], "is there already; nothing is overwritten"),
@@ -165,3 +165,35 @@ def test_what_cannot_be_converted(published: tuple, tmp_path: Path, capsys: pyte
         assert message in told.err
         assert "executed" not in told.out
         assert not Path(out).exists()
+
+
+@pytest.mark.parametrize(
+    ("sparse", "gone", "message"),
+    [
+        (False, ".lora_A.", "{layer} has no A"),
+        (False, ".lora_B.", "{layer} has no B"),
+        (True, ".lori_B.values", "{layer} has 0 B.values, its B.mask keeps "),
+        (True, ".lori_B.mask", "{layer} has {kept} B.values, its B.mask keeps 0"),
+    ],
+)
+def test_a_layer_without_a_part_is_named(
+    published: tuple, tmp_path: Path, capsys: pytest.CaptureFixture, sparse: bool, gone: str, message: str
+) -> None:
+    folder = published[0]
+    if sparse:
+        assert main([str(folder), str(tmp_path / "sparse")]) == 0
+        folder = tmp_path / "sparse"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    lost = [key for key in tensors if gone in key][:2]
+    kept_entries = {key: len(tensors[key]) for key in tensors if key.endswith(".values")}
+    for key in lost:
+        del tensors[key]
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert main([str(folder), str(tmp_path / "out"), "--to", "lora"]) == 2
+    told = capsys.readouterr().err
+    assert "is not whole" in told
+    for key in lost[:1] if sparse else lost:  # the shapes of all layers are read first, their entries one by one
+        layer = key.removeprefix("base_model.model.").partition(gone)[0]
+        count = kept_entries.get(f"base_model.model.{layer}.lori_B.values")
+        assert message.format(layer=layer, kept=count) in told
+    assert not (tmp_path / "out").exists()

@@ -210,6 +210,43 @@ def test_what_is_not_understood_is_an_error_that_names_it(tmp_path):
         read_published(tmp_path)
 
 
+def test_a_projector_that_is_not_whole_is_refused_and_told_what_lacks(tmp_path, capsys):
+    whole, _ = published_projector("model.vl_projector", "visual")
+    lost = ("Qformer.bert.encoder.layer.0.crossattention.self.key.bias", "proj.2.weight", "query_tokens")
+    state = {key: tensor for key, tensor in whole.items() if not key.endswith(lost)}
+    assert len(state) == len(whole) - 3
+    source = publish(tmp_path / "a", {}, state)
+    assert convert([str(source), str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "is not read: 3 mistakes" in told
+    for name in ("queries.weight", "encoder.layer.0.crossattention.attention.key.bias", "output.2.weight"):
+        assert f"  - missing: vision.{name}\n" in told
+    assert not (tmp_path / "out").exists()
+    only_text = {key: tensor for key, tensor in whole.items() if ".layer.1." not in key or "layer.1.output." in key}
+    with pytest.raises(UserError, match=r"missing: vision\.encoder\.layer\.1\.attention"):  # its text branch is there
+        read_published(publish(tmp_path / "b", {}, only_text))
+
+
+def test_a_layer_without_a_module_that_others_have_is_named(tmp_path):
+    state = adapter_state(llama(), AUDIO_VISUAL)
+    state = {key: tensor for key, tensor in state.items() if "layers.0.mlp.up_proj" not in key}
+    with pytest.raises(UserError, match=r"missing: model\.layers\.0\.mlp\.up_proj, which other layers have"):
+        read_published(publish(tmp_path / "a", state, {}))
+
+
+def test_projectors_in_a_file_of_another_name_are_told_the_right_one(tmp_path, capsys):
+    folder = tmp_path / "stage1"
+    folder.mkdir()
+    torch.save(published_projector("model.vl_projector", "visual")[0], folder / "mm_projector.bin")
+    for source in (folder, folder / "mm_projector.bin"):
+        assert convert([str(source), str(tmp_path / "out")]) == 2
+        told = capsys.readouterr().err
+        assert f"{source} is none of: " in told
+        assert f"file of another name: rename it to {OTHER_FILE}, and name its folder" in told
+    (folder / "mm_projector.bin").rename(folder / OTHER_FILE)
+    assert convert([str(folder), str(tmp_path / "out"), "--dry-run"]) == 0
+
+
 class Code:
     def __reduce__(self):
         return os.system, ("true",)
