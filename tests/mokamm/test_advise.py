@@ -180,6 +180,28 @@ def test_experts(capsys, folder, world):
     assert more["parameters"]["trained"]["adapter"] > found["parameters"]["trained"]["adapter"]
 
 
+def test_memory_that_cannot_be_predicted_hides_nothing_else(capsys, folder, world):
+    from transformers import RwkvConfig
+
+    from mokamm import doctor
+
+    RwkvConfig(vocab_size=600, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64).save_pretrained(
+        folder / "rwkv"
+    )
+    found = advised(capsys, *text(folder, "rwkv", world))
+    assert found["memory"]["bytes"] == {}
+    assert 0.6 < found["compute"]["share_of_full"] < 1
+    for command in (advise, doctor):
+        arguments = text(folder, "rwkv", world)
+        if command is doctor:
+            with pytest.raises(SystemExit) as end:
+                doctor.main([*arguments, "--shapes"])
+            assert end.value.code == 0
+        else:
+            advise.main(arguments)
+        assert "memory is not predicted for this LLM: the config of 'rwkv' has no num_" in capsys.readouterr().out
+
+
 def test_other_methods(capsys, world, mini_base):
     told = f"data.train.0.path={world / 'train' / 'told.jsonl'}"
     arguments = [TEXT, f"model.llm.path={mini_base / 'llm'}", told, "training.learning_rate=1e-4"]
