@@ -176,7 +176,7 @@ class AdapterFolder:
     def source(self) -> Source:
         """To go on from; the hash of A is checked."""
         assert self.a_hash
-        return Source(str(self.folder), self.layers, self.scaling, self.a, self.b)
+        return Source(str(self.folder), self.layers, self.scaling, self.a, self.b, self.config)
 
 
 def load_pickle(path: Path, what: str) -> Any:

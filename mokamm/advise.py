@@ -241,6 +241,9 @@ def advise_memory(case: Case) -> Advice:
     capacity = None if case.gpu_gb is None else case.gpu_gb * 2**30
     forecast = Forecast.of(case.outline, case.config, case.ranks, capacity)
     lines = forecast.table().splitlines()
+    chosen = forecast.stages()[forecast.setting.stage]
+    if forecast.network is None:
+        return Advice("memory", lines, {"bytes": {}, "chosen": chosen, "capacity": forecast.capacity})
     if case.ranks.device.type == "cpu":
         lines.append("for a run on a CPU, without Python and its libraries (about 1 GB); --gpu-gb 80 asks for a GPU")
     if fused_experts(case.outline.llm):
@@ -248,19 +251,18 @@ def advise_memory(case: Case) -> Advice:
     lines += [f"not in it: {name}: {why}" for name, why in case.outline.left_out.items() if name != "tokenizer"]
     found = {stage: forecast.memory(stage=stage) for stage in forecast.stages()}
     stages = {name: {**asdict(found[s]), "total": found[s].total} for s, name in forecast.stages().items()}
-    chosen = forecast.stages()[forecast.setting.stage]
     return Advice("memory", lines, {"bytes": stages, "chosen": chosen, "capacity": forecast.capacity})
 
 
 def advise_compute(case: Case) -> Advice:
     """Of a step's matrix products: 2 N forward, 2 N for the inputs' gradients, and 2 N for the weights' if they train."""
     from mokamm.adapters import fused_experts
-    from mokamm.training.forecast import network_of
+    from mokamm.training.forecast import linear_elements
 
     if case.method in ("full", "none"):
         return Advice("compute", ["not compared: no adapter"], {"share_of_full": None})
     fused = set(fused_experts(case.outline.llm))
-    base = network_of(case.outline, case.config).linear_elements
+    base = linear_elements(case.outline.llm)
     base += sum(p.numel() for n, p in case.outline.llm.named_parameters() if n.replace(".base_layer", "") in fused)
     again = 2 if case.config.training.gradient_checkpointing else 0
     adapter = case.trained()["adapter"]

@@ -200,6 +200,17 @@ class AdapterConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_a_use_for_its_files(self) -> AdapterConfig:
+        """Settings of other methods are let pass, so that one override switches methods; a file is meant to be read."""
+        for key, methods in (("mask", tuple(names.DENSE)), ("init_from", names.LORI)):
+            if getattr(self, key) is not None and self.method not in methods:
+                raise ValueError(
+                    f"{key} is a file of {', '.join(methods)}, and method '{self.method}' would not read it: choose one of "
+                    f"them, or leave it out (adapter.{key}=null)"
+                )
+        return self
+
 
 def _options_only(options: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
     if own := [name for name in options if name in section.model_fields]:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from data.schema import UserError
 from mokamm.mistakes import is_users
+from mokamm.training.disk import writing
 
 FORMATS = ("lora", "lori_s", "mask", "moka", "beats")
 
@@ -98,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{args.out} is there already; nothing is overwritten. Choose another name")
         planned.check(args.out)
         if not args.dry_run:
-            planned.write(args.out)
+            with writing(args.out, "choose another place for OUT"):
+                planned.write(args.out)
     except Exception as error:
         if not is_users(error):
             raise

@@ -242,7 +242,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
     forecast = Forecast.of(outline, config, Ranks(0, 0, ranks, device, grouped=False), gpu_gb * 2**30)
     tokens = _tokens(outline, config)
     memory = {}
-    for stage in forecast.zero_stages():
+    for stage in forecast.zero_stages() if forecast.network else ():
         for offload in (False, True):
             changes = {"stage": stage, "offload_optimizer": offload, "offload_parameters": offload and stage == 3}
             found = forecast.memory(**changes)
@@ -258,6 +258,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
         "not_counted": {name: why for name, why in outline.left_out.items() if name != "tokenizer"},
         "tokens": tokens,
         "memory": memory,
+        "memory_unknown": forecast.unknown,
         "gpu_bytes": gpu_gb * 2**30,
         "ranks": ranks,
         "problems": problems,
@@ -322,7 +323,12 @@ def show(config: RunConfig, path: str, found: list[Finding], shapes: dict[str, A
     each = ", ".join(f"{name} {count}" for name, count in tokens["each"].items()) or "none"
     print(f"  media tokens of a sample: {each}; {tokens['text']} of {tokens['max_length']} are left for text")
     rows = config.training.per_device_train_batch_size
-    print(f"  predicted memory of each of {shapes['ranks']} processes ({rows} rows of {tokens['max_length']} tokens):")
+    if shapes["memory_unknown"]:
+        print(f"  {shapes['memory_unknown']}")
+    else:
+        print(
+            f"  predicted memory of each of {shapes['ranks']} processes ({rows} rows of {tokens['max_length']} tokens):"
+        )
     for name, memory in shapes["memory"].items():
         fits = "" if memory["total"] <= shapes["gpu_bytes"] else f"  more than the GPU's {size(shapes['gpu_bytes'])}"
         host = f", and {size(memory['host'])} of the computer's" if memory["host"] else ""

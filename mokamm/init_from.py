@@ -17,6 +17,7 @@ import torch
 
 from data.schema import UserError
 from mokamm.adapter_folder import AdapterFolder
+from mokamm.adapters.masks import Mask
 from mokamm.adapters.start import adopt_a, start_b
 from mokamm.config import RunConfig, find_path
 from mokamm.lori_mask import read_mask
@@ -127,6 +128,21 @@ def _init_adapter(model: MultimodalLM, folder: Path) -> None:
         log.warning("note: %s is not used: the model has no adapter", folder)
 
 
+def read_own_mask(config: RunConfig) -> Mask:
+    """The file of `adapter.mask`. Raises UserError where `adapter.sparsity` says another one than it has."""
+    named, wanted = config.adapter.mask, config.adapter.sparsity
+    assert named is not None
+    mask = read_mask(find_path(named))
+    if (
+        wanted is not None and abs(mask.sparsity - wanted) > 0.001 + 1 / mask.total
+    ):  # published ones are not cut exactly
+        raise UserError(
+            f"adapter.sparsity is {wanted:g}, and adapter.mask ({named}) has {mask.sparsity:.4g}: leave sparsity out, or "
+            "cut another mask (mokamm lori-mask)"
+        )
+    return mask
+
+
 def begin_lori(llm: Any, config: RunConfig) -> None:
     """A, mask and B of a LoRI as its config says.
 
@@ -139,6 +155,6 @@ def begin_lori(llm: Any, config: RunConfig) -> None:
     if source:
         adopt_a(llm, source)
     if adapter.mask:
-        llm.base_model.set_mask(read_mask(find_path(adapter.mask)))
+        llm.base_model.set_mask(read_own_mask(config))
     if source and not adapter.init_a_only:
         start_b(llm, source)

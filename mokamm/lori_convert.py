@@ -93,6 +93,8 @@ def plan_adapter(source: Path, options: Options) -> Plan | None:
     what = "LORI_S" if folder.kind == "LORI_S" else "LoRA, known as LoRI-S by its zeros" if sparse else "LoRA"
     found = f"{what}: {len(layers)} layers, r {folder.config['r']}, {kept:,} of {total:,} entries of B are not zero"
     to = options.to or ("lori_s" if sparse and folder.kind == "LORA" else "lora")
+    if options.mask is not None and (to, folder.kind) != ("lori_s", "LORA"):
+        raise UserError(f"--mask makes a LORI_S of a LoRA; {source} is to become {to}, and is: {found}")
     if to == "mask":
         mask = folder.mask()
         return Plan(found, to, lambda out: write_mask(mask, out, str(source)), warnings)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from data.schema import UserError
 from mokamm.mistakes import is_users
+from mokamm.training.disk import writing
 
 if TYPE_CHECKING:
     from mokamm.adapters.masks import Mask
@@ -52,9 +53,12 @@ def write_mask(mask: Mask, path: str | Path, made_from: str = "") -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={"format": FORMAT, "a_hash": mask.a_hash or "", "made_from": made_from})
-    share(temporary)
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata={"format": FORMAT, "a_hash": mask.a_hash or "", "made_from": made_from})
+        share(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_mask(path: str | Path) -> Mask:
@@ -114,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         mask = cut(args.adapter, args.sparsity)
-        write_mask(mask, args.out, str(args.adapter))
+        with writing(args.out, "choose another file (--out)"):
+            write_mask(mask, args.out, str(args.adapter))
     except Exception as error:
         if not is_users(error):
             raise

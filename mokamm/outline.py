@@ -7,17 +7,23 @@ For mokamm/advise.py, mokamm/doctor.py and the memory forecast. Cost: seconds, w
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
 from data.schema import UserError
+from mokamm.adapters.masks import Mask, keep_top
+from mokamm.adapters.start import factors
 from mokamm.build import encoder_of, from_pretrained, load_tokenizer, processor_of, projector_of, wrapped
 from mokamm.config import RunConfig, find_path
+from mokamm.init_from import read_own_mask
+from mokamm.names import DENSE
 from mokamm.perception import Perception, Sense
 from mokamm.processor import Processor
 from mokamm.projectors import Projector
+from mokamm.training.two_phase import SPARSITY
 
 
 class Outline(nn.Module):
@@ -51,6 +57,8 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
             shape, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
         )
         llm = wrapped(llm, config)
+    if config.method in DENSE:  # the sparse ones, which have nothing to train before
+        llm.base_model.set_mask(_mask(llm, config))
     modalities, left_out = config.model.modalities, {}
     found = {
         name: encoder_of(m)
@@ -76,3 +84,16 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
         outline.processor = processor_of(config, tokenizer, encoders, projectors, None)
     outline.left_out = left_out
     return outline
+
+
+def _mask(llm: Any, config: RunConfig) -> Mask:
+    """The mask of the config where its file is there; else one of as many entries as will be cut, alike in all layers."""
+    named = config.adapter.mask
+    if named and find_path(named).is_file():
+        return read_own_mask(config)
+    shapes = {name: B.size for name, (_, B) in factors(llm).items()}
+
+    def ramp(name: str) -> torch.Tensor:
+        return torch.linspace(1, 2, math.prod(shapes[name])).view(shapes[name])
+
+    return keep_top(shapes, ramp, config.adapter.sparsity or SPARSITY)

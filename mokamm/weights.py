@@ -219,14 +219,15 @@ def load_adapter(llm: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
     from mokamm.adapters import fit
+    from mokamm.adapters.checks import other_mathematics, other_settings
 
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise WeightsError(f"{path} is missing; the configuration asks for an adapter, these weights have none")
     config = folder / "adapter_config.json"
     saved = json.loads(config.read_text()) if config.is_file() else {}
-    refuse(folder, _other_settings(llm.peft_config["default"], saved), "holds an adapter of other settings")
-    for line in _other_mathematics(llm.peft_config["default"], saved):
+    refuse(folder, other_settings(llm.peft_config["default"], saved), "holds an adapter of other settings")
+    for line in other_mathematics(llm.peft_config["default"], saved):
         log.warning("note: %s was trained with another %s", folder, line)
     state = load_file(path)
     fit(llm, folder, state)
@@ -237,44 +238,6 @@ def load_adapter(llm: Any, folder: Path) -> None:
         f"(made for the LLM '{saved.get('base_model_name_or_path')}') does not fit this LLM, or is not whole",
     )
     set_peft_model_state_dict(llm, state)
-
-
-SHAPES = {
-    "peft_type": "method",
-    "r": "r",
-    "modalities": "",
-    "shared_b": "shared_b",
-}  # PEFT's name -> the adapter section's
-
-
-def _other_settings(config: Any, saved: dict[str, Any]) -> list[str]:
-    """What of an adapter_config.json is another adapter than the model's, or unknown here: it would compute otherwise."""
-    own = {**vars(config), "peft_type": config.peft_type.value}
-    problems = []
-    for key, ours in SHAPES.items():
-        if key in saved and key in own and saved[key] != own[key]:
-            where = f" (adapter.{ours})" if ours else " (model.modalities)"
-            problems.append(f"{key}: {saved[key]} there, {own[key]} in the configuration{where}")
-    if saved.get("peft_type") == own["peft_type"]:
-        problems += [
-            f"{key}: {value!r} there, a setting that this version does not know; it was written by a newer one"
-            for key, value in saved.items()
-            if key not in own and value
-        ]
-    return problems
-
-
-MATHEMATICS = ("lora_alpha", "attention_weight", "attention_weight_pattern", "scale_logits", "logits_by_keys")
-
-
-def _other_mathematics(config: Any, saved: dict[str, Any]) -> list[str]:
-    """Settings of the same shapes under which the adapter computes something else than it did where it was trained."""
-    own = vars(config)
-    return [
-        f"{key}: {saved[key]} there, {own[key]} in the configuration (adapter.{key})"
-        for key in MATHEMATICS
-        if key in saved and key in own and saved[key] != own[key]
-    ]
 
 
 def _load_llm(llm: nn.Module, folder: Path) -> None:

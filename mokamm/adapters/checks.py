@@ -1,4 +1,5 @@
-"""What adapters of ours refuse, each in one message: options outside their range, newer formats, quantized weights."""
+"""What adapters of ours refuse, each in one message: options outside their range, newer formats, quantized weights;
+and how the settings of a saved one differ from a model's."""
 
 from __future__ import annotations
 
@@ -10,6 +11,13 @@ from torch import Tensor
 from mokamm.adapters.peft_bridge import TunerLayer
 from mokamm.routing import AdapterError
 
+SHAPES = {
+    "peft_type": "method",
+    "r": "r",
+    "modalities": "",
+    "shared_b": "shared_b",
+}  # PEFT's name -> the adapter section's
+MATHEMATICS = ("lora_alpha", "attention_weight", "attention_weight_pattern", "scale_logits", "logits_by_keys")
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -25,11 +33,40 @@ def check_lora_options(config: Any) -> None:
 
 def check_format(config: Any, known: int) -> None:
     """Raises AdapterError for an adapter that a newer mokamm has written."""
+    if isinstance(config.format_version, bool) or not isinstance(config.format_version, int):
+        raise AdapterError(f"format_version must be a whole number; found {config.format_version!r}.")
     if config.format_version > known:
         raise AdapterError(
             f"This {config.peft_type.value} adapter has format {config.format_version}, written by a newer mokamm; this one "
             f"reads up to format {known}. Update mokamm (git pull, then uv sync), or convert the adapter where it was made."
         )
+
+
+def other_settings(config: Any, saved: dict[str, Any]) -> list[str]:
+    """What of an adapter_config.json is another adapter than the model's, or unknown here: it would compute otherwise."""
+    own = {**vars(config), "peft_type": config.peft_type.value}
+    problems = []
+    for key, ours in SHAPES.items():
+        if key in saved and key in own and saved[key] != own[key]:
+            where = f" (adapter.{ours})" if ours else " (model.modalities)"
+            problems.append(f"{key}: {saved[key]} there, {own[key]} in the configuration{where}")
+    if saved.get("peft_type") == own["peft_type"]:
+        problems += [
+            f"{key}: {value!r} there, a setting that this version does not know; it was written by a newer one"
+            for key, value in saved.items()
+            if key not in own and value
+        ]
+    return problems
+
+
+def other_mathematics(config: Any, saved: dict[str, Any]) -> list[str]:
+    """Settings of the same shapes under which the adapter computes something else than it did where it was trained."""
+    own = vars(config)
+    return [
+        f"{key}: {saved[key]} there, {own[key]} in the configuration (adapter.{key})"
+        for key in MATHEMATICS
+        if key in saved and key in own and saved[key] != own[key]
+    ]
 
 
 def plain_weight(layer: TunerLayer, what: str, instead: str) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from mokamm.adapters.frozen_a import digest, draw
+from mokamm.adapters.frozen_a import VERSION, digest, draw
 from mokamm.adapters.masks import Mask
 from mokamm.adapters.peft_bridge import PREFIX, Tuner, TunerLayer, freeze
 from mokamm.adapters.sparse_b import SparseB
@@ -40,7 +40,9 @@ class FrozenA(nn.Linear):
         """Draw A for the layer of that name; nothing on the meta device."""
         if not self.weight.is_meta:
             shape = (self.out_features, self.in_features)
-            self.weight.copy_(draw(key, shape, config.a_seed, config.a_version))
+            # a stored A takes the place of this one when it is loaded, whatever generator drew it
+            version = VERSION if config.store_a else config.a_version
+            self.weight.copy_(draw(key, shape, config.a_seed, version))
 
 
 def new_a(
@@ -165,6 +167,12 @@ class FrozenATuner(Tuner):
                     "adapter belongs to another LLM or rank."
                 )
         if any(key.endswith(f".{a_name}.weight") for key in state):
+            keys = {name: f"{_with(key)}.{a_name}.weight" for name, (key, _) in found.items()}
+            stored = [(name, state[key]) for name, key in keys.items() if key in state]
+            if config.a_hash and digest(stored) != config.a_hash:
+                raise AdapterError(
+                    "The stored A is not the one whose hash the adapter's config records; one was changed."
+                )
             config.store_a, config.a_hash = True, None  # an A that was stored stays stored
             return
         if config.store_a:

@@ -9,30 +9,36 @@ A mask belongs to one A: whoever trains a LoRI-D to cut a mask for going on from
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mokamm.adapters.checks import other_mathematics, other_settings
 from mokamm.adapters.frozen_a import digest
 from mokamm.adapters.masks import Shape
 from mokamm.adapters.sparse_b import SparseB, dense_weight
 from mokamm.routing import AdapterError
+
+log = logging.getLogger("mokamm")
 
 FACTORS = (("lora_A", "lora_B"), ("lori_A", "lori_B"), ("moka_A", "moka_B"))
 
 
 @dataclass(frozen=True)
 class Source:
-    """An existing adapter. what: its name in messages; shapes: of A and B by layer; scaling: alpha / r."""
+    """An existing adapter. what: its name in messages; shapes: of A and B by layer; scaling: alpha / r; settings: of its
+    adapter_config.json."""
 
     what: str
     shapes: dict[str, tuple[Shape, Shape]]
     scaling: float
     a: Callable[[str], Tensor]
     b: Callable[[str], Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def factors(model: Any, adapter_name: str = "default") -> dict[str, tuple[nn.Linear, nn.Module]]:
@@ -52,9 +58,14 @@ def a_digest(model: Any, adapter_name: str = "default") -> str:
 
 @torch.no_grad()
 def adopt_a(model: Any, source: Source, adapter_name: str = "default") -> None:
-    """Raises AdapterError where the source has other layers, shapes or another scaling."""
+    """Raises AdapterError where the source has other layers, shapes, modalities or another scaling; warns where it computed
+    something else with them."""
     own, config = factors(model, adapter_name), model.peft_config[adapter_name]
-    problems = [f"{name} is adapted here and not there" for name in own if name not in source.shapes]
+    settings = {
+        key: value for key, value in source.settings.items() if key != "peft_type"
+    }  # a LoRI-S begins at a LoRI-D
+    problems = other_settings(config, settings)
+    problems += [f"{name} is adapted here and not there" for name in own if name not in source.shapes]
     problems += [f"{name} is adapted there and not here" for name in source.shapes if name not in own]
     for name, (A, B) in own.items():
         here = (tuple(A.weight.shape), (int(B.out_features), int(B.in_features)))  # type: ignore[arg-type]
@@ -65,6 +76,8 @@ def adopt_a(model: Any, source: Source, adapter_name: str = "default") -> None:
     if problems:
         more = [f"... and {len(problems) - 4} more"] if len(problems) > 4 else []
         raise AdapterError("\n  - ".join([f"{source.what} cannot be gone on from:", *problems[:4], *more]))
+    for line in other_mathematics(config, settings):
+        log.warning("note: %s was trained with another %s", source.what, line)
     there = {name: source.a(name) for name in own}
     if digest(there.items()) == a_digest(model, adapter_name):
         return

@@ -21,7 +21,8 @@ from data.schema import UserError
 LOCK = ".lock"
 NO_FOLDER = {errno.EEXIST, errno.ENOTDIR}  # a file lies where a folder should be
 REFUSALS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, *NO_FOLDER
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EISDIR,
+    *NO_FOLDER,
 }  # fmt: skip
 
 
@@ -33,11 +34,17 @@ def writing(place: Path, advice: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        number = error_number(error)
+        number = errno.ENOENT if _is_no_place(place, error) else error_number(error)
         if number is None:
             raise
         about = "a file lies where a folder should be" if number in NO_FOLDER else _room(place)
+        about = "a folder lies where a file should be" if number == errno.EISDIR else about
         raise UserError(f"{place} cannot be written: {os.strerror(number)} ({about}); {advice}") from error
+
+
+def _is_no_place(place: Path, error: Exception) -> bool:
+    """Whether the place itself, or a folder above it, cannot be made (in /proc); a file missing elsewhere is a bug."""
+    return isinstance(error, FileNotFoundError) and Path(str(error.filename)) in (place, *place.parents)
 
 
 def error_number(error: BaseException | None) -> int | None:

@@ -5,7 +5,8 @@
     with explained(forecast): ...                    running out of memory becomes a UserError with the three settings
                                                      that would help most, each predicted anew with its new value
 
-Cost: nothing is allocated.
+Of an LLM whose config does not say what the formulas need (state spaces without heads) nothing is predicted, and one
+line says so in the place of the table. Cost: nothing is allocated.
 """
 
 from __future__ import annotations
@@ -39,14 +40,19 @@ QUANTIZED = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 AFTER_ATTENTION = ("o_proj", "out_proj")  # their input is kept as the attention's output
 
 
+class UnknownShape(Exception):
+    """What the formulas need is not in an LLM's config."""
+
+
 @dataclass(frozen=True)
 class Forecast:
     weights: tuple[Weights, ...]
-    network: Network
+    network: Network | None  # None: nothing is predicted
     setting: Setting
     config: RunConfig
     libraries: float = 0.0  # bytes that Python and its libraries take of what is measured (on CPU only)
     capacity: float = 0.0  # bytes of the GPU, or of the computer; 0: not known
+    unknown: str = ""  # why nothing is predicted
 
     @classmethod
     def of(cls, model: Any, config: RunConfig, ranks: Ranks, capacity: float | None = None) -> Forecast:
@@ -60,10 +66,16 @@ class Forecast:
         setting = setting_of(config, ranks, sum(w.elements for w in weights if w.trained))
         capacity = _capacity(ranks) if capacity is None else capacity
         libraries = 0.0 if shapes else _libraries(weights, ranks)
-        return cls(tuple(weights), network_of(model, config), setting, config, libraries, capacity)
+        network, unknown = None, ""
+        try:
+            network = network_of(model, config)
+        except UnknownShape as error:
+            unknown = f"memory is not predicted for this LLM: {error}"
+        return cls(tuple(weights), network, setting, config, libraries, capacity, unknown)
 
     def memory(self, **changes: Any) -> Memory:
-        """changes: of Setting's fields; `attention` and `weight_bytes` of Network's."""
+        """changes: of Setting's fields; `attention` and `weight_bytes` of Network's. Of a known network only."""
+        assert self.network is not None
         network = {key: changes.pop(key) for key in ("attention", "weight_bytes") if key in changes}
         weights = self.weights
         if "weight_bytes" in network:
@@ -88,6 +100,8 @@ class Forecast:
 
     def table(self) -> str:
         """Lines for people: every stage, what it consists of, the chosen one marked."""
+        if self.network is None:
+            return self.unknown
         s = self.setting
         rows = f"{s.batch} rows of {s.length} tokens (data.max_length)"
         lines = [f"predicted memory of each process, at most ({rows}, {s.ranks} in all):"]
@@ -108,14 +122,14 @@ class Forecast:
 
     def compared(self, micro_batches: list[Any]) -> str:
         """The measured peak beside the prediction for the very batches that this process has seen."""
+        peak = f"measured peak {size(memory_gb() * 2**30)} after the first step"
+        if self.network is None:
+            return peak
         largest = max(micro_batches, key=lambda batch: batch["input_ids"].numel())
         batch, length = largest["input_ids"].shape
         answers = float((largest["labels"] != IGNORED).float().mean())
         found = self.memory(batch=batch, length=length, answers=answers).total + self.libraries
-        return (
-            f"measured peak {size(memory_gb() * 2**30)} after the first step "
-            f"(predicted {size(found)} for its {batch} rows of {length} tokens)"
-        )
+        return f"{peak} (predicted {size(found)} for its {batch} rows of {length} tokens)"
 
     # ---- advice ----------------------------------------------------------------------------------------------------
 
@@ -142,6 +156,7 @@ class Forecast:
     def _changes(self, batch: int, validating: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         """(what to type, changed fields) of every setting that saves memory and leaves the method as it is."""
         s, training = self.setting, self.config.training
+        assert self.network is not None
         if batch > 1:
             typed = f"training.per_device_{'eval' if validating else 'train'}_batch_size={batch // 2}"
             if not validating:  # the steps stay what they were
@@ -194,12 +209,12 @@ def weights_of(model: Any, quantization: str | None = None) -> list[Weights]:
 
 
 def network_of(model: Any, config: RunConfig) -> Network:
-    """The LLM's shape from its transformers config, the adapter's from its layers."""
+    """The LLM's shape from its transformers config, the adapter's from its layers. Raises UnknownShape."""
     llm, adapter = model.llm, config.adapter
     shape = llm.config.get_text_config()
     method = config.method
-    heads = shape.num_attention_heads
-    linear = [(name, m) for name, m in llm.named_modules() if isinstance(m, nn.Linear)]
+    width, heads = _number(shape, "hidden_size"), _number(shape, "num_attention_heads")
+    linear = _linear(llm)
     outputs = changed = 0
     if method == "full":
         trained = [(n.rpartition(".")[2], m.in_features) for n, m in linear if m is not llm.get_output_embeddings()]
@@ -214,14 +229,14 @@ def network_of(model: Any, config: RunConfig) -> Network:
         for name, width in trained
         if name not in AFTER_ATTENTION and FIRST_READERS.get(name) not in {other for other, _ in trained}
     ]
-    count = shape.num_hidden_layers
+    count = _number(shape, "num_hidden_layers")
     return Network(
         layers=count,
-        width=shape.hidden_size,
+        width=width,
         heads=heads,
-        head_width=getattr(shape, "head_dim", None) or shape.hidden_size // heads,
-        intermediate=getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size,
-        vocabulary=shape.vocab_size,
+        head_width=_number(shape, "head_dim", width // heads),
+        intermediate=_number(shape, "intermediate_size", 4 * width),
+        vocabulary=_number(shape, "vocab_size"),
         attention=config.model.llm.attention,
         gated=any("gate" in name.rpartition(".")[2] for name, _ in linear) or "gate_proj" in {n for n, _ in trained},
         method=FAMILY.get(method, method),
@@ -232,10 +247,28 @@ def network_of(model: Any, config: RunConfig) -> Network:
         outputs=outputs // count,
         changed=changed // count,
         dropout=adapter.lora_dropout > 0,
-        linear_elements=sum(m.weight.numel() for _, m in linear),
+        linear_elements=linear_elements(llm),
         weight_bytes=llm.get_input_embeddings().weight.element_size(),
         media=tuple(_media(name, model) for name in getattr(model, "senses", {})),
     )
+
+
+def _number(shape: Any, name: str, otherwise: int | None = None) -> int:
+    """A number of the LLM's config, of one that differs by layer the largest. Raises UnknownShape."""
+    found = getattr(shape, name, None) or otherwise
+    each = [n for n in (found if isinstance(found, list | tuple) else [found]) if isinstance(n, int)]
+    if not each:
+        raise UnknownShape(f"the config of '{shape.model_type}' has no {name}")
+    return max(each)
+
+
+def _linear(llm: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(name, m) for name, m in llm.named_modules() if isinstance(m, nn.Linear)]
+
+
+def linear_elements(llm: nn.Module) -> int:
+    """Elements of all Linear weights, with the head and the adapter's."""
+    return sum(m.weight.numel() for _, m in _linear(llm))
 
 
 def _media(name: str, model: Any) -> Media:
@@ -327,11 +360,12 @@ def _message(forecast: Forecast | None, validating: bool, error: BaseException) 
             "a smaller model.llm.path, or fewer processes on this machine (each reads the LLM whole)"
         )
     s = forecast.setting
+    head = f"memory ran out {'in a validation' if validating else 'in training'} ({said})."
+    if forecast.network is None:
+        rows = f"training.per_device_{'eval' if validating else 'train'}_batch_size"
+        return f"{head} A smaller {rows} or data.max_length helps, and training.gradient_checkpointing=true"
     rows = f"{s.batch} rows of {s.length} tokens"
-    head = (
-        f"memory ran out {'in a validation' if validating else 'in training'} ({said}). Predicted for {rows}: "
-        f"{size(forecast.total())} for each process; there are {size(forecast.capacity)}."
-    )
+    head += f" Predicted for {rows}: {size(forecast.total())} for each process; there are {size(forecast.capacity)}."
     lines = [head, "What would help most, by prediction:", *forecast.advice(validating)]
     lines += [
         "Add them to the command line, or write them into the YAML. Checkpoints of this run stay usable with "

@@ -73,7 +73,7 @@ def _notes(model_type: str, hidden: int, adapter: AdapterConfig, value: float) -
             f"fitted to LoRA; for {adapter.method} it is LoRA's rate, untested"
             + (f" ({published})" if published else "")
         )
-    if adapter.lora_alpha != ALPHA:
+    if adapter.lora_alpha != ALPHA and adapter.method != "hira":  # it has no alpha
         scaled = value * ALPHA / adapter.lora_alpha
         notes.append(
             f"fitted with alpha 32, here it is {adapter.lora_alpha:g}: the first updates grow with rate * alpha (B starts "

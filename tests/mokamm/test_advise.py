@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from data.schema import UserError
 from mokamm import advise, information
+from mokamm.adapters.masks import keep_top
+from mokamm.adapters.start import factors
 from mokamm.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +43,13 @@ def text(folder: Path, llm: str, world: Path, *overrides: str) -> list[str]:
     """Arguments for the text recipe on one of the folder's LLMs and the miniature world's text rows."""
     rows = world / "train" / "told.jsonl"
     return [TEXT, f"model.llm.path={folder / llm}", f"data.train.0.path={rows}", *overrides]
+
+
+def outline_of(folder: Path, world: Path, method: str, *overrides: str):
+    from mokamm.outline import build_outline
+
+    path, *settings = text(folder, "bare", world, f"adapter.method={method}", *overrides)
+    return build_outline(load_config(path, settings))
 
 
 def advised(capsys, *arguments: str) -> dict:
@@ -170,6 +180,28 @@ def test_experts(capsys, folder, world):
     assert more["parameters"]["trained"]["adapter"] > found["parameters"]["trained"]["adapter"]
 
 
+def test_memory_that_cannot_be_predicted_hides_nothing_else(capsys, folder, world):
+    from transformers import RwkvConfig
+
+    from mokamm import doctor
+
+    RwkvConfig(vocab_size=600, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64).save_pretrained(
+        folder / "rwkv"
+    )
+    found = advised(capsys, *text(folder, "rwkv", world))
+    assert found["memory"]["bytes"] == {}
+    assert 0.6 < found["compute"]["share_of_full"] < 1
+    for command in (advise, doctor):
+        arguments = text(folder, "rwkv", world)
+        if command is doctor:
+            with pytest.raises(SystemExit) as end:
+                doctor.main([*arguments, "--shapes"])
+            assert end.value.code == 0
+        else:
+            advise.main(arguments)
+        assert "memory is not predicted for this LLM: the config of 'rwkv' has no num_" in capsys.readouterr().out
+
+
 def test_other_methods(capsys, world, mini_base):
     told = f"data.train.0.path={world / 'train' / 'told.jsonl'}"
     arguments = [TEXT, f"model.llm.path={mini_base / 'llm'}", told, "training.learning_rate=1e-4"]
@@ -179,6 +211,29 @@ def test_other_methods(capsys, world, mini_base):
     found = advised(capsys, *arguments, "training.stage=1")
     assert found["learning_rate"]["recommended"] is None
     assert found["parameters"]["trained"] == {}
+
+
+@pytest.mark.parametrize(("method", "dense"), [("lori_s", "lori_d"), ("lori_moka_s", "lori_moka_d")])
+def test_a_sparse_method_is_counted_as_it_will_be_cut(capsys, folder, world, tmp_path, method, dense):
+    from mokamm.lori_mask import write_mask
+
+    def trained(*overrides: str) -> int:
+        return advised(capsys, *text(folder, "bare", world, *overrides))["parameters"]["trained"]["adapter"]
+
+    whole = trained(f"adapter.method={dense}")
+    assert trained(f"adapter.method={method}") == round(0.1 * whole)
+    assert trained(f"adapter.method={method}", "adapter.sparsity=0.75") == round(0.25 * whole)
+
+    shapes = {name: B.size for name, (_, B) in factors(outline_of(folder, world, method).llm).items()}
+    mask = keep_top(
+        shapes, lambda name: torch.arange(1.0, 1 + shapes[name][0] * shapes[name][1]).view(shapes[name]), 0.6
+    )
+    write_mask(mask, tmp_path / "mask.safetensors")
+    named = f"adapter.mask={tmp_path / 'mask.safetensors'}"
+    assert trained(f"adapter.method={method}", named) == mask.kept == round(0.4 * whole)
+    assert trained(f"adapter.method={method}", named, "adapter.sparsity=0.6") == mask.kept
+    with pytest.raises(UserError, match=r"adapter.sparsity is 0.9, and adapter.mask .* has 0.6: leave sparsity out"):
+        outline_of(folder, world, method, named, "adapter.sparsity=0.9")
 
 
 @pytest.mark.parametrize(

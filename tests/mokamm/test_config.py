@@ -117,6 +117,26 @@ def test_all_that_the_adapters_know_can_be_configured(write):
         load_config(write(GOOD), ["adapter.target_modules='*_proj'"])
 
 
+@pytest.mark.parametrize(
+    ("option", "users"),
+    [("mask", ["lori_s", "lori_moka_s"]), ("init_from", ["lori_d", "lori_s", "lori_moka_d", "lori_moka_s"])],
+)
+def test_a_file_is_refused_by_a_method_that_would_not_read_it(write, option, users):
+    from mokamm import names
+
+    path = write(GOOD)
+    for method in names.METHODS:
+        settings = [f"adapter.method={method}", f"adapter.{option}=x"]
+        if method in users:
+            load_config(path, settings)
+            continue
+        with pytest.raises(
+            ConfigError, match=rf"adapter \(line 6\): {option} is a file of lori_.* '{method}' would not"
+        ):
+            load_config(path, settings)
+    load_config(path, ["adapter.sparsity=0.5", "adapter.a_seed=3", "adapter.init_a_only=true"])  # harmless for moka
+
+
 def test_overrides(write):
     overrides = ["training.max_steps=20", "data.train.0.limit=5", "data.cache.dir=cache", "training.report_to=none"]
     config = load_config(write(GOOD), [*overrides, "adapter.target_modules=[q_proj, v_proj]"])

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from mokamm.adapter_folder import AdapterFolder
 from mokamm.adapters import AdapterError, LoriConfig, MokaConfig, wrap
 from mokamm.adapters.frozen_a import draw
 from mokamm.adapters.masks import Mask, keep_top, pack
 from mokamm.adapters.sparse_b import SparseB
-from mokamm.adapters.start import Source, adopt_a, factors, start_b
+from mokamm.adapters.start import Source, a_digest, adopt_a, factors, start_b
 from tests.mokamm.toy_lori import (
     IDS,
     OPTIONS,
@@ -300,6 +301,29 @@ def test_what_cannot_be_gone_on_from() -> None:
     assert "lora_alpha / r is 1 there and 2 here" in str(error.value)
 
 
+def test_other_modalities_are_refused_and_other_mathematics_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrap(small_llm(), "lori_moka_d", ["text", "vision"], {**OPTIONS, "a_seed": 3}).save_pretrained(tmp_path)
+    source = AdapterFolder.open(tmp_path).source()
+    options = {**OPTIONS, "attention_weight": 0.05, "scale_logits": False}
+    speech = wrap(small_llm(), "lori_moka_d", ["text", "speech"], options)
+    before = a_digest(speech)
+    with pytest.raises(AdapterError, match=r"modalities: .*'vision'.* there, .*'speech'.* in the configuration"):
+        adopt_a(speech, source)
+    assert a_digest(speech) == before
+    assert not caplog.messages
+    for method in ("lori_moka_d", "lori_moka_s"):
+        caplog.clear()
+        vision = wrap(small_llm(), method, ["text", "vision"], options)
+        adopt_a(vision, source)
+        assert a_digest(vision) == a_digest(wrap(small_llm(), method, ["text", "vision"], {**OPTIONS, "a_seed": 3}))
+        assert [message.split("another ")[1].split(":")[0] for message in caplog.messages] == [
+            "attention_weight",
+            "scale_logits",
+        ]
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +360,7 @@ def test_another_a_is_refused_on_load(tmp_path: Path) -> None:
         ({"a_seed": 1}, "A cannot be remade: drawn from seed 1"),
         ({"a_version": 2}, "generator version 2"),
         ({"format_version": 2, "invented_later": 1}, "LORI_S adapter has format 2, written by a newer mokamm"),
+        ({"format_version": "2"}, "format_version must be a whole number; found '2'"),
         ({"store_a": True}, "its A is stored"),
         ({"r": 0}, "r must be a whole number"),
     ):
@@ -345,6 +370,24 @@ def test_another_a_is_refused_on_load(tmp_path: Path) -> None:
     path.write_text(json.dumps(stored))
     with pytest.raises(AdapterError, match="A cannot be remade"):
         PeftModel.from_pretrained(small_llm(width=32), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lori_s", "lori_moka_s"])
+def test_a_stored_a_needs_no_generator(tmp_path: Path, method: str) -> None:
+    model, _ = lori_s(method, store_a=True, a_seed=5)
+    for _, (A, _) in factors(model).items():  # as another generator would draw it
+        A.weight.data.mul_(-1.5)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    newer = {**json.loads(path.read_text()), "a_version": 2}
+    for a_hash in (None, a_digest(model)):
+        path.write_text(json.dumps({**newer, "a_hash": a_hash}))
+        for lean in (False, True):
+            again = PeftModel.from_pretrained(small_llm(), tmp_path, low_cpu_mem_usage=lean)
+            torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-12)
+    path.write_text(json.dumps({**newer, "a_hash": "0" * 64}))
+    with pytest.raises(AdapterError, match="The stored A is not the one whose hash"):
+        PeftModel.from_pretrained(small_llm(), tmp_path)
 
 
 def test_a_newer_moka_is_refused(tmp_path: Path) -> None:

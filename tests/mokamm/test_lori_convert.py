@@ -147,7 +147,9 @@ def test_what_cannot_be_converted(published: tuple, tmp_path: Path, capsys: pyte
     torch.save({"x.lora_A.default.weight": torch.ones(2, 2)}, tmp_path / "a.pt")
     wrong = torch.load(pickled, weights_only=True)
     torch.save({key: ~where for key, where in wrong.items()}, tmp_path / "inverse.pt")
-    out = str(tmp_path / "out")
+    (tmp_path / "text.yaml").write_text("a: b")
+    sparse.save_pretrained(tmp_path / "whole")
+    out, mask = str(tmp_path / "out"), ["--mask", str(pickled)]
     for arguments, message in (
         ([str(tmp_path / "nothing"), out], "no such file or folder"),
         ([str(tmp_path), out], "is none of: a run or a folder with adapter_config.json"),
@@ -159,6 +161,9 @@ def test_what_cannot_be_converted(published: tuple, tmp_path: Path, capsys: pyte
         ([str(pickled), out, "--to", "lora"], "is a mask; it cannot become lora"),
         ([str(folder), out, "--mask", str(tmp_path / "inverse.pt")], "the mask is not this adapter's"),
         ([str(folder), str(tmp_path / "moka")], "is there already; nothing is overwritten"),
+        ([str(folder), str(tmp_path / "text.yaml" / "zz")], "a file lies where a folder should be"),
+        ([str(tmp_path / "whole"), out, *mask], "is to become lora, and is: LORI_S"),
+        ([str(folder), out, "--to", "lora", *mask], "--mask makes a LORI_S of a LoRA"),
     ):
         assert main(arguments) == 2, arguments
         told = capsys.readouterr()

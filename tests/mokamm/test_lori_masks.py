@@ -139,6 +139,17 @@ def test_bad_files_end_in_one_message(trained: tuple, tmp_path: Path, capsys: py
         told = capsys.readouterr().err
         assert message in told
         assert "Traceback" not in told
+    for place, message in (
+        (str(tmp_path / "empty"), "a folder lies where a file should be"),
+        ("/proc/x/y", "/proc/x/y cannot be written: No such file or directory"),
+        (str(run / "final/adapter/adapter_config.json/y"), "a file lies where a folder should be"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        assert main([str(run), "--out", place]) == 2
+        told = capsys.readouterr().err
+        assert message in told
+        assert "choose another file (--out)" in told
+        assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "text.safetensors").write_text("no mask")
     with pytest.raises(UserError, match="cannot be read as a mask"):
         read_mask(tmp_path / "text.safetensors")

@@ -16,9 +16,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from data.schema import UserError
 from mokamm.config import RunConfig, load_config
 from mokamm.training import memory
-from mokamm.training.forecast import Forecast, is_out_of_memory, network_of, setting_of, weights_of
+from mokamm.training.forecast import Forecast, explained, is_out_of_memory, network_of, setting_of, weights_of
 from mokamm.training.launch import Ranks
 from mokamm.training.loop import checkpoint_activations
 from mokamm.training.memory import Media, Network, Setting, Weights
@@ -246,6 +247,42 @@ def test_a_forecast_of_a_whole_model(make_model):
     batch = {"input_ids": torch.zeros(4, 30), "labels": torch.zeros(4, 30), "key_index": torch.zeros(4, 5)}
     assert "for its 4 rows of 30 tokens" in forecast.compared([batch])
     assert forecast.memory(batch=8).activations > forecast.memory(batch=4).activations
+
+
+def shaped(model_type, **shape):
+    """A random LLM of that kind, under LoRA where no family refuses it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from mokamm.adapters import wrap
+
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=50, hidden_size=32, **shape))
+    return wrap(llm, "lora", MODALITIES, {"r": 4, "target_modules": r".*(in_proj|up_proj)"})
+
+
+def test_an_llm_whose_shape_is_not_understood_is_told_in_one_line_and_trains():
+    config = configured("lora")
+    config.model.modalities = {}
+    forecast = Forecast.of(Stub(shaped("mamba", num_hidden_layers=2)), config, CPU)
+    assert forecast.table() == "memory is not predicted for this LLM: the config of 'mamba' has no num_attention_heads"
+    batch = {"input_ids": torch.zeros(4, 30), "labels": torch.zeros(4, 30)}
+    assert forecast.compared([batch]).endswith("after the first step")
+    with (
+        pytest.raises(UserError, match=r"memory ran out in training .* A smaller training.per_device_train_batch_size"),
+        explained(forecast),
+    ):
+        raise MemoryError
+
+
+def test_of_widths_that_differ_by_layer_the_largest_counts():
+    config = configured("lora")
+    config.model.modalities = {}
+    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "activation_sparsity_pattern": [0.0, 0.0]}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_kv_shared_layers": 0}
+    small = {"vocab_size_per_layer_input": 50, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+    llm = shaped("gemma3n_text", intermediate_size=[48, 64], **layers, **heads, **small)
+    forecast = Forecast.of(Stub(llm), config, CPU)
+    assert forecast.network.intermediate == 64
+    assert "plain PyTorch" in forecast.table()
 
 
 # ---- states --------------------------------------------------------------------------------------------------------

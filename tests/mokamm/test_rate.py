@@ -60,6 +60,11 @@ def test_what_is_not_calibrated_is_said(model_type, hidden, options, expected):
         assert "0.000572 would make them as large" in notes[0]  # half the alpha, twice the rate
 
 
+def test_nothing_is_said_of_an_alpha_that_the_method_does_not_have():
+    notes = recommend("llama", 4096, lora(method="hira", lora_alpha=16), 500).notes
+    assert not [note for note in notes if "alpha" in note]
+
+
 def test_an_alpha_is_made_up_for_by_the_rate_in_the_first_step():
     """The hint about alpha, on PEFT's layer: alpha 16 at twice the rate moves W as alpha 32 does."""
     import torch
