@@ -6,6 +6,9 @@
     tuner_layers      every adapted module of a model, of any method; `let_act` switches one on and off for some steps
     HiraLinear        PEFT's own HiRA layer, and `change_class`, which gives it another forward
 
+Importing this file changes one thing of PEFT itself, at the end of it: a layer may sit out, whatever enables and disables
+adapters meanwhile.
+
 A method of ours (`routed.py`) subclasses TunerLayer and Tuner. Costs nothing at run time.
 """
 
@@ -183,11 +186,12 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 
 
 def let_act(layer: BaseTunerLayer, acts: bool) -> None:
-    """Whether the layer's adapters act in the coming forward passes; what is trainable stays so.
+    """Whether the layer's adapters may act in the coming forward passes; what is trainable, or disabled, stays so.
 
-    PEFT's `enable_adapters` would take requires_grad away, and with it the parameters from an engine that is built.
+    PEFT's `enable_adapters` would take requires_grad away, and with it the parameters from an engine that is built; and
+    the end of its `disable_adapter` sets that flag for all layers.
     """
-    layer._disable_adapters = not acts
+    cast(Any, layer).sits_out = not acts
 
 
 def borrowed(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
@@ -319,3 +323,9 @@ class Tuner(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+
+# ---- what is changed of PEFT itself ----------------------------------------------------------------------------------
+
+cast(Any, BaseTunerLayer).sits_out = False  # see let_act
+cast(Any, BaseTunerLayer).disable_adapters = property(lambda layer: layer._disable_adapters or layer.sits_out)
