@@ -6,8 +6,8 @@
     tuner_layers      every adapted module of a model, of any method; `let_act` switches one on and off for some steps
     HiraLinear        PEFT's own HiRA layer, and `change_class`, which gives it another forward
 
-Importing this file changes one thing of PEFT itself, at the end of it: a layer may sit out, whatever enables and disables
-adapters meanwhile.
+Importing this file changes two things of PEFT itself, at the end of it: a layer may sit out, whatever enables and disables
+adapters meanwhile, and targets that are names of a model's own linear modules are never taken for its experts.
 
 A method of ours (`routed.py`) subclasses TunerLayer and Tuner. Costs nothing at run time.
 """
@@ -31,7 +31,7 @@ from peft.tuners.tuners_utils import (
     _get_in_out_features,
     check_adapters_to_merge,
 )
-from peft.utils import register_peft_method
+from peft.utils import register_peft_method, transformers_weight_conversion
 from torch import Tensor, nn
 
 from mokamm.routing import AdapterError
@@ -377,3 +377,29 @@ class Tuner(BaseTuner):
 
 cast(Any, BaseTunerLayer).sits_out = False  # see let_act
 cast(Any, BaseTunerLayer).disable_adapters = property(lambda layer: layer._disable_adapters or layer.sits_out)
+
+
+def taken_for_experts(model_type: str | None) -> set[str]:
+    """Last names of targets that PEFT takes for experts of such an LLM, as they were named before transformers 5 fused them.
+
+    There it turns `gate_proj`, `up_proj` and `down_proj` of a LORA config into `target_parameters`, also where they are
+    names of dense or shared MLPs, which then are not adapted. None: of any LLM.
+    """
+    mappings = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING
+    of_type = transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type or "")
+    return {name for key, names in mappings.items() if model_type is None or key == of_type for name in names}
+
+
+_rewrite = transformers_weight_conversion.convert_peft_config_for_transformers
+
+
+def _rewrite_unless_named(config: Any, model: nn.Module, conversions: Any) -> None:
+    """Leaves alone a config whose targets are whole names of the model's linear modules; experts have none of these."""
+    names = getattr(config, "target_modules", None) or ""
+    if isinstance(names, str) or not set(names) <= set(linear_names(model)):
+        _rewrite(config, model, conversions)
+    elif config.peft_type == PeftType.LORA and taken_for_experts(cast(Any, model).config.model_type):
+        config.target_modules = tuple(sorted(names))  # of a set or list of 20 names PEFT makes parts of names
+
+
+cast(Any, transformers_weight_conversion).convert_peft_config_for_transformers = _rewrite_unless_named
