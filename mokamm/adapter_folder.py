@@ -107,7 +107,11 @@ class AdapterFolder:
         """Shapes of A and B by layer. Raises UserError where a layer lacks one of them, or the adapter is no plain LoRA."""
         if self.kind not in ("LORA", "LORI_S", "MOKA"):
             raise UserError(f"{self.folder} is a {self.kind} adapter; expected LORA, LORI_S or MOKA")
-        odd = [key for key, plain in PLAIN.items() if self.config.get(key, plain) not in (plain, None)]
+        of_no_layer = [
+            t for t in self.config.get("target_parameters") or [] if t.removesuffix(".weight") not in self.keys
+        ]
+        config = {**self.config, "target_parameters": of_no_layer or None}
+        odd = [key for key, plain in PLAIN.items() if config.get(key, plain) not in (plain, None)]
         if odd:
             raise UserError(f"{self.folder} is no plain LoRA: its config sets {', '.join(odd)}")
         absent = [

@@ -159,13 +159,13 @@ def advise_targets(case: Case) -> Advice:
 
 def _linear_layers(llm: Any) -> tuple[dict[str, bool], dict[str, bool]]:
     """Last names of the adapted and of the other linear layers (without the head), and whether they are attention's."""
-    from mokamm.adapters.peft_bridge import BaseTunerLayer, linear_names
+    from mokamm.adapters.peft_bridge import BaseTunerLayer, linear_names, unfit_modules
 
     adapted: dict[str, bool] = {}
     missed: dict[str, bool] = {}
-    modules, head = dict(llm.named_modules()), llm.get_output_embeddings()
+    modules, head, unfit = dict(llm.named_modules()), llm.get_output_embeddings(), unfit_modules(llm)
     for name in linear_names(llm):
-        if modules[name] is head:
+        if modules[name] is head or name in unfit:
             continue
         where = adapted if isinstance(modules[name], BaseTunerLayer) else missed
         where[name.rpartition(".")[2]] = "attn" in name or "attention" in name

@@ -18,7 +18,7 @@ from data.schema import UserError
 from mokamm.adapter_folder import CONFIG, TENSORS, AdapterFolder, adapter_in, load_pickle
 from mokamm.adapters import LoriConfig
 from mokamm.adapters.masks import Mask, pack, unpack
-from mokamm.adapters.peft_bridge import PREFIX
+from mokamm.adapters.peft_bridge import PREFIX, taken_for_experts
 from mokamm.convert import Options, Plan
 from mokamm.lori_mask import read_mask, write_mask
 from mokamm.weights import share
@@ -99,7 +99,12 @@ def plan_adapter(source: Path, options: Options) -> Plan | None:
         mask = folder.mask()
         return Plan(found, to, lambda out: write_mask(mask, out, str(source)), warnings)
     if to == "lora":
-        return Plan(found, to, lambda out: write_lora(folder, out), warnings)
+        model_type = base_type(folder)
+        as_experts = [name for name in layers if name.rpartition(".")[2] in taken_for_experts(model_type)]
+        if model_type is None and as_experts:
+            warnings += [_base_unknown(folder)]
+            as_experts = []
+        return Plan(found, to, lambda out: write_lora(folder, out, as_experts), warnings)
     if folder.kind == "LORI_S":
         raise UserError(f"{source} is a LORI_S folder already")
     mask = folder.mask() if options.mask is None else any_mask(options.mask)
@@ -124,8 +129,31 @@ def _check_zeros(folder: AdapterFolder, mask: Mask) -> None:
             raise UserError(f"the mask is not this adapter's: {outside} entries of {name}'s B outside it are not zero")
 
 
-def write_lora(folder: AdapterFolder, out: Path) -> None:
-    """A plain PEFT LoRA folder."""
+def base_type(folder: AdapterFolder) -> str | None:
+    """The `model_type` of the adapter's LLM, where that is named and on this machine."""
+    from transformers import PretrainedConfig
+
+    path = folder.config.get("base_model_name_or_path")
+    try:
+        return PretrainedConfig.get_config_dict(path, local_files_only=True)[0].get("model_type") if path else None
+    except (OSError, ValueError):
+        return None
+
+
+def _base_unknown(folder: AdapterFolder) -> str:
+    return (
+        f"the LLM of {folder.folder} is not on this machine ({folder.config.get('base_model_name_or_path')!r}). If it is a "
+        "mixture of experts with dense or shared MLPs, PEFT alone would take these for the experts and load the result "
+        "wrongly: import mokamm.adapters before it does"
+    )
+
+
+def write_lora(folder: AdapterFolder, out: Path, as_experts: list[str]) -> None:
+    """A plain PEFT LoRA folder.
+
+    as_experts: layers that PEFT would take for experts (`taken_for_experts`). As target_parameters it reads them right, with
+    the same tensors; it has no dropout there.
+    """
     from peft import LoraConfig
 
     if folder.kind == "LORA":
@@ -134,6 +162,10 @@ def write_lora(folder: AdapterFolder, out: Path) -> None:
         assert folder.a_hash  # checked while it is computed
         config = LoraConfig(**{key: folder.config[key] for key in COPIED}).to_dict()
         config["target_modules"] = sorted(folder.layers)  # all-linear would mean other modules to PEFT elsewhere
+    if as_experts:
+        config["target_modules"] = sorted(set(folder.layers) - set(as_experts))
+        config["target_parameters"] = [f"{name}.weight" for name in sorted(as_experts)]
+        config["lora_dropout"] = 0.0
     tensors = {}
     for name in folder.layers:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = folder.a(name)

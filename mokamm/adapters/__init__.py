@@ -22,7 +22,14 @@ from mokamm.adapters.frozen_tuner import FrozenATuner, check_same_a
 from mokamm.adapters.hira import use_one_matmul
 from mokamm.adapters.lori import LoriConfig, LoriModel, freeze_lora_a
 from mokamm.adapters.masks import Mask
-from mokamm.adapters.peft_bridge import check_adapter_name, fused_experts, match_parameters, match_targets, nearest
+from mokamm.adapters.peft_bridge import (
+    check_adapter_name,
+    fused_experts,
+    match_parameters,
+    match_targets,
+    nearest,
+    taken_for_experts,
+)
 from mokamm.adapters.routed import MokaConfig, MokaModel, RoutedLinear
 from mokamm.routing import AdapterError, Routing
 
@@ -103,6 +110,8 @@ def _wrap_by_peft(llm: nn.Module, config: PeftConfig) -> nn.Module:
     found = match_targets(llm, config, experts=True) | match_parameters(llm, config)
     model = get_peft_model(llm, config)
     vars(model.base_model)["target_report"] = {"default": {target: len(names) for target, names in found.items()}}
+    if isinstance(config, LoraConfig):
+        _tell_of_peft_alone(llm, config)
     return model
 
 
@@ -197,6 +206,19 @@ def _tell_of_experts(fused: list[str], method: str, targets: list[str]) -> None:
         names,
         how if method in EXPERT_METHODS else f"method {method} cannot, with adapter.method=lora {how}",
     )
+
+
+def _tell_of_peft_alone(llm: Any, config: LoraConfig) -> None:
+    """A warning where PEFT, reading this adapter's folder without mokamm, would adapt experts in place of dense MLPs."""
+    last_names = {name.rpartition(".")[2] for name in config.target_modules or ()}
+    taken = last_names & taken_for_experts(getattr(getattr(llm, "config", None), "model_type", ""))
+    if taken:
+        log.warning(
+            "note: PEFT alone would take %s of this LLM for its experts and load the adapter wrongly: import "
+            "mokamm.adapters before it does%s",
+            ", ".join(sorted(taken)),
+            "" if config.use_dora else ", or let mokamm convert write a folder that it loads as it is",
+        )
 
 
 def fit(model: nn.Module, folder: Path, state: dict[str, Any]) -> None:

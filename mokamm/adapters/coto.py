@@ -4,7 +4,7 @@
     p(t) = p                                       stochastic depth (Huang et al., 2016, arXiv 1603.09382)
 
     for t in range(T):
-        with coto.step(t):                         draws; after it all adapters act again
+        with coto.step(t):                         draws; after it none sits out
             loss = coto.attached(model(batch))     for each micro batch
             loss.backward()
             optimizer.step()
@@ -13,7 +13,8 @@ In step t every transformer block's adapters act together with probability p(t),
 rescaled by 1/p. Adapters that sit out skip their matmuls, forward and backward, and their parameters get gradients of
 zero, not none: so moments decay as in a step whose gradient happens to be zero, and plain PyTorch, DDP and all ZeRO stages
 compute the same. Evaluation and validation lie outside of `step` and see every adapter; what is saved holds all of them at
-any time, since sitting out is no state of a weight.
+any time, since sitting out is no state of a weight. Nor is it PEFT's flag of what is disabled: that stays the user's, and
+`disable_adapter()` within a step does not end the draw.
 
 The draw is a function of (seed, step) alone: that pair is the generator's whole state, a checkpoint holds both, and the
 draws of a resumed run and of all ranks are equal by construction. Within a step nothing is drawn again, so accumulation

@@ -6,6 +6,9 @@
     tuner_layers      every adapted module of a model, of any method; `let_act` switches one on and off for some steps
     HiraLinear        PEFT's own HiRA layer, and `change_class`, which gives it another forward
 
+Importing this file changes two things of PEFT itself, at the end of it: a layer may sit out, whatever enables and disables
+adapters meanwhile, and targets that are names of a model's own linear modules are never taken for its experts.
+
 A method of ours (`routed.py`) subclasses TunerLayer and Tuner. Costs nothing at run time.
 """
 
@@ -16,12 +19,19 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
-from peft import PeftConfig, PeftType
+import torch
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.hira.layer import Linear as HiraLinear
 from peft.tuners.lora.variants import _register_frozen_peft_weight
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import register_peft_method
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_lora_target_modules_mamba,
+    _get_in_out_features,
+    check_adapters_to_merge,
+)
+from peft.utils import register_peft_method, transformers_weight_conversion
 from torch import Tensor, nn
 
 from mokamm.routing import AdapterError
@@ -72,6 +82,36 @@ def linear_names(model: nn.Module) -> list[str]:
     return names
 
 
+def unfit_modules(model: nn.Module) -> dict[str, str]:
+    """Linear modules that no method can adapt, by name, and why."""
+    modules, found = dict(model.named_modules()), {}
+    for name in linear_names(model):
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+        except ValueError:
+            found[name] = "whose weight the Mamba kernels of this LLM read past any adapter"
+        if not _gives_rows(modules[name]):
+            found[name] = f"a {type(modules[name]).__name__}, which does not give one row of outputs for one of inputs"
+    return found
+
+
+def _gives_rows(module: nn.Module) -> bool:
+    """False for a router, whose result is a choice, or a grouped product, although they are nn.Linear's by class.
+
+    Tried on the meta device where an LLM's own code has overwritten the forward; FalconLinear is a plain product.
+    """
+    of_an_llm = type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+    if not of_an_llm or not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return True
+    shapes = {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
+    parameters = {name: torch.empty(shapes[name], device="meta") for name, _ in module.named_parameters()}
+    try:
+        row = torch.func.functional_call(module, parameters, torch.empty(1, module.in_features, device="meta"))
+    except Exception:  # of whatever kind that forward raises for one row
+        return False
+    return isinstance(row, Tensor) and row.shape == (1, module.out_features)
+
+
 def fused_experts(model: nn.Module) -> list[str]:
     """Names of the weights that hold all experts of a layer at once, (E, out, in): parameters, no linear modules."""
     names = []
@@ -108,16 +148,35 @@ def match_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
 
 
 def match_targets(model: nn.Module, config: Any, experts: bool = False) -> dict[str, list[str]]:
-    """Which modules each target of a config matches.
+    """Which modules each target of a config matches; their names then stand in the config in the targets' place.
 
-    `all-linear` leaves out the output head and is reported by the modules' last names (`q_proj`, ...). It and a regex
-    (which may match activations too) are replaced in the config by the names of the linear modules they matched.
+    `all-linear` leaves out the output head and what cannot be adapted, and is reported by the modules' last names
+    (`q_proj`, ...). An empty list is allowed where `target_parameters` says what to adapt.
 
     experts: the method needs no routing, so that a module may see only some of a batch's tokens.
 
     Raises:
-        AdapterError: a target matches no linear module, or, unless allowed, an expert.
+        AdapterError: a target matches no linear module, or one that cannot be adapted, or, unless allowed, an expert.
     """
+    unfit = unfit_modules(model)
+    found = _matches(model, config, unfit)
+    if not found and not getattr(config, "target_parameters", None):
+        raise AdapterError("target_modules is an empty list: name some modules, or leave it out for all-linear.")
+    for target, matched in found.items():
+        for name in matched:
+            why, leave_out = unfit.get(name), rf".*\.{name.rpartition('.')[2]}"
+            if not experts and "experts" in name.split("."):
+                why, leave_out = "an expert that sees only some of a batch's tokens", r".*\.experts\..*"
+            if why:
+                raise AdapterError(
+                    f"target_modules: '{target}' matches {name}, {why}. Leave such out: exclude_modules='{leave_out}'."
+                )
+    config.target_modules = {name for matched in found.values() for name in matched}
+    return found
+
+
+def _matches(model: nn.Module, config: Any, unfit: dict[str, str]) -> dict[str, list[str]]:
+    """The linear modules of each target. Raises AdapterError where there are none."""
     targets, names = config.target_modules, linear_names(model)
     excluded = getattr(config, "exclude_modules", None) or []
     patterns = [excluded] if isinstance(excluded, str) else [rf"(.*\.)?{re.escape(e)}" for e in excluded]
@@ -126,28 +185,20 @@ def match_targets(model: nn.Module, config: Any, experts: bool = False) -> dict[
         output = getattr(model, "get_output_embeddings", None)
         head = output() if callable(output) else None
         modules = dict(model.named_modules())
-        names = [name for name in names if modules[name] is not head and name.rpartition(".")[2] != "lm_head"]
-        found: dict[str, list[str]] = {}
+        names = [n for n in names if modules[n] is not head and n.rpartition(".")[2] != "lm_head" and n not in unfit]
+        found: dict[str, list[str]] = {} if names else {"all-linear": []}
         for name in names:
             found.setdefault(name.rpartition(".")[2], []).append(name)
     elif isinstance(targets, str):
         found = {targets: [name for name in names if re.fullmatch(targets, name)]}
     else:
         found = {t: [name for name in names if name == t or name.endswith("." + t)] for t in sorted(targets)}
-    for target, matched in (found or {"all-linear": []}).items():
+    for target, matched in found.items():
         if not matched:
-            known = {name.rpartition(".")[2] for name in names}
+            known = {name.rpartition(".")[2] for name in names if name not in unfit}
             raise AdapterError(
                 f"target_modules: '{target}' matches no linear module{_fused_hint(model, target)}{nearest(target, known)}"
             )
-        partial = [] if experts else [name for name in matched if "experts" in name.split(".")]
-        if partial:
-            raise AdapterError(
-                f"target_modules: '{target}' matches {partial[0]}, an expert that sees only some of a batch's tokens. "
-                r"Leave the experts out: exclude_modules='.*\.experts\..*'."
-            )
-    if targets is None or isinstance(targets, str):
-        config.target_modules = {name for matched in found.values() for name in matched}
     return found
 
 
@@ -183,11 +234,12 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 
 
 def let_act(layer: BaseTunerLayer, acts: bool) -> None:
-    """Whether the layer's adapters act in the coming forward passes; what is trainable stays so.
+    """Whether the layer's adapters may act in the coming forward passes; what is trainable, or disabled, stays so.
 
-    PEFT's `enable_adapters` would take requires_grad away, and with it the parameters from an engine that is built.
+    PEFT's `enable_adapters` would take requires_grad away, and with it the parameters from an engine that is built; and
+    the end of its `disable_adapter` sets that flag for all layers.
     """
-    layer._disable_adapters = not acts
+    cast(Any, layer).sits_out = not acts
 
 
 def borrowed(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
@@ -319,3 +371,35 @@ class Tuner(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+
+# ---- what is changed of PEFT itself ----------------------------------------------------------------------------------
+
+cast(Any, BaseTunerLayer).sits_out = False  # see let_act
+cast(Any, BaseTunerLayer).disable_adapters = property(lambda layer: layer._disable_adapters or layer.sits_out)
+
+
+def taken_for_experts(model_type: str | None) -> set[str]:
+    """Last names of targets that PEFT takes for experts of such an LLM, as they were named before transformers 5 fused them.
+
+    There it turns `gate_proj`, `up_proj` and `down_proj` of a LORA config into `target_parameters`, also where they are
+    names of dense or shared MLPs, which then are not adapted. None: of any LLM.
+    """
+    mappings = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING
+    of_type = transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type or "")
+    return {name for key, names in mappings.items() if model_type is None or key == of_type for name in names}
+
+
+_rewrite = transformers_weight_conversion.convert_peft_config_for_transformers
+
+
+def _rewrite_unless_named(config: Any, model: nn.Module, conversions: Any) -> None:
+    """Leaves alone a config whose targets are whole names of the model's linear modules; experts have none of these."""
+    names = getattr(config, "target_modules", None) or ""
+    if isinstance(names, str) or not set(names) <= set(linear_names(model)):
+        _rewrite(config, model, conversions)
+    elif config.peft_type == PeftType.LORA and taken_for_experts(cast(Any, model).config.model_type):
+        config.target_modules = tuple(sorted(names))  # of a set or list of 20 names PEFT makes parts of names
+
+
+cast(Any, transformers_weight_conversion).convert_peft_config_for_transformers = _rewrite_unless_named

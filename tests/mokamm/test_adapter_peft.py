@@ -19,7 +19,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from mokamm.adapters import (
     METHODS,
@@ -300,6 +300,44 @@ def test_all_linear_leaves_the_head_out_and_is_counted() -> None:
     assert target_report(regex) == {r".*layers\.0\.mlp\..*": 3}
 
 
+SMALL = {
+    "vocab_size": 37, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "pad_token_id": 0,
+}  # fmt: skip
+HYBRID = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+ODD = {  # LLM: (its config, a linear module that cannot be adapted, why, others that can)
+    "phimoe": ({"num_local_experts": 4}, "router", "a PhimoeTopKRouter, which does not give one row", {"q_proj"}),
+    "falcon_h1": (HYBRID, "out_proj", "whose weight the Mamba kernels of this LLM read", {"q_proj", "in_proj"}),
+    "mamba": ({"state_size": 4}, "out_proj", "whose weight the Mamba kernels of this LLM read", {"in_proj", "x_proj"}),
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "hira", "lori_s", "moka"])
+@pytest.mark.parametrize("llm", ODD)
+def test_what_cannot_be_adapted_is_left_out_by_all_linear_and_refused_by_name(llm: str, method: str) -> None:
+    options, odd, why, others = ODD[llm]
+
+    def build() -> nn.Module:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(llm, **SMALL | options)).eval()
+
+    model = wrap(build(), method, ["text", "vision"], {"r": 2})
+    assert odd not in target_report(model)
+    assert others <= set(target_report(model))
+    set_routing(model, Routing.text_only())
+    embeddings = torch.randn(2, 6, 32)
+    assert model(inputs_embeds=embeddings).logits.shape == (2, 6, 37)
+    for targets in ([odd], rf".*{odd}"):
+        with pytest.raises(AdapterError, match=rf"matches \S+\.{odd}, {why}.*exclude_modules='\.\*\\\.{odd}'"):
+            wrap(build(), method, ["text", "vision"], {"r": 2, "target_modules": targets})
+
+
+def test_a_linear_class_of_an_llm_s_own_is_adapted() -> None:
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **SMALL))
+    assert type(llm.transformer.h[0].mlp.dense_h_to_4h).forward is not nn.Linear.forward
+    four = {"query_key_value": 2, "dense": 2, "dense_h_to_4h": 2, "dense_4h_to_h": 2}
+    assert target_report(wrap(llm, "lora", ["text"], {"r": 2})) == four
+
+
 class Expert(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -320,6 +358,7 @@ class Expert(nn.Module):
         ({"target_modules": ["q_prj", "up_proj"]}, "'q_prj' matches no linear module; did you mean 'q_proj'"),
         ({"target_modules": ["embed_tokens"]}, "'embed_tokens' matches no linear module"),
         ({"target_modules": "nothing.*"}, "matches no linear module"),
+        ({"target_modules": []}, "target_modules is an empty list"),
         ({"attention_weight_pattern": {"q_prj": 1.0}}, "'q_prj' matches none of the 14"),
     ],
 )

@@ -186,6 +186,36 @@ def test_all_adapters_act_again_after_an_error():
     assert torch.equal(model(inputs_embeds=embeddings()).logits, before)
 
 
+@pytest.mark.parametrize("name", ["lora", "hira", "moka"])
+@pytest.mark.filterwarnings("ignore:The model contains some adapter layers that are enabled")
+def test_the_draw_holds_to_the_end_of_the_step_and_the_user_s_switch_is_left_alone(name):
+    model = adapted(name)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+
+    def output() -> torch.Tensor:
+        return model(inputs_embeds=embeddings()).logits
+
+    with model.disable_adapter():
+        base = output()
+    whole, coto = output(), Coto(model, partial(constant, p=0.4))
+    with coto.step(0):
+        drawn = output()
+        with model.disable_adapter():  # such as for a penalty on the distance to the base
+            assert torch.equal(output(), base)
+        assert torch.equal(output(), drawn)
+    assert not torch.equal(drawn, base)
+    assert not torch.equal(drawn, whole)
+    assert torch.equal(output(), whole)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    with model.disable_adapter():
+        with coto.step(0):
+            assert torch.equal(output(), base)
+        assert torch.equal(output(), base)
+    with coto.step(0):
+        model.base_model.disable_adapter_layers()
+    assert torch.equal(output(), base)
+
+
 # ---- trainings -----------------------------------------------------------------------------------------------------
 
 

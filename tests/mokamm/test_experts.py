@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from mokamm.adapters import AdapterError, RoutedLinear, set_routing, target_report, wrap
+from mokamm.adapters import AdapterError, RoutedLinear, peft_bridge, set_routing, target_report, wrap
+from mokamm.adapters.peft_bridge import linear_names, transformers_weight_conversion, tuner_layers
+from mokamm.convert import main as convert
 from mokamm.routing import Routing
+from tests.mokamm.toy_lori import cut, factors, kept, random_b
 
 SHAPE = {
     "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -183,3 +187,142 @@ def test_moka_adapts_attention_and_shared_experts(caplog):
     torch.testing.assert_close(seen["h"], whole, rtol=0, atol=1e-6)
     set_routing(model, Routing.text_only())
     assert not torch.allclose(logits(model), mixed, atol=1e-3)
+
+
+# ---- dense and shared MLPs beside the experts: PEFT takes their names for the experts' (peft_bridge.taken_for_experts) ----
+
+ROUTED = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    "moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+LATENT = {
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+MIXED = {
+    "qwen3_moe": {**ROUTED, "mlp_only_layers": [0]},
+    "qwen3_next": {**ROUTED, "shared_expert_intermediate_size": 8, "linear_key_head_dim": 4, "linear_value_head_dim": 4},
+    "ernie4_5_moe": {
+        "moe_intermediate_size": 8, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1
+    },
+    "glm4_moe": DEEPSEEK,
+    "deepseek_v3": {**DEEPSEEK, **LATENT},
+}  # fmt: skip
+LORA = {"r": 2, "lora_alpha": 4}
+
+
+def mixed(name: str = "glm4_moe", layers: int = 2) -> Any:
+    torch.manual_seed(0)
+    shape = SHAPE | {"num_hidden_layers": layers, "pad_token_id": 0}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape | MIXED[name])).eval()
+
+
+def linear(llm: nn.Module, *last: str) -> set[str]:
+    """The names of an LLM's linear modules without its head, or of those that end so."""
+    return {name for name in linear_names(llm) if name != "lm_head" and (not last or name.endswith(last))}
+
+
+def adapted_modules(model: Any) -> set[str]:
+    return set(tuner_layers(model.base_model.model))
+
+
+def by_peft_alone(folder: Any, llm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As a process loads a folder that has not imported mokamm.adapters."""
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers_weight_conversion, "convert_peft_config_for_transformers", peft_bridge._rewrite)
+        return PeftModel.from_pretrained(llm, folder).eval()
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_lora_adapts_dense_and_shared_mlps_and_not_the_experts(name, caplog):
+    every = linear(mixed(name))
+    assert any(name.endswith("gate_proj") for name in every)
+    with caplog.at_level(logging.WARNING, "mokamm"):
+        model = wrap(mixed(name), "lora", ["text"], LORA)
+    assert adapted_modules(model) == every
+    assert sum(target_report(model).values()) == len(every)
+    assert not model.peft_config["default"].rank_pattern
+    assert "PEFT alone would take down_proj, gate_proj, up_proj of this LLM for its experts" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["dora", "hira", "lori_d", "lori_s", "moka"])
+def test_every_method_adapts_the_same_modules(method):
+    model = wrap(mixed(), method, ["text"], LORA)
+    assert adapted_modules(model) == linear(mixed())
+
+
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [
+        ({"lora_dropout": 0.1}, ()),
+        ({"target_modules": ["q_proj", "gate_proj"]}, ("q_proj", "gate_proj")),
+        ({"target_modules": r".*\.mlp\.down_proj"}, ("mlp.down_proj",)),
+    ],
+)
+def test_options_of_any_kind_reach_the_modules_that_are_named(options, last):
+    assert adapted_modules(wrap(mixed(), "lora", ["text"], LORA | options)) == linear(mixed(), *last)
+
+
+def test_experts_that_are_asked_for_come_beside_the_mlps_with_their_own_rank():
+    model = wrap(mixed(), "lora", ["text"], LORA | {"target_parameters": EXPERTS})
+    assert linear(mixed()) < adapted_modules(model)
+    experts = {name: layer for name, layer in tuner_layers(model).items() if ".experts" in name}
+    assert len(experts) == 2
+    assert {layer.r["default"] for layer in experts.values()} == {2}
+
+
+def test_experts_alone_are_adapted_where_the_list_of_modules_is_empty():
+    model = randomise(wrap(mixed(), "lora", ["text"], LORA | {"target_modules": [], "target_parameters": EXPERTS}))
+    assert adapted_modules(model) == {"model.layers.1.mlp.experts", "model.layers.1.mlp.experts.base_layer"}
+    assert target_report(model) == dict.fromkeys(EXPERTS, 1)
+    assert not torch.allclose(logits(model), logits(mixed()), atol=1e-3)
+    with pytest.raises(AdapterError, match="target_modules is an empty list: name some modules"):
+        wrap(mixed(), "lora", ["text"], LORA | {"target_modules": []})
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_folder_loads_and_is_saved_again_with_the_same_modules(method, tmp_path):
+    """Of 28 names, which PEFT would shorten to ones that it rewrites."""
+    model = randomise(wrap(mixed(layers=4), method, ["text"], LORA))
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        model.save_pretrained(folder)
+        again = PeftModel.from_pretrained(mixed(layers=4), folder).eval()
+        assert adapted_modules(again) == linear(mixed(layers=4))
+        torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+        model = again
+
+
+def test_what_peft_has_to_rewrite_it_still_does():
+    """Names of before transformers 5, which are those of no module."""
+    before = ["q_proj", *(f"mlp.experts.0.{own}" for own in ("gate_proj", "up_proj", "down_proj"))]
+    model = get_peft_model(moe("qwen3_moe"), LoraConfig(r=2, target_modules=before))
+    assert sum(".experts" in name for name in adapted_modules(model)) == 4
+
+
+@pytest.mark.parametrize("method", ["lori_s", "lori_d"])
+def test_a_converted_folder_loads_by_peft_alone(method, tmp_path, monkeypatch, capsys):
+    mixed().save_pretrained(tmp_path / "base")
+    llm = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = wrap(llm, method, ["text"], LORA | {"lora_dropout": 0.1}).eval()
+    if method == "lori_s":
+        drawn = random_b(model)
+        model.base_model.set_mask(mask := cut(drawn))
+        for name, (_, B) in factors(model).items():
+            B.start((drawn[name] * kept(mask, name)).float())
+    else:
+        randomise(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert convert([str(tmp_path / "saved"), str(tmp_path / "plain"), "--to", "lora"]) == 0
+    assert "warning:" not in capsys.readouterr().err
+    again = by_peft_alone(tmp_path / "plain", mixed(), monkeypatch)
+    assert adapted_modules(again) == linear(mixed())
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-6)
+    assert not torch.allclose(logits(again), logits(mixed()), atol=1e-3)
+    assert convert([str(tmp_path / "plain"), str(tmp_path / "once_more"), "--to", "lora"]) == 0
+
+
+def test_converting_says_what_it_cannot_know_without_the_llm(tmp_path, capsys):
+    wrap(mixed(), "lora", ["text"], LORA).save_pretrained(tmp_path / "saved")
+    assert convert([str(tmp_path / "saved"), str(tmp_path / "plain"), "--to", "lora"]) == 0
+    assert "PEFT alone would take these for the experts" in capsys.readouterr().err
