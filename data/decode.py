@@ -130,8 +130,9 @@ def pixels(image: Image.Image, name: Path | str, limits: MediaLimits) -> Tensor:
     """An opened image as `picture` gives it. Raises MediaError, which calls it by `name`, for one over the limits."""
     _check_pixels(name, image.width, image.height, limits)
     upright = _eight_bits(image, name)
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    upright = upright if turn is None else upright.transpose(turn)
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    if orientation in _TURNS:
+        upright = upright.transpose(_TURNS[orientation])
     return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)[None].contiguous()
 
 

@@ -91,7 +91,8 @@ def _mask(llm: Any, config: RunConfig) -> Mask:
     named = config.adapter.mask
     if named and find_path(named).is_file():
         return read_own_mask(config)
-    shapes = {name: B.size for name, (_, B) in factors(llm).items()}
+    pairs: dict[str, Any] = factors(llm)
+    shapes = {name: B.size for name, (_, B) in pairs.items()}
 
     def ramp(name: str) -> torch.Tensor:
         return torch.linspace(1, 2, math.prod(shapes[name])).view(shapes[name])
