@@ -259,7 +259,7 @@ def shaped(model_type, **shape):
     return wrap(llm, "lora", MODALITIES, {"r": 4, "target_modules": r".*(in_proj|up_proj)"})
 
 
-def test_an_llm_whose_shape_is_not_understood_is_told_in_one_line_and_trains():
+def test_an_llm_whose_shape_is_not_understood_is_told_in_one_line():
     config = configured("lora")
     config.model.modalities = {}
     forecast = Forecast.of(Stub(shaped("mamba", num_hidden_layers=2)), config, CPU)
