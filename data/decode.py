@@ -129,6 +129,7 @@ def picture(path: Path, limits: MediaLimits) -> Tensor:
 def pixels(image: Image.Image, name: Path | str, limits: MediaLimits) -> Tensor:
     """An opened image as `picture` gives it. Raises MediaError, which calls it by `name`, for one over the limits."""
     _check_pixels(name, image.width, image.height, limits)
+    image.load()  # which turns a TIFF, and takes its orientation away
     upright = _eight_bits(image, name)
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     if orientation in _TURNS:

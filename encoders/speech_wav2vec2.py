@@ -29,15 +29,16 @@ from encoders.layers import Layers, choose_layers
 from encoders.pretrained import drop_unread_blocks, load_model, read
 from encoders.waveform import WaveformEncoder, check_rate, features_of, silenced, true_lengths
 
-# SpecAugment's vector is for training only, and some published checkpoints lack it; an adapter, which some carry behind
-# the blocks, would shorten their output for another network
-BARE: dict[str, Any] = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0, "add_adapter": False}
+# SpecAugment's vector is for training only, and some published checkpoints lack it
+BARE: dict[str, Any] = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
 
 
 class Wav2Vec2Encoder(WaveformEncoder):
     """wav2vec 2.0. `layer` counts hidden states; -1 is the model's output, after its final norm where it has one."""
 
     classes: ClassVar[dict[str, str]] = {"wav2vec2": "Wav2Vec2Model"}
+    # an adapter, which some carry behind the blocks, would shorten their output for another network
+    bare: ClassVar[dict[str, Any]] = {**BARE, "add_adapter": False}
     window_samples = 20 * SAMPLE_RATE
 
     def __init__(self, path: str | Path, *, layer: Layers = -1, dtype: str = "float32", max_batch: int = 16) -> None:
@@ -45,7 +46,7 @@ class Wav2Vec2Encoder(WaveformEncoder):
 
         super().__init__(options={"layer": layer}, max_batch=max_batch)
         what = next(iter(self.classes))
-        self.model = load_model(path, self.classes, what, **BARE)
+        self.model = load_model(path, self.classes, what, **self.bare)
         extractor = read(Wav2Vec2FeatureExtractor.from_pretrained, path, f"{what} preprocessor_config.json")
         check_rate(extractor.sampling_rate, path)
         config = self.model.config
@@ -108,6 +109,7 @@ class HubertEncoder(Wav2Vec2Encoder):
     """HuBERT (arXiv 2106.07447)."""
 
     classes = {"hubert": "HubertModel"}  # noqa: RUF012
+    bare: ClassVar[dict[str, Any]] = BARE
 
 
 class WavLMEncoder(Wav2Vec2Encoder):

@@ -189,7 +189,7 @@ def load_tokenizer(settings: LLMConfig, **options: Any) -> Any:
 
 
 def load_llm(settings: LLMConfig, device: torch.device) -> Any:
-    """The LLM with its weights. Raises UserError for one that cannot be loaded, or cannot answer from embeddings."""
+    """The LLM with its weights. Raises UserError for one that cannot be loaded, or is a multimodal model of its own."""
     llm = from_pretrained(
         "AutoModelForCausalLM",
         settings,
@@ -198,10 +198,10 @@ def load_llm(settings: LLMConfig, device: torch.device) -> Any:
         **quantized(settings, device),
     )
     if "inputs_embeds" not in inspect.signature(llm.prepare_inputs_for_generation).parameters:
-        raise UserError(
-            f"model.llm.path: '{settings.path}' is a {type(llm).__name__}, which does not generate from embeddings, as "
-            "media need it; use a checkpoint of the language model alone (of its text part, where it is multimodal)"
-        )
+        what = f"model.llm.path: '{settings.path}' is a {type(llm).__name__}, which does not generate from embeddings"
+        if llm.config is not llm.config.get_text_config():
+            raise UserError(f"{what}, as media need it; use a checkpoint of its language model alone")
+        log.warning("note: %s: it trains, but evaluation and infer.py cannot ask it", what)
     return llm
 
 

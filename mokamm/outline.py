@@ -81,7 +81,10 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
     except UserError:
         left_out["tokenizer"] = f"{settings.path} has no tokenizer that can be read"
     else:
-        outline.processor = processor_of(config, tokenizer, encoders, projectors, None)
+        try:
+            outline.processor = processor_of(config, tokenizer, encoders, projectors, None)
+        except UserError as error:
+            left_out["tokenizer"] = str(error)
     outline.left_out = left_out
     return outline
 

@@ -248,8 +248,11 @@ def _absent_modules(modules: Collection[str]) -> list[str]:
     """The published runs adapt the same modules in every layer, from the first to the last."""
     layers = [match for module in modules if (match := LAYER.match(module))]
     places = sorted({(m.string[: m.start(1)], m.string[m.end(1) :]) for m in layers})
-    last = max((int(match[1]) for match in layers), default=-1)
-    expected = (f"{before}{layer}{after}" for layer in range(last + 1) for before, after in places)
+    last: dict[str, int] = {}
+    for match in layers:
+        before = match.string[: match.start(1)]
+        last[before] = max(int(match[1]), last.get(before, 0))
+    expected = (f"{before}{layer}{after}" for before, after in places for layer in range(last[before] + 1))
     return [module for module in expected if module not in modules]
 
 

@@ -108,7 +108,7 @@ class ChatRenderer:
             raise BadSample(f"the tokenizer's chat template refuses the roles {roles}: {error}") from None
 
     def _probe_system(self) -> bool:
-        """Whether the template prints a system message first, as a turn or inside the first user's.
+        """Whether the template prints a system message once and first, as a turn or inside the first user's.
 
         Mistral's of 2024 print it inside the last one: there, too, it is joined to the first, where it stays as the
         conversation grows.
@@ -116,7 +116,8 @@ class ChatRenderer:
         roles = ["system", "user", "assistant", "user"]
         turns = [{"role": role, "content": _mark(number)} for number, role in enumerate(roles)]
         try:
-            return MARK.findall(self._apply(turns, True)) == ["0", "1", "2", "3"]
+            found = MARK.findall(self._apply(turns, True))
+            return found.count("0") == 1 and found[0] == "0"
         except BadSample:
             return False
         except Exception as error:

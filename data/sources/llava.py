@@ -40,8 +40,10 @@ def layout(audio_as: str = "audio") -> Layout:
 
 def _talk(row: dict[str, Any]) -> list[Turn]:
     turns = turns_of(row, "conversations", "from", "value", {**ROLES, "system": "system"})
-    unasked = len(turns) > 1 and turns[0].role == "assistant"
-    return system_turn(row) + turns[unasked:]
+    turns = system_turn(row) + turns
+    told = next((k for k, turn in enumerate(turns) if turn.role != "system"), 0)
+    unasked = len(turns) > told + 1 and turns[told].role == "assistant"
+    return turns[:told] + turns[told + unasked :]
 
 
 def _build(row: dict[str, Any], turns: list[Turn], audio_as: str) -> list[Message]:

@@ -169,7 +169,7 @@ class FrozenATuner(Tuner):
         if any(key.endswith(f".{a_name}.weight") for key in state):
             keys = {name: f"{_with(key)}.{a_name}.weight" for name, (key, _) in found.items()}
             stored = [(name, state[key]) for name, key in keys.items() if key in state]
-            if config.a_hash and digest(stored) != config.a_hash:
+            if config.store_a and config.a_hash and digest(stored) != config.a_hash:
                 raise AdapterError(
                     "The stored A is not the one whose hash the adapter's config records; one was changed."
                 )

@@ -104,7 +104,8 @@ def _gives_rows(module: nn.Module) -> bool:
     if not of_an_llm or not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return True
     shapes = {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
-    parameters = {name: torch.empty(shapes[name], device="meta") for name, _ in module.named_parameters()}
+    named = [*module.named_parameters(), *module.named_buffers()]
+    parameters = {name: torch.empty(shapes.get(name, tensor.shape), device="meta") for name, tensor in named}
     try:
         row = torch.func.functional_call(module, parameters, torch.empty(1, module.in_features, device="meta"))
     except Exception:  # of whatever kind that forward raises for one row

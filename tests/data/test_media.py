@@ -112,9 +112,10 @@ def test_image_exactly_and_upright(tmp_path):
     assert torch.equal(got, torch.from_numpy(pixels).permute(2, 0, 1)[None])
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    turned = MediaLoader(tmp_path).frames(image("turned.png"), 1)
-    assert torch.equal(turned[0].permute(1, 2, 0), torch.from_numpy(np.rot90(pixels, -1).copy()))
+    for name in ("turned.png", "turned.tif"):
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+        turned = MediaLoader(tmp_path).frames(image(name), 1)
+        assert torch.equal(turned[0].permute(1, 2, 0), torch.from_numpy(np.rot90(pixels, -1).copy())), name
 
 
 def test_grey_and_16_bit_images(tmp_path):

@@ -105,10 +105,11 @@ def test_an_answer_is_not_lost_by_what_is_wrong_after_it(tmp_path):
     unanswered = {"id": "u", "conversations": talk("Hi", "Ho", "And?")}
     empty = {"id": "e", "conversations": talk("Hi", "Ho", "And?", " ")}
     begun = {"id": "b", "conversations": [{"from": "gpt", "value": "I can help."}, *talk("Hi", "Ho")]}
+    begun["conversations"].insert(0, {"from": "system", "value": "Be brief."})
     rows = open_source("llava", jsonl(tmp_path / "a.jsonl", unanswered, empty, begun))
-    for index, id in enumerate(["u", "e#0", None, "b"]):
-        if id:
-            assert (rows[index].id, rows[index].messages) == (id, (user("Hi"), said("Ho")))
+    for index, id in ((0, "u"), (1, "e#0"), (3, "b")):
+        assert (rows[index].id, rows[index].messages[-2:]) == (id, (user("Hi"), said("Ho")))
+    assert [len(rows[index].messages) for index in (0, 1, 3)] == [2, 2, 3]  # the last with its system message
     with pytest.raises(BadSample, match="message 3: the answer is empty"):
         rows[2]
 

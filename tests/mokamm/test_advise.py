@@ -32,8 +32,8 @@ def folder(tmp_path_factory, mini_base) -> Path:
 
     folder = tmp_path_factory.mktemp("shapes")
     LlamaConfig(**LLAMA_3_8B).save_pretrained(folder / "llama3")
-    for file in (mini_base / "llm").glob("*token*"):
-        shutil.copy(file, folder / "llama3")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(mini_base / "llm" / name, folder / "llama3")
     LlamaConfig(**TINY).save_pretrained(folder / "bare")
     Qwen3MoeConfig(**TINY, num_experts=4, num_experts_per_tok=2, num_key_value_heads=2).save_pretrained(folder / "moe")
     return folder

@@ -21,6 +21,7 @@ from mokamm.adapters.frozen_a import draw
 from mokamm.adapters.masks import Mask, keep_top, pack
 from mokamm.adapters.sparse_b import SparseB
 from mokamm.adapters.start import Source, a_digest, adopt_a, factors, start_b
+from mokamm.weights import load_adapter
 from tests.mokamm.toy_lori import (
     IDS,
     OPTIONS,
@@ -287,6 +288,9 @@ def test_going_on_keeps_what_lies_outside_the_mask(tmp_path: Path, method: str) 
         assert (B.dense()[where] != before[name][where]).all()
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(small_llm(), tmp_path)), expected, rtol=0, atol=1e-12)
+    again = wrap(small_llm(), method, ["text"], OPTIONS)  # as a run is loaded, whose options know of the seed's A only
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-12)
 
 
 def test_what_cannot_be_gone_on_from() -> None:
