@@ -37,6 +37,7 @@ def carry_out(progress: Progress, jobs: int, tell: Callable[[str], None], watch:
                 _start(context, Task("encode", comparison.any_run()), comparison, running, jobs)
                 _collect(progress, running, tell, watch)
             while True:
+                progress.recall()
                 busy = {task for task, _, _ in running.values()}
                 for task in [task for task in progress.ready() if task not in busy][: jobs - len(running)]:
                     _start(context, task, comparison, running, jobs)

@@ -41,6 +41,29 @@ class Progress:
         """What can start now, in the order of the methods."""
         return [task for method in self.comparison.config.methods.values() for task in self._of(method)[0]]
 
+    def recall(self) -> None:
+        """Take in what lies in the folder of runs that are due, and of those that become so by it.
+
+        Again after every task: where a plan has changed since, a run may become due that was carried out under the one
+        before. Raises ConfigError where a run there is not the one that the configuration asks for.
+        """
+        different: list[str] = []
+        while fresh := [task.run for task in self.ready() if task.kind == "train" and task.run not in self.known]:
+            found = {run: work.read_outcome(run.folder(self.comparison.out)) for run in fresh}
+            new = {run: outcome for run, outcome in found.items() if outcome is not None}
+            for run, outcome in new.items():
+                wanted = work.settings_of(self.comparison.run_config(run))
+                different += [f"{run}: {line}" for line in _differences(work.as_of_now(outcome.settings), wanted)]
+            self.known |= new
+            if not new:
+                break
+        if different:
+            more = [f"and {len(different) - SHOWN} more"] if len(different) > SHOWN else []
+            raise ConfigError(
+                listed(f"{self.comparison.out} holds runs of another plan:", [*different[:SHOWN], *more])
+                + "\ngo back to those values, name another folder (--out DIR), or delete the runs that are not wanted"
+            )
+
     def left(self) -> dict[str, int]:
         """How many tasks there are still, by kind; a grid that grows later is not foreseen."""
         counts = {"train": 0, "evaluate": 0}
@@ -66,22 +89,7 @@ class Progress:
 def look(comparison: Comparison) -> Progress:
     """What lies in the folder. Raises ConfigError where a run there is not the one that the configuration asks for."""
     progress = Progress(comparison)
-    different: list[str] = []
-    while fresh := [task.run for task in progress.ready() if task.kind == "train" and task.run not in progress.known]:
-        found = {run: work.read_outcome(run.folder(comparison.out)) for run in fresh}
-        new = {run: outcome for run, outcome in found.items() if outcome is not None}
-        for run, outcome in new.items():
-            wanted = work.settings_of(comparison.run_config(run))
-            different += [f"{run}: {line}" for line in _differences(work.as_of_now(outcome.settings), wanted)]
-        progress.known |= new
-        if not new:
-            break
-    if different:
-        more = [f"and {len(different) - SHOWN} more"] if len(different) > SHOWN else []
-        raise ConfigError(
-            listed(f"{comparison.out} holds runs of another plan:", [*different[:SHOWN], *more])
-            + "\ngo back to those values, name another folder (--out DIR), or delete the runs that are not wanted"
-        )
+    progress.recall()
     return progress
 
 

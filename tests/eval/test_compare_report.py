@@ -12,7 +12,7 @@ from data.schema import UserError
 from eval.comparison.differences import difference, holm, sign_flips
 from eval.comparison.plan import DIVERGED, FINISHED, Outcome
 from eval.comparison.plots import side_by_side
-from eval.comparison.progress import Progress
+from eval.comparison.progress import Progress, look
 from eval.comparison.report import page, write_report
 from eval.comparison.results import gather
 from eval.comparison.settings import CompareConfig, Comparison, Run
@@ -177,6 +177,28 @@ def test_outcomes_are_read_back_and_failures_are_tried_again(tmp_path: Path) -> 
     assert read_outcome(tmp_path) is None
     (tmp_path / "outcome.json").write_text("{")
     assert read_outcome(tmp_path) is None
+
+
+def test_runs_of_an_earlier_plan_are_taken_in_when_they_become_due(tmp_path: Path) -> None:
+    """A rate was added to a plan that was carried out: until it is known, the seeds of the best one are not due."""
+    found = comparison(tmp_path)
+    found.config.rates, found.config.extend = [1e-3, 3e-3], 0
+    found.config.methods = {"lora": found.config.methods["lora"]}
+
+    def carry_out(rate: float, seed: int, loss: float) -> None:
+        run = Run("lora", rate, seed)
+        outcome = Outcome(FINISHED, validation={"loss": loss, "accuracy": 0.5}, figures={"seconds": 60.0})
+        run.folder(found.out).mkdir(parents=True, exist_ok=True)
+        write_outcome(run.folder(found.out), outcome, found.run_config(run))
+
+    for seed in SEEDS:
+        carry_out(1e-3, seed, 0.5)
+    progress = look(found)
+    assert [str(task.run) for task in progress.ready() if task.kind == "train"] == [str(Run("lora", 3e-3, 0))]
+    carry_out(3e-3, 0, 0.9)
+    progress.recall()
+    assert not [task for task in progress.ready() if task.kind == "train"]
+    assert len(progress.known) == 4
 
 
 def test_settings_of_an_older_version_get_the_defaults_of_what_it_did_not_know() -> None:
