@@ -130,10 +130,14 @@ def _check_zeros(folder: AdapterFolder, mask: Mask) -> None:
 
 
 def base_type(folder: AdapterFolder) -> str | None:
-    """The `model_type` of the adapter's LLM, where that is named and on this machine."""
+    """The `model_type` of the adapter's LLM, where that is named and on this machine, or known to published_shapes.py."""
     from transformers import PretrainedConfig
 
+    from mokamm.published_shapes import LLMS
+
     path = folder.config.get("base_model_name_or_path")
+    if path in LLMS:
+        return str(LLMS[path]["model_type"])
     try:
         return PretrainedConfig.get_config_dict(path, local_files_only=True)[0].get("model_type") if path else None
     except (OSError, ValueError):
@@ -141,10 +145,11 @@ def base_type(folder: AdapterFolder) -> str | None:
 
 
 def _base_unknown(folder: AdapterFolder) -> str:
+    base = folder.config.get("base_model_name_or_path")
     return (
-        f"the LLM of {folder.folder} is not on this machine ({folder.config.get('base_model_name_or_path')!r}). If it is a "
-        "mixture of experts with dense or shared MLPs, PEFT alone would take these for the experts and load the result "
-        "wrongly: import mokamm.adapters before it does"
+        f"the LLM of {folder.folder} is not on this machine ({base!r}). It does not matter for dense LLMs (Llama, Mistral, "
+        "Qwen, ...); if it is a mixture of experts with dense or shared MLPs, PEFT alone would take these for the experts "
+        "and load the result wrongly: import mokamm.adapters before it does"
     )
 
 
