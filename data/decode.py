@@ -1,6 +1,6 @@
-"""From a media file to arrays: video frames by timestamp, a mono 16 kHz sound track, an image.
+"""From a media file to arrays: video frames by timestamp, a mono 16 kHz sound track. Images: pictures.py.
 
-    file --limits on bytes--> header --limits on pixels, seconds--> PyAV / Pillow --> uint8 (F,3,H,W) | float32 (S,)
+    file --limits on bytes--> header --limits on pixels, seconds--> PyAV --> uint8 (F,3,H,W) | float32 (S,)
 
 Frames: with [start, start + duration) the stream's extent, the k-th of F target times is start + (k + 1/2) / F *
 duration, and the frame shown at time t is the one with pts <= t < next pts. Times are exact fractions, so variable
@@ -23,7 +23,6 @@ from __future__ import annotations
 import codecs
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,13 +36,12 @@ import torch
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
-from PIL import ExifTags, Image
 from torch import Tensor
 
 from data.schema import MediaError, NoTrack, OverLimit
 
 SAMPLE_RATE = 16_000
-_PHASES = (1000, 4000)  # filters of a resampler, at most; the second where the first is off by more than
+_PHASES = (1000, 4000)  # filters of a resampler, at most; the second number where the first is off by _PITCH or more
 _PITCH = 1e-5
 _RATES = (1_000, 1_000_000)  # Hz; a header that claims another is damaged
 # FFmpeg's containers that hold media and nothing else: playlists and scripts (hls, concat, ...) could open other files.
@@ -52,17 +50,6 @@ CONTAINERS = (
     "hevc,m4v"
 )
 MAX_ASPECT = 100  # longer side to shorter; encoders scale the shorter side up, and a strip would become a huge picture
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS: Pillow would run Ghostscript
-# EXIF's orientation; not ImageOps.exif_transpose, which writes the EXIF anew and fails where an entry of it is damaged
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _GUESSED_DURATION = {"mp3", "aac", "amr", "mpegts", "mpeg"}  # FFmpeg estimates these from the bit rate
 _SOUND_DELAY = Fraction(1, 20)  # s; a sound track that starts later than this after the picture is padded with silence
 _CODEC_PADDING = Fraction(1, 10)  # s; up to so much more than the header says is a codec's last block, and cut away
@@ -82,7 +69,7 @@ def video_frames(path: Path, segments: int, limits: MediaLimits) -> Tensor:
     """`segments` pictures of a video, uniformly by timestamp: uint8 (F,3,H,W). Raises MediaError."""
     with _opened(path, limits) as container:
         stream = _stream(container, "video", path)
-        _check_pixels(path, stream.codec_context.width, stream.codec_context.height, limits)
+        check_pixels(path, stream.codec_context.width, stream.codec_context.height, limits)
         # for streams that contradict their header; twice, because coded sizes exceed shown ones a little
         stream.codec_context.options = {"max_pixels": str(2 * limits.max_pixels)}
         start, duration, exact = _extent(container, stream, path)
@@ -112,42 +99,6 @@ def sound_track(path: Path, limits: MediaLimits) -> Tensor:
     samples = torch.from_numpy(np.concatenate([np.zeros(round(delay * rate), dtype=np.float32), sound]))
     _check_finite(samples, path)
     return _resample(samples, rate)
-
-
-def picture(path: Path, limits: MediaLimits) -> Tensor:
-    """An image as uint8 (1,3,H,W), turned upright by its EXIF orientation; alpha is dropped. Raises MediaError."""
-    with _reading(path, limits, "an image"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-        try:
-            image = Image.open(path, formats=IMAGE_FORMATS)
-        except Image.DecompressionBombError as error:
-            raise OverLimit(f"{path}: the header claims too large an image ({error}); scale it down") from None
-        with image:
-            return pixels(image, path, limits)
-
-
-def pixels(image: Image.Image, name: Path | str, limits: MediaLimits) -> Tensor:
-    """An opened image as `picture` gives it. Raises MediaError, which calls it by `name`, for one over the limits."""
-    _check_pixels(name, image.width, image.height, limits)
-    image.load()  # which turns a TIFF, and takes its orientation away
-    upright = _eight_bits(image, name)
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
-    if orientation in _TURNS:
-        upright = upright.transpose(_TURNS[orientation])
-    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)[None].contiguous()
-
-
-def _eight_bits(image: Image.Image, name: Path | str) -> Image.Image:
-    """Pictures of 16 bits scaled to 8; Pillow's own conversion would clip them. Raises MediaError for wider ones."""
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
-        return image
-    values = np.asarray(image)
-    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 0xFFFF:
-        raise MediaError(
-            f"{name}: its values ({values.dtype}, {values.min()} to {values.max()}) have no white that is known; save it "
-            "with 8 or 16 bits a channel"
-        )
-    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def mono_sound(samples: np.ndarray, rate: int, name: Path | str, limits: MediaLimits) -> Tensor:
@@ -181,7 +132,7 @@ def check_file(path: Path, limits: MediaLimits, expected: str = "a media file") 
 
 
 @contextmanager
-def _reading(path: Path, limits: MediaLimits, expected: str) -> Iterator[None]:
+def reading(path: Path, limits: MediaLimits, expected: str) -> Iterator[None]:
     """Check what the file system says, then turn every decoding error into a MediaError."""
     try:
         check_file(path, limits, expected)
@@ -194,7 +145,7 @@ def _reading(path: Path, limits: MediaLimits, expected: str) -> Iterator[None]:
 @contextmanager
 def _opened(path: Path, limits: MediaLimits) -> Iterator[Any]:
     with (
-        _reading(path, limits, "a media file"),
+        reading(path, limits, "a media file"),
         av.open(str(path), options={"format_whitelist": CONTAINERS}) as container,
     ):
         yield container
@@ -278,7 +229,8 @@ def _frame_time(stream: Any) -> Fraction:
     return 1 / Fraction(rate)
 
 
-def _check_pixels(path: Path | str, width: int, height: int, limits: MediaLimits) -> None:
+def check_pixels(path: Path | str, width: int, height: int, limits: MediaLimits) -> None:
+    """Raises OverLimit where a header claims more pixels than data.limits.max_pixels, or a strip."""
     if width * height > limits.max_pixels:
         raise OverLimit(
             f"{path}: its header claims {width} x {height} = {width * height} pixels, more than data.limits.max_pixels "
@@ -375,7 +327,7 @@ def _rgb(
     """One frame upright as uint8 (H,W,3), scaled to `shape` where the video changes its size on the way."""
     if frame.is_corrupt:
         raise MediaError(f"{path}: the picture at {frame.time} s is damaged; fetch the file again")
-    _check_pixels(path, frame.width, frame.height, limits)
+    check_pixels(path, frame.width, frame.height, limits)
     on_side, mirrored, upside_down = _shown_as(frame)
     height, width = frame.height, frame.width
     if shape is not None:

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.decode import SAMPLE_RATE, MediaLimits, check_file, picture, sound_track, video_frames
+from data.decode import SAMPLE_RATE, MediaLimits, check_file, sound_track, video_frames
+from data.pictures import picture
 from data.schema import Media, MediaError, MissingMedia, NoTrack, OverLimit, RefusedMedia
 
 __all__ = ["SAMPLE_RATE", "MediaLimits", "MediaLoader", "Windows", "cut_windows"]

@@ -125,7 +125,7 @@ def advise_parameters(case: Case) -> Advice:
         p.numel() for n, p in case.outline.llm.named_parameters() if case.method == "full" or not p.requires_grad
     )
     lines = [f"{part} {count:,} ({count / whole:.3%} of the LLM's {whole:,})" for part, count in trained.items()]
-    lines += [f"not counted: {name}: {why}" for name, why in case.outline.left_out.items() if name != "tokenizer"]
+    lines += [f"not counted: {name}: {why}" for name, why in case.outline.left_out.items()]
     return Advice(
         "parameters", lines or ["none"], {"trained": trained, "llm": whole, "left_out": case.outline.left_out}
     )
@@ -183,7 +183,7 @@ def advise_rank(case: Case) -> Advice:
     lines = [f"r {rank} can hold about {_bits(capacity)} ({adapter:,} parameters of 2 bits)"]
     facts["capacity_bits"] = capacity
     if answers.tokens is None:
-        why = "see steps" if answers.problems else case.outline.left_out.get("tokenizer", "")
+        why = "see steps" if answers.problems else case.outline.no_rows
         return Advice("rank", [*lines, f"the answers were not counted: {why}"], facts)
     bits = answers.bits(case.nats)
     needed = rank_for(bits, adapter, rank)
@@ -248,7 +248,7 @@ def advise_memory(case: Case) -> Advice:
         lines.append("for a run on a CPU, without Python and its libraries (about 1 GB); --gpu-gb 80 asks for a GPU")
     if fused_experts(case.outline.llm):
         lines.append("rough in activations: the formulas are those of dense LLMs, this one has experts")
-    lines += [f"not in it: {name}: {why}" for name, why in case.outline.left_out.items() if name != "tokenizer"]
+    lines += [f"not in it: {name}: {why}" for name, why in case.outline.left_out.items()]
     found = {stage: forecast.memory(stage=stage) for stage in forecast.stages()}
     stages = {name: {**asdict(found[s]), "total": found[s].total} for s, name in forecast.stages().items()}
     return Advice("memory", lines, {"bytes": stages, "chosen": chosen, "capacity": forecast.capacity})

@@ -181,15 +181,24 @@ def projector_of(modality: ModalityConfig, encoder: Encoder, width: int) -> Proj
 
 
 def load_tokenizer(settings: LLMConfig, **options: Any) -> Any:
-    """The LLM's tokenizer, under the template that the settings give to one without. Raises UserError."""
+    """The LLM's tokenizer, under the template that the settings give to one without. Raises UserError.
+
+    Of a folder without a vocabulary transformers makes tokenizers of special tokens alone, for which all text is nothing.
+    """
     tokenizer = from_pretrained("AutoTokenizer", settings, **options)
+    special = {*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values())}
+    if set(tokenizer.get_vocab()) <= special:
+        raise UserError(
+            f"model.llm.path: '{settings.path}' holds no vocabulary of its tokenizer (tokenizer.json or the like); fetch or "
+            "copy it again"
+        )
     if settings.chat_template and not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
 
 
 def load_llm(settings: LLMConfig, device: torch.device) -> Any:
-    """The LLM with its weights. Raises UserError for one that cannot be loaded, or is a multimodal model of its own."""
+    """The LLM with its weights. Raises UserError for one that cannot be loaded, or that `check_answers` refuses."""
     llm = from_pretrained(
         "AutoModelForCausalLM",
         settings,
@@ -197,12 +206,19 @@ def load_llm(settings: LLMConfig, device: torch.device) -> Any:
         attn_implementation=settings.attention,
         **quantized(settings, device),
     )
-    if "inputs_embeds" not in inspect.signature(llm.prepare_inputs_for_generation).parameters:
-        what = f"model.llm.path: '{settings.path}' is a {type(llm).__name__}, which does not generate from embeddings"
-        if llm.config is not llm.config.get_text_config():
-            raise UserError(f"{what}, as media need it; use a checkpoint of its language model alone")
-        log.warning("note: %s: it trains, but evaluation and infer.py cannot ask it", what)
+    check_answers(llm, settings)
     return llm
+
+
+def check_answers(llm: Any, settings: LLMConfig) -> None:
+    """Raises UserError for a multimodal model that cannot generate from embeddings; tells of such a language model."""
+    prepare = getattr(llm, "prepare_inputs_for_generation", None)
+    if prepare and "inputs_embeds" in inspect.signature(prepare).parameters:
+        return
+    what = f"model.llm.path: '{settings.path}' is a {type(llm).__name__}, which does not generate from embeddings"
+    if llm.config is not llm.config.get_text_config():
+        raise UserError(f"{what}, as media need it; use a checkpoint of its language model alone")
+    log.warning("note: %s: it trains, but evaluation and infer.py cannot ask it", what)
 
 
 def from_pretrained(kind: str, llm: LLMConfig, **options: Any) -> Any:

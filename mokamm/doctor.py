@@ -247,7 +247,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
             changes = {"stage": stage, "offload_optimizer": offload, "offload_parameters": offload and stage == 3}
             found = forecast.memory(**changes)
             memory[f"zero{stage}{'_offload' if offload else ''}"] = {**asdict(found), "total": found.total}
-    problems = []
+    problems = [outline.no_rows] if outline.tokenizer and outline.no_rows else []
     if tokens["media"] >= config.data.max_length:
         problems.append(
             f"data.max_length is {config.data.max_length}, and the media of one sample take {tokens['media']} tokens: no "
@@ -255,7 +255,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
         )
     return {
         "parameters": _parameters(outline),
-        "not_counted": {name: why for name, why in outline.left_out.items() if name != "tokenizer"},
+        "not_counted": outline.left_out,
         "tokens": tokens,
         "memory": memory,
         "memory_unknown": forecast.unknown,

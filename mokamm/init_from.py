@@ -133,9 +133,8 @@ def read_own_mask(config: RunConfig) -> Mask:
     named, wanted = config.adapter.mask, config.adapter.sparsity
     assert named is not None
     mask = read_mask(find_path(named))
-    if (
-        wanted is not None and abs(mask.sparsity - wanted) > 0.001 + 1 / mask.total
-    ):  # published ones are not cut exactly
+    exactly = 0.001 + 1 / mask.total  # published ones are not cut to the entry
+    if wanted is not None and abs(mask.sparsity - wanted) > exactly:
         raise UserError(
             f"adapter.sparsity is {wanted:g}, and adapter.mask ({named}) has {mask.sparsity:.4g}: leave sparsity out, or "
             "cut another mask (mokamm lori-mask)"

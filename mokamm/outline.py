@@ -16,7 +16,7 @@ from torch import nn
 from data.schema import UserError
 from mokamm.adapters.masks import Mask, keep_top
 from mokamm.adapters.start import factors
-from mokamm.build import encoder_of, from_pretrained, load_tokenizer, processor_of, projector_of, wrapped
+from mokamm.build import check_answers, encoder_of, from_pretrained, load_tokenizer, processor_of, projector_of, wrapped
 from mokamm.config import RunConfig, find_path
 from mokamm.init_from import read_own_mask
 from mokamm.names import DENSE
@@ -30,6 +30,7 @@ class Outline(nn.Module):
     """The shape of a run's model: LLM, adapter and projectors on the meta device, to be counted like a MultimodalLM.
 
     left_out: what could not be built here, by name, with the reason; the projector of an absent encoder is not counted.
+    no_rows: why there is no processor, and so no row can be laid out: no tokenizer here, or one without a chat template.
     """
 
     def __init__(self, llm: Any, projectors: dict[str, Projector], perception: Perception) -> None:
@@ -39,6 +40,8 @@ class Outline(nn.Module):
         self.senses: dict[str, Sense] = {}
         self.processor: Processor | None = None
         self.left_out: dict[str, str] = {}
+        self.tokenizer: Any = None
+        self.no_rows = ""
 
 
 def build_outline(config: RunConfig, offline: bool = False) -> Outline:
@@ -56,6 +59,7 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
         llm = AutoModelForCausalLM.from_config(
             shape, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
         )
+        check_answers(llm, settings)
         llm = wrapped(llm, config)
     if config.method in DENSE:  # the sparse ones, which have nothing to train before
         llm.base_model.set_mask(_mask(llm, config))
@@ -77,14 +81,14 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
             f"the encoder is not in a local folder ({modalities[name].encoder.path}), and its shape is not known here"
         )
     try:
-        tokenizer = load_tokenizer(settings, local_files_only=offline)
+        outline.tokenizer = load_tokenizer(settings, local_files_only=offline)
     except UserError:
-        left_out["tokenizer"] = f"{settings.path} has no tokenizer that can be read"
+        outline.no_rows = f"{settings.path} has no tokenizer that can be read"
     else:
         try:
-            outline.processor = processor_of(config, tokenizer, encoders, projectors, None)
+            outline.processor = processor_of(config, outline.tokenizer, encoders, projectors, None)
         except UserError as error:
-            left_out["tokenizer"] = str(error)
+            outline.no_rows = str(error)
     outline.left_out = left_out
     return outline
 

@@ -7,7 +7,8 @@ break the template nor be mistaken for a part of it, and each piece knows who wr
 assistant. Stretches of text between two media are tokenised in one go, so that ordinary text gets the very ids that
 `apply_chat_template(..., tokenize=True)` gives it. Where a control token's name (`</s>`, `<|im_end|>`) stands in
 *written* text, the stretch is cut inside that name: the token is not recognised and the name stays text.
-Works with any template that prints each content once; system messages join the first user turn where they are refused.
+Works with any template that prints each content once; system messages join the first user turn where they are refused or
+printed later.
 Cost: two template renderings a sample, well below a millisecond each.
 """
 

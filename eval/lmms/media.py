@@ -25,8 +25,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.decode import mono_sound, pixels
+from data.decode import mono_sound
 from data.media import MediaLimits, MediaLoader, Windows, cut_windows
+from data.pictures import pixels
 from data.schema import Kind, Media, MediaError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")

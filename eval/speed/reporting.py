@@ -28,7 +28,7 @@ def surroundings(args: argparse.Namespace) -> dict[str, Any]:
         models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = f"{models[0]} x {len(models)}" if models else cpu
     machine: dict[str, Any] = {"cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version()}
-    if args.device == "cuda":
+    if args.device.startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "out")}

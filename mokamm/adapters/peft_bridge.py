@@ -84,10 +84,10 @@ def linear_names(model: nn.Module) -> list[str]:
 
 def unfit_modules(model: nn.Module) -> dict[str, str]:
     """Linear modules that no method can adapt, by name, and why."""
-    modules, found = dict(model.named_modules()), {}
+    modules, plain, found = dict(model.named_modules()), LoraConfig(), {}
     for name in linear_names(model):
         try:
-            _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+            _check_lora_target_modules_mamba(plain, model, name.rpartition(".")[2])
         except ValueError:
             found[name] = "whose weight the Mamba kernels of this LLM read past any adapter"
         if not _gives_rows(modules[name]):

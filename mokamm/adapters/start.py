@@ -61,9 +61,8 @@ def adopt_a(model: Any, source: Source, adapter_name: str = "default") -> None:
     """Raises AdapterError where the source has other layers, shapes, modalities or another scaling; warns where it computed
     something else with them."""
     own, config = factors(model, adapter_name), model.peft_config[adapter_name]
-    settings = {
-        key: value for key, value in source.settings.items() if key != "peft_type"
-    }  # a LoRI-S begins at a LoRI-D
+    settings = dict(source.settings)
+    settings.pop("peft_type", None)  # a LoRI-S may begin at a LoRI-D
     problems = other_settings(config, settings)
     problems += [f"{name} is adapted here and not there" for name in own if name not in source.shapes]
     problems += [f"{name} is adapted there and not here" for name in source.shapes if name not in own]

@@ -15,8 +15,8 @@ import torch
 import yaml
 from PIL import Image
 
-from data.decode import picture
 from data.media import MediaLimits, MediaLoader
+from data.pictures import picture
 from data.schema import BadSample, Media, MediaError, Text, UserError
 from eval.benchmarks import BENCHMARKS
 from eval.lmms.decoding import Decoding

@@ -160,7 +160,9 @@ def test_what_is_not_there_is_said_and_the_rest_is_told(capsys, folder, world):
     assert "not known, since not all rows are here data.train.0: datasets/instruct/train.jsonl: the annotation" in out
     found = advised(capsys, *text(folder, "bare", world))
     assert found["rank"]["answer_tokens"] is None
-    assert "tokenizer" in found["parameters"]["left_out"]
+    assert found["parameters"]["left_out"] == {}
+    advise.main(text(folder, "bare", world))
+    assert "has no tokenizer that can be read" in " ".join(capsys.readouterr().out.split())
     assert found["steps"]["total"] == 1
 
     absent = "model.modalities.vision.encoder.path=openai/clip-vit-large-patch14"

@@ -193,6 +193,15 @@ def test_a_model_that_is_not_whole_is_missing_and_what_lacks_is_named(
     assert f"MISSING {part}: {path}\n        {folder} lacks " in capsys.readouterr().out
 
 
+def test_a_tokenizer_without_chat_template_is_a_problem_before_training(capsys, tmp_path):
+    shutil.copytree(ROOT / "mokamm" / "mini" / "llm", tmp_path / "llm", ignore=shutil.ignore_patterns("*.jinja"))
+    arguments = ["configs/mini/av_text.yaml", "--shapes", f"model.llm.path={tmp_path / 'llm'}"]
+    code, found = examined(capsys, *arguments)
+    assert (code, len(found["problems"])) == (1, 1)
+    assert "has no chat template" in found["problems"][0]
+    assert examined(capsys, *arguments, "model.llm.chat_template=plain")[1]["problems"] == []
+
+
 def test_an_empty_folder_is_no_model(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     paths = [f"model.{key}={tmp_path}" for key in ("llm.path", "modalities.audio.encoder.path")]

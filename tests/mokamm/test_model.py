@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from data.collate import collate
 from data.schema import IGNORED, Message, Text, UserError
-from mokamm.build import load_llm, trainable_parts
+from mokamm.build import load_llm, load_tokenizer, trainable_parts
 from mokamm.config import LLMConfig
 from mokamm.init_from import load_init
 from mokamm.model import user_message
@@ -311,6 +311,13 @@ SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 60, "pad_token_id": 0,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Config", "GPT2Config", "GemmaConfig", "RwkvConfig"])
+def test_a_folder_without_a_vocabulary_gives_no_empty_tokenizer(tmp_path, kind):
+    getattr(transformers, kind)().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds no vocabulary of its tokenizer"):
+        load_tokenizer(LLMConfig(path=str(tmp_path)))
 
 
 def test_an_llm_that_cannot_be_used_is_told_before_training(tmp_path):
