@@ -1,23 +1,24 @@
 """The rows of all sources as one map-style data set of examples, in which a bad row never stops a run by itself.
 
-    i --index--> (part, row) --Rows--> Sample --process--> Example
-                     ^                        | BadSample
-                     '--- substitute(i, k) <--' ledger
+    i --epoch, position--> (part, row) --Rows--> Sample --process--> Example
+                               ^                        | BadSample
+                               '--- substitute(i, k) <--' ledger
 
-The substitute's row is a pure function of (seed, i, k), so the batches are the same with any number of workers and
-after a resume.
+Positions 0 .. n-1 are the first epoch, n .. 2n-1 the second, and so on without an end; epochs differ where a weight has
+a fraction, which takes other rows in each. The substitute's row is a pure function of (seed, i, k), so the batches are
+the same with any number of workers and after a resume.
 
-Cost: an index of two integers a row; samples are read, and media decoded, only when asked for.
+Cost: an integer a row of sources whose weight has a fraction; samples are read, and media decoded, only when asked for.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 
 from data.ledger import Ledger
@@ -35,7 +36,7 @@ class SampleRows(Protocol):
 
 
 class Part(NamedTuple):
-    """One source in the mixture. weight 2.5: every row twice, and half of them, chosen by the seed, a third time.
+    """One source in the mixture. weight 2.5: in each epoch every row twice, and half of them a third time, in turns.
     process: for rows with a loader of their own (another media_dir); otherwise the data set's."""
 
     rows: SampleRows
@@ -44,21 +45,42 @@ class Part(NamedTuple):
     process: Process | None = None
 
 
+class _Turns:
+    """The rows of one part in each epoch, `weight` times as many as it has.
+
+    The fraction's rows are the next ones of a permutation drawn by the seed, which starts again where it ends: so in a
+    long run each row comes as often as any other, but for one time.
+    """
+
+    def __init__(self, rows: int, weight: float, seed: int, part: int) -> None:
+        self.rows, self.whole = rows, rows * int(weight)
+        self.fraction = round((weight - int(weight)) * rows)
+        self.order = epoch_order(rows, part, seed) if self.fraction else None
+
+    def __len__(self) -> int:
+        return self.whole + self.fraction
+
+    def row(self, epoch: int, k: int) -> int:
+        """The k-th row of an epoch."""
+        if self.order is None or k < self.whole:
+            return k % self.rows
+        return int(self.order[(epoch * self.fraction + k - self.whole) % self.rows])
+
+
 class MultimodalDataset(torch.utils.data.Dataset[Example]):
-    """Map-style over the weighted concatenation of `parts` (tuples in Part's order are fine)."""
+    """Map-style over the weighted concatenation of `parts` (tuples in Part's order are fine); its length is an epoch's."""
 
     def __init__(self, parts: Sequence[tuple], process: Process, ledger: Ledger, seed: int = 0) -> None:
         self.parts = [Part(*part) for part in parts]
         self.process, self.ledger, self.seed = process, ledger, seed
         self._check()
-        rows = [_repeats(len(part.rows), part.weight, seed, k) for k, part in enumerate(self.parts)]
-        self._part = np.repeat(np.arange(len(rows), dtype=np.uint16), [len(r) for r in rows])
-        self._row = np.concatenate(rows)
-        if not len(self._row):
+        self._turns = [_Turns(len(part.rows), part.weight, seed, k) for k, part in enumerate(self.parts)]
+        self._starts = list(accumulate(map(len, self._turns), initial=0))  # of each part within an epoch, and the end
+        if not len(self):
             raise UserError("data.train: no rows are left; raise the weights or limits of the sources")
 
     def __len__(self) -> int:
-        return len(self._row)
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> Example:
         """The example of position `index`, or of its first good substitute; UserError when none of TRIES is good."""
@@ -77,26 +99,38 @@ class MultimodalDataset(torch.utils.data.Dataset[Example]):
 
     def length(self, index: int) -> int:
         """The estimated tokens of a position's row, without opening its media; 0 where the row cannot be read."""
-        part = self.parts[self._part[index]]
+        part, row = self._at(index)
         estimate = getattr(part.process or self.process, "estimate_length", None)
         try:
-            return estimate(part.rows[int(self._row[index])]) if estimate else 0
+            return estimate(part.rows[row]) if estimate else 0
         except BadSample:
             return 0
 
     def where(self, index: int) -> str:
         """Name and row of a position, for messages."""
-        return f"{self.parts[self._part[index]].name} row {self._row[index]}"
+        part, row = self._at(index)
+        return f"{part.name} row {row}"
 
     def substitutes(self, index: int) -> Iterator[int]:
         """Positions to take in place of `index`, in this order: a pure function of the seed and `index`."""
-        part = self._part[index]
-        first, last = np.searchsorted(self._part, [part, part + 1]).tolist()
-        for k, draw in enumerate(hashes(TRIES, self.seed, index).tolist()):
-            yield first + draw % (last - first) if k < TRIES // 2 else draw % len(self)
+        position = index % len(self)
+        epoch = index - position
+        k = self._part_of(position)
+        first, last = self._starts[k : k + 2]
+        for attempt, draw in enumerate(hashes(TRIES, self.seed, position).tolist()):
+            yield epoch + (first + draw % (last - first) if attempt < TRIES // 2 else draw % len(self))
+
+    def _part_of(self, position: int) -> int:
+        return bisect_right(self._starts, position) - 1
+
+    def _at(self, index: int) -> tuple[Part, int]:
+        """Part and row of a position."""
+        epoch, position = divmod(index, len(self))
+        k = self._part_of(position)
+        return self.parts[k], self._turns[k].row(epoch, position - self._starts[k])
 
     def _load(self, index: int) -> Example:
-        part, row = self.parts[self._part[index]], int(self._row[index])
+        part, row = self._at(index)
         sample_id = ""
         try:
             sample = replace(part.rows[row], source=part.name, row=row)  # as the ledger names it
@@ -119,13 +153,6 @@ class MultimodalDataset(torch.utils.data.Dataset[Example]):
                 raise UserError(f"data.train: {part.name}: weight must be a number from 0 up, found {part.weight}")
             if not len(part.rows):
                 raise UserError(f"data.train: {part.name}: its file holds no rows; check its path and limit")
-
-
-def _repeats(n: int, weight: float, seed: int, part: int) -> np.ndarray:
-    """Rows of one part, weight times each; the fraction's rows are drawn by the seed, and kept in their order."""
-    whole, rest = int(weight), round((weight - int(weight)) * n)
-    chosen = np.sort(epoch_order(n, part, seed)[:rest])
-    return np.concatenate([*[np.arange(n)] * whole, chosen]).astype(np.int64)
 
 
 def loaded(loader: Iterable[Any]) -> Iterator[Any]:

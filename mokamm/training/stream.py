@@ -1,6 +1,6 @@
 """Which rows a step sees: a function of (seed, position) alone, so that workers, ranks and a resumed run agree.
 
-    epoch 0: a permutation of all n rows | epoch 1: another one | ...        one endless line of rows
+    epoch 0: a permutation of 0 .. n-1 | epoch 1: another one, of n .. 2n-1 | ...        one endless line of rows
     step s takes the rows  [s*W, (s+1)*W)  of it,  W = batch * accumulation * ranks
     within a step: micro batch a of rank r takes the rows  (a*ranks + r) * batch + [0, batch)
 
@@ -99,9 +99,9 @@ class MicroBatches:
         return [row for group in order for row in rows[group * size : (group + 1) * size]]
 
     def _row(self, position: int) -> int:
-        """The row at a position of the endless line."""
+        """The row at a position of the endless line; epoch e's are numbered from e * plan.rows (data/dataset.py)."""
         epoch, offset = divmod(position, self.plan.rows)
-        return int(self._order(epoch)[offset])
+        return epoch * self.plan.rows + int(self._order(epoch)[offset])
 
 
 class ValidationBatches:

@@ -165,6 +165,30 @@ def test_weights_are_fractional_repeats(tmp_path):
     assert any(drawn(seed) != places for seed in (1, 2, 3))
 
 
+def test_a_fraction_takes_other_rows_in_each_epoch_until_all_were_seen(tmp_path):
+    rows = make_rows(tmp_path, 10)
+    data = MultimodalDataset(
+        [(rows.head(3), 0.0, "a"), (rows, 0.25, "b"), (rows, 1.5, "c")], Heard(tmp_path), Ledger(tmp_path / "l", 0, 23)
+    )
+    assert len(data) == 2 + 15  # round(2.5) is 2
+    epochs = [[data.where(i) for i in range(17 * e, 17 * (e + 1))] for e in range(10)]
+    for found in epochs:
+        assert sorted(found[2:12]) == sorted(f"c row {k}" for k in range(10))
+        assert len(set(found[12:])) == 5
+    assert not set(epochs[0][12:]) & set(epochs[1][12:])
+    seen = [place for found in epochs[:5] for place in found[:2]]
+    assert sorted(seen) == sorted(f"b row {k}" for k in range(10))
+    assert epochs[5][:2] == epochs[0][:2]
+    assert int(data[17 * 3].input_ids[-1]) == int(data.where(17 * 3).split()[-1])
+
+
+def test_substitutes_in_a_later_epoch_are_of_that_epoch(tmp_path):
+    rows = make_rows(tmp_path, 8)
+    data = MultimodalDataset([(rows, 0.5, "a"), (rows, 1.0, "b")], Heard(tmp_path), Ledger(tmp_path / "l", 1.0, 16))
+    assert list(data.substitutes(12 * 4 + 1)) == [12 * 4 + i for i in data.substitutes(1)]
+    assert {data.where(i) for i in data.substitutes(1)} != {data.where(i) for i in data.substitutes(13)}
+
+
 def test_a_part_may_have_a_process_of_its_own(tmp_path):
     (tmp_path / "other").mkdir()
     first, second = make_rows(tmp_path, 2), make_rows(tmp_path / "other", 3)

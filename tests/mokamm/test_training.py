@@ -144,8 +144,8 @@ def test_an_epoch_has_every_row_once_also_where_steps_straddle_epochs():
     rows = [row for batch in MicroBatches(shape, 0, 0) for row in batch]
     assert shape.total_steps == 10
     for epoch in range(3):
-        assert sorted(rows[10 * epoch : 10 * epoch + 10]) == list(range(10))
-    assert rows[:10] != rows[10:20]
+        assert sorted(rows[10 * epoch : 10 * epoch + 10]) == list(range(10 * epoch, 10 * epoch + 10))
+    assert rows[:10] != [row - 10 for row in rows[10:20]]
     assert [step for step in range(1, 11) if shape.ends_epoch(step)] == [4, 7, 10]
 
 
