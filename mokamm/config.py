@@ -23,6 +23,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
+    PositiveFloat,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -42,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 def _one_of(known: Collection[str], what: str) -> AfterValidator:
@@ -109,7 +111,7 @@ class ModalityConfig(Section):
     encoder: EncoderConfig
     projector: ProjectorConfig = ProjectorConfig()
     segments: Positive = 1
-    seconds: Annotated[float, Field(gt=0.0)] | None = None
+    seconds: PositiveFloat | None = None
     boundaries: bool = True
 
 
@@ -151,7 +153,7 @@ class AdapterConfig(Section):
 
     method: Annotated[str, _one_of(names.METHODS, "adapter method")] = "moka"
     r: Positive = 4
-    lora_alpha: Annotated[float, Field(gt=0.0)] = 16
+    lora_alpha: PositiveFloat = 16
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: Modules = "all-linear"
     exclude_modules: Modules | None = None
@@ -166,17 +168,11 @@ class AdapterConfig(Section):
     # LoRI: lori_d, lori_s, lori_moka_d, lori_moka_s
     a_seed: int | None = None  # of the frozen A; None: training.seed
     store_a: bool | None = None  # write A into the adapter's file, instead of remaking it from its seed
-    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = (
-        None  # share of B that stays zero; None: 0.9, or the mask's
-    )
+    sparsity: Share | None = None  # of B that stays zero; None: 0.9, or the mask's
     mask: str | None = None  # file of `mokamm lori-mask`; None: a sparse method trains its dense one first and cuts it
-    calibration_share: Annotated[float, Field(gt=0.0)] | None = (
-        None  # steps of that first phase to the second's; None: 1
-    )
-    calibration_learning_rate: Annotated[float, Field(gt=0.0)] | None = None  # None: a tenth of training.learning_rate
-    init_from: str | None = (
-        None  # a run or adapter of LoRI to go on from; a mask leaves the entries outside it as they are
-    )
+    calibration_share: PositiveFloat | None = None  # steps of that first phase to the second's; None: 1
+    calibration_learning_rate: PositiveFloat | None = None  # None: a tenth of training.learning_rate
+    init_from: str | None = None  # a run or adapter of LoRI to go on from; entries outside a mask stay as they are
     init_a_only: bool | None = None  # of init_from take A alone; B begins at zero
     keys: Literal["question", "user"] = "question"
     coto: CotoConfig | None = None
@@ -226,7 +222,7 @@ class SourceConfig(Section):
     path: str
     name: str | None = None
     media_dir: str | None = None
-    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    weight: PositiveFloat = 1.0
     limit: Positive | None = None
     options: dict[str, Any] = {}
 
@@ -252,14 +248,14 @@ class WorldConfig(Section):
 
 class CacheConfig(Section):
     dir: str
-    max_gb: Annotated[float, Field(gt=0.0)] = 10.0
+    max_gb: PositiveFloat = 10.0
 
 
 class LimitsConfig(Section):
     """What a media file may hold, checked from its header before it is decoded."""
 
     max_pixels: Positive = 50_000_000  # of an image or a frame
-    max_seconds: Annotated[float, Field(gt=0.0)] = 3600.0
+    max_seconds: PositiveFloat = 3600.0
     max_bytes: Positive = 2_000_000_000
 
 
@@ -281,21 +277,21 @@ class TrainingConfig(Section):
     output_dir: str
     stage: Literal[1, 2] = 2  # 1: projectors only; 2: projectors and adapter (or the whole LLM)
     init_from: str | list[str] | None = None  # runs, checkpoints or folders with projectors.safetensors
-    learning_rate: Annotated[float, Field(gt=0.0)] | Literal["auto"] = 1.0e-4  # auto: by mokamm/training/rate.py
-    projector_learning_rate: NonNegative | None = None  # None: learning_rate; 0: projectors stay as they are
-    num_train_epochs: Annotated[float, Field(gt=0.0)] = 3.0
+    learning_rate: PositiveFloat | Literal["auto"] = 1.0e-4  # auto: by mokamm/training/rate.py
+    projector_learning_rate: NonNegativeFloat | None = None  # None: learning_rate; 0: projectors stay as they are
+    num_train_epochs: PositiveFloat = 3.0
     max_steps: int = -1
     per_device_train_batch_size: Positive = 4
     per_device_eval_batch_size: Positive | None = None
     gradient_accumulation_steps: Positive = 1
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: Fraction = 0.0
-    warmup_steps: NonNegative = 0  # below 1: a share of all steps, as in newer transformers
-    weight_decay: NonNegative = 0.0
+    warmup_steps: NonNegativeFloat = 0  # below 1: a share of all steps, as in newer transformers
+    weight_decay: NonNegativeFloat = 0.0
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.999
-    adam_epsilon: NonNegative = 1.0e-8
-    max_grad_norm: NonNegative = 1.0  # 0: no clipping
+    adam_epsilon: NonNegativeFloat = 1.0e-8
+    max_grad_norm: NonNegativeFloat = 1.0  # 0: no clipping
     on_nan: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is not finite; its update is never made
     loss_spike: Annotated[float, Field(gt=1.0)] | None = None  # as on_nan, at so many times the mean loss of 50 steps
     bf16: bool = False

@@ -6,11 +6,11 @@
       LoRI-S), with or without --mask
     another LoRA folder (LoRI-D)                        lora     cleaned: the lora_ tensors alone
     a published mask (masks/0.9_mask.pt)                mask     a mask file for adapter.mask
-    a published MokA checkpoint, or its stage 1         moka     adapter/ and projectors.safetensors, for training.init_from
+    a published MokA checkpoint, or its stage 1 (*.bin) moka     adapter/ and projectors.safetensors, for training.init_from
     the published BEATs (a .pt with cfg and model)      beats    a safetensors file for the encoder's path
 
 An importer of another kind of source is one function `plan_...(source, options) -> Plan | None` named in `plan`: None where
-the source is not its own. `--dry-run` says what would be written. Nothing is overwritten.
+the source is not its own. `--dry-run` says what would be written, and OUT may be left out then. Nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def plan(source: Path, options: Options) -> Plan:
     """Raises UserError or AdapterError where no importer knows the source, or it cannot become what is asked for."""
     from mokamm.beats_convert import plan_beats
     from mokamm.lori_convert import plan_adapter, plan_mask
-    from mokamm.published_moka import ADAPTER_FILE, OTHER_FILE, plan_published
+    from mokamm.published_moka import plan_published
 
     importers: tuple[Callable[[Path, Options], Plan | None], ...] = (
         plan_published, plan_beats, plan_mask, plan_adapter,
@@ -71,9 +71,8 @@ def plan(source: Path, options: Options) -> Plan:
             raise UserError(f"--logits-by-keys goes with a published MokA checkpoint; {source} is: {found.found}")
         return found
     raise UserError(
-        f"{source} is none of: a run or a folder with adapter_config.json; a published MokA checkpoint, that is a folder "
-        f"with {ADAPTER_FILE}, or with projectors in {OTHER_FILE}; a mask (*.pt, *.safetensors); BEATs (*.pt). For "
-        f"projectors of MokA in a file of another name: rename it to {OTHER_FILE}, and name its folder"
+        f"{source} is none of: a run or a folder with adapter_config.json; a published MokA checkpoint (a folder, or one "
+        "*.bin, with an adapter's or projectors' keys); a mask (*.pt, *.safetensors); BEATs (*.pt)"
     )
 
 
@@ -82,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="mokamm convert", description="Adapters, masks and encoders from and to other formats."
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a run, an adapter's folder, a mask or BEATs.pt")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder (of a mask or BEATs: the file) to write")
+    parser.add_argument(
+        "out", type=Path, nargs="?", metavar="OUT", help="the folder (of a mask or BEATs: the file) to write"
+    )
     parser.add_argument("--to", choices=FORMATS, help="default: by what the source is")
     parser.add_argument(
         "--mask", type=Path, metavar="FILE", help="for a LoRI-S published as LoRA: which entries trained"
@@ -93,11 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
+    if args.out is None and not args.dry_run:
+        parser.error("OUT is missing; only with --dry-run it may be")
     try:
         planned = plan(args.source, Options(args.to, args.mask, args.logits_by_keys))
-        if args.out.exists():
-            raise UserError(f"{args.out} is there already; nothing is overwritten. Choose another name")
-        planned.check(args.out)
+        if args.out is not None:
+            if args.out.exists():
+                raise UserError(f"{args.out} is there already; nothing is overwritten. Choose another name")
+            planned.check(args.out)
         if not args.dry_run:
             with writing(args.out, "choose another place for OUT"):
                 planned.write(args.out)
@@ -109,11 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for warning in planned.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if args.json:
-        told = {"source": str(args.source), "found": planned.found, "to": planned.result, "out": str(args.out)}
+        out = None if args.out is None else str(args.out)
+        told = {"source": str(args.source), "found": planned.found, "to": planned.result, "out": out}
         print(json.dumps({**told, "written": not args.dry_run, "warnings": planned.warnings}))
     else:
         verb = "would be written" if args.dry_run else "written"
-        print(f"{args.source}: {planned.found}\n{args.out}: {verb} as {planned.result}")
+        print(f"{args.source}: {planned.found}\n{args.out or 'OUT'}: {verb} as {planned.result}")
     return 0
 
 

@@ -3,6 +3,7 @@
     adapter_model.bin        ...q_proj.lora_A0|A1|A2|B0.weight           audio-visual: text, video, audio; the shared B
                              ...q_proj.lora_A.{text,image}, lora_B.text  visual-text
     non_lora_trainables.bin  model.{vl,al}_projector.*                   LayerNorm, Q-Former in BLIP-2's naming, MLP
+    visual_pretrain.bin, ..  the same, of stage 1: a file of any name, or a folder of such files
           |
           v
     OUT/adapter/ (MOKA, PEFT's format)   OUT/projectors.safetensors   OUT/MANIFEST.json
@@ -83,30 +84,46 @@ class Published:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def is_published(folder: Path) -> bool:
-    """Whether a folder looks like one of those checkpoints, by its files' and keys' names; nothing is read into memory."""
-    if (folder / OTHER_FILE).is_file():
-        return True
-    file = folder / ADAPTER_FILE
-    return file.is_file() and any(AUDIO_VISUAL.fullmatch(k) or VISUAL_TEXT.fullmatch(k) for k in _load(file, mmap=True))
+def published_files(source: Path) -> list[Path]:
+    """The files of such a checkpoint in a folder, or the one named: *.bin, known by their keys, which alone are read."""
+    files = sorted(source.glob("*.bin")) if source.is_dir() else [source] if source.suffix == ".bin" else []
+    return [file for file in files if file.name == OTHER_FILE or _has_our_keys(file, told=len(files) == 1)]
 
 
-def read_published(folder: str | Path, logits_by_keys: bool = False) -> Published:
-    """Read a published folder (a final one, or a stage 1 with projectors only).
+def _has_our_keys(file: Path, told: bool) -> bool:
+    """told: whether a file that holds no tensors is a mistake; beside others it may be a Trainer's arguments."""
+    try:
+        keys = _load(file, mmap=True)
+    except UserError:
+        if told or file.name == ADAPTER_FILE:
+            raise
+        return False
+    return any(pattern.fullmatch(key) for key in keys for pattern in (AUDIO_VISUAL, VISUAL_TEXT, PROJECTOR))
+
+
+def read_published(source: str | Path, logits_by_keys: bool = False) -> Published:
+    """Read a published folder, or a stage 1 with projectors only (a folder or one file).
 
     logits_by_keys: it was trained by the audio-visual code of before 2025-12-28; nothing in the files says so.
 
     Raises UserError for a key that no rule knows, a projector without one of its parameters, a layer without one of its
     modules or matrices, or ranks that disagree; all at once.
     """
-    folder = Path(folder)
-    files = [folder / name for name in (ADAPTER_FILE, OTHER_FILE) if (folder / name).is_file()]
+    source = Path(source)
+    folder = source if source.is_dir() else source.parent
+    files = published_files(source)
     if not files:
-        raise UserError(f"{folder} holds neither {ADAPTER_FILE} nor {OTHER_FILE}; expected a published MokA checkpoint")
-    state = {key: tensor for file in files for key, tensor in _load(file).items()}
+        raise UserError(
+            f"{source} is no published MokA checkpoint: no *.bin there has keys of its adapter or projectors"
+        )
     result = Published(kind="stage 1")
     matrices: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, Tensor] = {}
     problems: list[str] = []
+    for file in files:
+        new = _load(file)
+        problems += [f"{key} is in {file.name} and in another file" for key in new if key in state]
+        state |= new
     for key, tensor in state.items():
         if match := AUDIO_VISUAL.fullmatch(key) or VISUAL_TEXT.fullmatch(key):
             matrices.setdefault(match[1], {})[match[2]] = tensor
@@ -120,7 +137,7 @@ def read_published(folder: str | Path, logits_by_keys: bool = False) -> Publishe
     if matrices:
         problems += _adapter(result, matrices, _settings(folder), logits_by_keys)
     problems += _absent_parameters(result)
-    refuse(folder, problems, f"is not read: {len(problems)} mistakes")
+    refuse(source, problems, f"is not read: {len(problems)} mistakes")
     return result
 
 
@@ -266,7 +283,7 @@ def _layer(module: str) -> int | None:
 
 def plan_published(source: Path, options: Options) -> Plan | None:
     """An importer of mokamm/convert.py; None for another kind of folder."""
-    if not source.is_dir() or not is_published(source):
+    if not published_files(source):
         return None
     if options.to not in (None, "moka"):
         raise UserError(f"{source} is a checkpoint of MokA; it cannot become {options.to}")

@@ -3,8 +3,9 @@
     Category&VideoID&Quality&StartTime&EndTime        <- header, optional
     Church bell&RUhOCu3LNXM&good&0&10
 
-A JSON array of {"category", "video_id", "start", "end"} is read too. The model is asked one fixed question and answers
-in one fixed form, made by `format_event` and read back by `parse_event`.
+A JSON array of {"category", "video_id", "start", "end"} is read too, and MokA's own names {"event", "vid",
+"start_time", "end_time"}, with video_path and audio_path as in music_avqa.py where a row has them. The model is asked
+one fixed question and answers in one fixed form, made by `format_event` and read back by `parse_event`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 from data.schema import BadSample, Sample, UserError
 from data.sources.index import Raw, Spans, array_rows, first_character, lines
-from data.sources.music_avqa import clip
-from data.sources.rows import Rows, ask, describe, text_of, utf8, value_of
+from data.sources.music_avqa import clip, named_clip
+from data.sources.rows import Rows, ask, describe, key_of, text_of, utf8, value_of
 
 QUESTION = "Which event is seen and heard together, and when?"
 _COLUMNS = "Category&VideoID&Quality&StartTime&EndTime"
@@ -43,18 +44,24 @@ def parse_event(text: str) -> tuple[str, float, float] | None:
 
 def read(
     path: Path,
+    media_dir: Path | None = None,
     *,
-    video_dir: str = "videos",
+    video_dir: str | None = None,
     audio_dir: str | None = None,
     question: str = QUESTION,
     instruction: str | None = None,
 ) -> Rows:
-    """Rows of [video, sound, question] -> event and range. Options as in music_avqa.read, and the question's text."""
+    """Rows of [video, sound, question] -> event and range. Options as in music_avqa.read, and the question's text.
+
+    video_dir: without it `AVE`, as published, or `videos`, whichever is there."""
+    base = media_dir or path.parent
+    video_dir = video_dir or next((name for name in ("AVE", "videos") if (base / name).is_dir()), "videos")
     as_json = first_character(path) in ("[", "{")
     records = array_rows(path) if as_json else _lines(path)
     parse = partial(
-        _parse, as_json=as_json, video_dir=video_dir, audio_dir=audio_dir, question=question, instruction=instruction
-    )
+        _parse, as_json=as_json, base=base, video_dir=video_dir, audio_dir=audio_dir, question=question,
+        instruction=instruction,
+    )  # fmt: skip
     return Rows(path, records, parse)
 
 
@@ -76,16 +83,24 @@ def _is_header(line: bytes) -> bool:
 
 
 def _parse(
-    raw: Raw, index: int, as_json: bool, video_dir: str, audio_dir: str | None, question: str, instruction: str | None
-) -> Sample:
+    raw: Raw, index: int, as_json: bool, base: Path, video_dir: str, audio_dir: str | None, question: str,
+    instruction: str | None,
+) -> Sample:  # fmt: skip
     row = value_of(raw) if as_json else _fields(utf8(raw))
-    category, video_id = text_of(row, "category").strip(), text_of(row, "video_id").strip()
-    start, end = _seconds(row, "start"), _seconds(row, "end")
+    category = text_of(row, key_of(row, "category", "event")).strip()
+    video_id = text_of(row, key_of(row, "video_id", "vid")).strip()
+    start = _seconds(row, key_of(row, "start", "start_time"))
+    end = _seconds(row, key_of(row, "end", "end_time"))
     if not start < end:
         raise BadSample(f"the event's range is empty: from {start:g} to {end:g} seconds")
     return Sample(
         id=f"{video_id}-{index}",
-        messages=ask(clip(video_id, video_dir, audio_dir), question, format_event(category, start, end), instruction),
+        messages=ask(
+            named_clip(row, base) or clip(video_id, video_dir, audio_dir),
+            question,
+            format_event(category, start, end),
+            instruction,
+        ),
         source="ave",
         row=index,
         meta={"category": category, "start": start, "end": end, "video_id": video_id},

@@ -69,6 +69,15 @@ def without_prefix(sample: Sample, prefixes: Iterable[str]) -> Sample:
     return replace(sample, messages=messages)
 
 
+def below(folder: Path, path: str) -> str:
+    """An absolute path of another machine as one below `folder`: the longest end of it that lies there, else unchanged."""
+    parts = Path(path).parts
+    if not Path(path).is_absolute() or ".." in parts:
+        return path
+    ends = (Path(*parts[k:]) for k in range(1, len(parts)))
+    return next((end.as_posix() for end in ends if (folder / end).is_file()), path)
+
+
 def existing(path: Path, source: str, folder: bool = False) -> Path:
     """The path, if it is a file (or, with `folder`, a folder); else a UserError with the nearest name in its folder."""
     if path.is_file() or (folder and path.is_dir()):
@@ -137,6 +146,11 @@ def text_of(row: Any, key: str, *, where: str = "") -> str:
             f"{where}'{key}' is missing or empty; expected a text, found {value!r} ({columns_of(row, key)})"
         )
     return value
+
+
+def key_of(row: Any, *keys: str) -> str:
+    """The first of these keys that a row has; the very first where it has none."""
+    return next((key for key in keys if isinstance(row, dict) and key in row), keys[0])
 
 
 def columns_of(row: dict[str, Any], missing: str) -> str:

@@ -25,6 +25,7 @@ AVQA = {
 
 
 def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
     return path
 
@@ -75,6 +76,37 @@ def test_music_avqa_correct_spelling_and_plain_lists(tmp_path):
     assert sample.meta["question_type"] == ["Audio", "Counting"]
 
 
+def test_music_avqa_in_mokas_own_files(tmp_path):
+    """The question is whole, the media are named by paths of another machine."""
+    for name in ("set/videos/1.mp4", "set/audio/1.mp3", "2.mp4"):
+        write(tmp_path / "media" / name, "")
+    row = {"video_id": "1", "question_id": 5, "type": '["Audio"]', "question": "Is <it> loud?", "answer": "yes"}
+    named = {"video_path": "/data/old/set/videos/1.mp4", "audio_path": "/data/old/set/audio/1.mp3"}
+    rows = open_source(
+        "music_avqa",
+        write(
+            tmp_path / "a.json",
+            [
+                row | named,
+                row,
+                row | {"video_path": "2.mp4"},
+                row | {"video_path": "/old/3.mp4"},
+                row | {"video_path": "/x/../2.mp4"},
+            ],
+        ),
+        media_dir=tmp_path / "media",
+    )
+    assert [[medium.path for medium in sample.media] for sample in rows] == [
+        ["set/videos/1.mp4", "set/audio/1.mp3"],
+        ["videos/1.mp4", "videos/1.mp4"],
+        ["2.mp4", "2.mp4"],
+        ["/old/3.mp4", "/old/3.mp4"],  # the loader refuses it, and says what to do
+        ["/x/../2.mp4", "/x/../2.mp4"],
+    ]
+    assert rows[0].prompt[0].text == "Is <it> loud?"
+    assert rows[0].answer == "yes"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -118,6 +150,29 @@ def test_ave_as_published(tmp_path, text):
     )
     assert sample.meta == {"category": "Male speech, man speaking", "start": 2, "end": 7, "video_id": "-_abc"}
     assert parse_event(sample.answer) == ("Male speech, man speaking", 2, 7)
+
+
+def test_ave_finds_the_folder_of_the_published_archive(tmp_path):
+    path = write(tmp_path / "data" / "trainSet.txt", ANNOTATIONS)
+    (tmp_path / "data" / "videos").mkdir()
+    (tmp_path / "elsewhere" / "AVE").mkdir(parents=True)
+
+    def first(**options):
+        return open_source("ave", path, **options)[0].media[0].path
+
+    assert first() == "videos/RUhOCu3LNXM.mp4"
+    assert first(media_dir=tmp_path / "elsewhere") == "AVE/RUhOCu3LNXM.mp4"
+    assert first(media_dir=tmp_path / "elsewhere", video_dir="v") == "v/RUhOCu3LNXM.mp4"
+    (tmp_path / "data" / "AVE").mkdir()
+    assert first() == "AVE/RUhOCu3LNXM.mp4"
+
+
+def test_ave_in_mokas_own_files(tmp_path):
+    row = {"event": "Horn", "vid": "x1", "start_time": 1, "end_time": "4"}
+    write(tmp_path / "clips" / "x1.mp4", "")
+    rows = open_source("ave", write(tmp_path / "a.json", [row, row | {"video_path": "/old/clips/x1.mp4"}]))
+    assert [sample.answer for sample in rows] == ["Horn, from 1 to 4 seconds"] * 2
+    assert [sample.media[1].path for sample in rows] == ["videos/x1.mp4", "clips/x1.mp4"]
 
 
 def test_ave_json(tmp_path):

@@ -19,7 +19,7 @@ from data.schema import UserError
 from mokamm.adapters import wrap
 from mokamm.convert import main as convert
 from mokamm.projectors import build_projector
-from mokamm.published_moka import ADAPTER_FILE, OTHER_FILE, is_published, read_published, write_published
+from mokamm.published_moka import ADAPTER_FILE, OTHER_FILE, published_files, read_published, write_published
 from mokamm.routing import Routing
 from mokamm.weights import load_adapter, manifest_problems
 
@@ -112,7 +112,7 @@ def visual_text_update(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor
 def test_the_converted_adapter_computes_what_the_published_one_did(factors, update, ids, by_keys, tmp_path):
     state = adapter_state(llama(), factors)
     published = publish(tmp_path / "published", state, {})
-    assert is_published(published)
+    assert published_files(published)
     read = read_published(published, by_keys)
     assert set(read.used) == set(state)
     assert not read.left_out
@@ -206,7 +206,7 @@ def test_what_is_not_understood_is_an_error_that_names_it(tmp_path):
     mixed = adapter_state(llama(), AUDIO_VISUAL) | adapter_state(llama(), VISUAL_TEXT)
     with pytest.raises(UserError, match="mixes the namings"):
         read_published(publish(tmp_path / "b", mixed, {}))
-    with pytest.raises(UserError, match="neither"):
+    with pytest.raises(UserError, match="no published MokA checkpoint"):
         read_published(tmp_path)
 
 
@@ -234,17 +234,35 @@ def test_a_layer_without_a_module_that_others_have_is_named(tmp_path):
         read_published(publish(tmp_path / "a", state, {}))
 
 
-def test_projectors_in_a_file_of_another_name_are_told_the_right_one(tmp_path, capsys):
+def test_projectors_of_stage_1_in_files_of_any_name(tmp_path, capsys):
     folder = tmp_path / "stage1"
     folder.mkdir()
-    torch.save(published_projector("model.vl_projector", "visual")[0], folder / "mm_projector.bin")
-    for source in (folder, folder / "mm_projector.bin"):
+    visual, audio = (
+        published_projector(f"model.{k}_projector", name)[0] for k, name in (("vl", "visual"), ("al", "audio"))
+    )
+    torch.save(visual, folder / "visual_pretrain.bin")
+    assert convert([str(folder / "visual_pretrain.bin"), "--dry-run"]) == 0
+    assert "stage 1 checkpoint of MokA" in capsys.readouterr().out
+    torch.save(audio, folder / "audio_pretrain.bin")
+    torch.save(Code(), folder / "training_args.bin")  # as a Trainer leaves beside them; it is not run
+    assert convert([str(folder), str(tmp_path / "out")]) == 0
+    names = {name.partition(".")[0] for name in load_file(tmp_path / "out/projectors.safetensors")}
+    assert names == {"vision", "audio"}
+    torch.save(visual, folder / "more.bin")
+    capsys.readouterr()
+    assert convert([str(folder), "--dry-run"]) == 2
+    assert "is in visual_pretrain.bin and in another file" in capsys.readouterr().err
+
+
+def test_a_file_or_folder_that_is_none_of_them(tmp_path, capsys):
+    torch.save({"model.embed.weight": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    for source in (tmp_path, tmp_path / "pytorch_model.bin"):
         assert convert([str(source), str(tmp_path / "out")]) == 2
-        told = capsys.readouterr().err
-        assert f"{source} is none of: " in told
-        assert f"file of another name: rename it to {OTHER_FILE}, and name its folder" in told
-    (folder / "mm_projector.bin").rename(folder / OTHER_FILE)
-    assert convert([str(folder), str(tmp_path / "out"), "--dry-run"]) == 0
+        assert f"{source} is none of: " in capsys.readouterr().err
+    with pytest.raises(SystemExit) as leaving:
+        convert([str(tmp_path)])
+    assert leaving.value.code == 2
+    assert "OUT is missing" in capsys.readouterr().err
 
 
 class Code:
