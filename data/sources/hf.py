@@ -33,21 +33,22 @@ from typing import Any
 
 import numpy as np
 
-from data.schema import Media, Sample, UserError, nearest
+from data.schema import Kind, Media, Sample, UserError, nearest
 from data.sources import alpaca, llava, messages, sharegpt, swift
 from data.sources.conversations import Layout, count_answers, sample_of
 from data.sources.placeholders import path_of
 from data.sources.rows import Rows, ask, chosen, columns_of, text_of
 
-_LAYOUTS: dict[str, Callable[[], Layout]] = {
-    "messages": lambda: messages.LAYOUT,
+_LAYOUTS: dict[str, Callable[..., Layout]] = {
+    "messages": messages.layout,
     "llava": llava.layout,
     "sharegpt": sharegpt.layout,
     "alpaca": alpaca.layout,
     "swift": swift.layout,
 }
-_MEDIA = {"video": ("video", "vision"), "image": ("image", "vision"), "audio": ("audio", "audio"),
-          "speech": ("audio", "speech")}  # fmt: skip
+_MEDIA: dict[str, tuple[Kind, str]] = {
+    "video": ("video", "vision"), "image": ("image", "vision"), "audio": ("audio", "audio"), "speech": ("audio", "speech"),
+}  # fmt: skip
 _COLUMNS = {"question": "question", "answer": "answer", "instruction": "", "id": "id"} | dict.fromkeys(_MEDIA, "")
 
 
@@ -102,11 +103,13 @@ def read(
     columns: dict[str, str] | None = None,
     stream: int | None = None,
     extract: str | None = None,
+    audio_as: str = "audio",
 ) -> Rows:
     """Rows of a data set, one sample an answer.
 
     split: needed where there are several; subset, revision: the hub's configuration and version; layout, columns, stream,
-    extract: see above. UserError: no such data set, split or column, the package `datasets` is not there.
+    extract: see above; audio_as: the modality that perceives sounds which do not say theirs. UserError: no such data set,
+    split or column, the package `datasets` is not there.
     """
     if layout != "columns" and layout not in _LAYOUTS:
         raise UserError(f"data source 'hf': unknown layout '{layout}'{nearest(layout, ['columns', *_LAYOUTS])}")
@@ -117,10 +120,10 @@ def read(
     if layout == "columns":
         names = chosen("columns", columns, _COLUMNS)
         _check_columns(path, table, {**names, "id": ""})
-        return Rows(path, _Table(table, None, to), partial(_parse_columns, names=names))
+        return Rows(path, _Table(table, None, to), partial(_parse_columns, names=names, audio_as=audio_as))
     if columns:
         raise UserError(f"data source 'hf': `columns` belongs to layout: columns, found layout: {layout}")
-    chosen_layout = _LAYOUTS[layout]()
+    chosen_layout = _LAYOUTS[layout](audio_as=audio_as)
     return Rows(path, _Table(table, chosen_layout, to), partial(_parse_talk, layout=chosen_layout))
 
 
@@ -221,13 +224,13 @@ def _parse_talk(record: tuple[dict[str, Any], int], index: int, layout: Layout) 
     return sample_of(row, index, turn, str(index), layout)
 
 
-def _parse_columns(record: tuple[dict[str, Any], int], index: int, names: dict[str, str]) -> Sample:
+def _parse_columns(record: tuple[dict[str, Any], int], index: int, names: dict[str, str], audio_as: str) -> Sample:
     row, _ = record
     media = []
-    for name, (kind, modality) in _MEDIA.items():
+    for name, (kind, modality) in (_MEDIA | {"audio": ("audio", audio_as)}).items():
         value = row.get(names[name]) if names[name] else None
         entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
-        media += [Media(kind, path_of(entry, names[name]), modality) for entry in entries]  # type: ignore[arg-type]
+        media += [Media(kind, path_of(entry, names[name]), modality) for entry in entries]
     instruction = text_of(row, names["instruction"]) if names["instruction"] else None
     return Sample(
         id=str(index if row.get(names["id"]) is None else row[names["id"]]),

@@ -93,6 +93,10 @@ def test_a_medium_without_as_beside_one_that_has_it(tmp_path):
     assert read[0].messages == plain[0].messages
     assert [media.modality for media in read[0].media] == ["vision", "speech"]
     assert read[0].id == "0"
+    content[1] = {"type": "audio", "path": "q.wav"}
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "more")
+    heard = open_source("hf", tmp_path / "more", layout="messages", audio_as="speech")
+    assert heard[0].messages == plain[0].messages
 
 
 def test_several_splits(tmp_path):

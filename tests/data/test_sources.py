@@ -270,6 +270,22 @@ def test_messages_with_every_kind_of_content(tmp_path):
     assert (sample.id, sample.meta) == ("a1", {"k": 1, "split": "x"})
 
 
+def test_media_under_the_keys_of_hugging_face_chats_and_the_modality_of_a_source(tmp_path):
+    content = [
+        {"type": "video", "video": "c.mp4"},
+        {"type": "image", "url": "p.png", "path": None, "image": None, "as": None},
+        {"type": "audio", "audio": "a.wav"},
+        {"type": "audio", "path": "b.wav", "as": "audio"},
+        QUESTION,
+    ]
+    path = jsonl(tmp_path / "m.jsonl", {"messages": [user(*content), said("A.")]})
+    expected = [Media("video", "c.mp4", "vision"), Media("image", "p.png", "vision"), Media("audio", "a.wav", "audio")]
+    expected += [Media("audio", "b.wav", "audio")]
+    assert list(open_source("messages", path)[0].media) == expected
+    expected[2] = Media("audio", "a.wav", "speech")
+    assert list(open_source("messages", path, audio_as="speech")[0].media) == expected
+
+
 def test_a_conversation_becomes_one_sample_an_answer(tmp_path):
     talk = {"id": "t", "messages": [user(QUESTION), said("A."), {"role": "user", "content": "And now?"}, said("B.")]}
     single = {"messages": [{"role": "user", "content": "Hi"}, said("Ho")]}
