@@ -19,13 +19,19 @@ from typing import Any
 
 from data.schema import UserError
 
-ALWAYS_ALLOWED = 3  # so many bad rows never stop a run, however small the data set
+ALWAYS_ALLOWED = 3  # so many bad rows stop no run, however small the data set
+SHOWN = 3  # rows that the message names
+
+
+def allowed_bad(max_bad_fraction: float, total: int) -> float:
+    """How many bad rows of `total` stop no run: the share, but ALWAYS_ALLOWED at least, and none where the share is 0."""
+    return max(ALWAYS_ALLOWED, max_bad_fraction * total) if max_bad_fraction else 0
 
 
 class Ledger:
     """Counts distinct bad rows of a data set of `total` rows; picklable, one instance a process.
 
-    `add` raises UserError once there are more than ALWAYS_ALLOWED of them and more than max_bad_fraction * total.
+    `add` raises UserError once there are more than `allowed_bad`.
     """
 
     def __init__(self, path: str | Path, max_bad_fraction: float, total: int) -> None:
@@ -80,10 +86,10 @@ class Ledger:
 
     def _check(self) -> None:
         bad = len(self._seen)
-        if bad <= ALWAYS_ALLOWED or bad <= self.max_bad_fraction * self.total:
+        if bad <= allowed_bad(self.max_bad_fraction, self.total):
             return
         reasons = list(self._seen.items())
-        shown = "\n".join(f"  {source} row {row}: {reason}" for (source, row), reason in reasons[:ALWAYS_ALLOWED])
+        shown = "\n".join(f"  {source} row {row}: {reason}" for (source, row), reason in reasons[:SHOWN])
         raise UserError(
             f"{bad} of {self.total} rows cannot be used ({bad / max(1, self.total):.1%}), more than "
             f"data.max_bad_fraction = {self.max_bad_fraction:g}. The first of them:\n{shown}\n"

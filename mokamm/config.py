@@ -311,6 +311,12 @@ class TrainingConfig(Section):
     use_cpu: bool | None = None  # None: where there is no GPU
     seed: int = 0
 
+    @field_validator("metric_for_best_model", mode="before")
+    @classmethod
+    def _of_validation(cls, value: Any) -> Any:
+        """transformers says eval_loss too."""
+        return value.removeprefix("eval_") if isinstance(value, str) else value
+
     @field_validator("report_to", mode="before")
     @classmethod
     def _report_to(cls, value: Any) -> Any:

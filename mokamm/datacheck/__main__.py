@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(result) if args.json else table(result, out))
-    bad = result["checked"] - result["usable"]
-    sys.exit(1 if bad > config.data.max_bad_fraction * result["checked"] else 0)
+    sys.exit(1 if result["would_stop"] else 0)
 
 
 def check(config: RunConfig, out: Path, limit: int | None = None, workers: int | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.dataset import Part
+from data.ledger import allowed_bad
 from data.order import epoch_order
 from mokamm.config import RunConfig
 from mokamm.datacheck.walk import Finding
@@ -98,11 +99,15 @@ class Summary:
         """The one object that --json prints."""
         troubles: Counter[str] = sum((source.troubles for source in self.sources), Counter())
         lengths = self.lengths()
+        rows = sum(source.rows for source in self.sources)
         checked = sum(source.checked for source in self.sources)
+        usable = sum(source.usable() for source in self.sources)
+        stop = would_stop(rows, checked, checked - usable, self.config.data.max_bad_fraction)
         return {
-            "rows": sum(source.rows for source in self.sources),
+            "rows": rows,
             "checked": checked,
-            "usable": sum(source.usable() for source in self.sources),
+            "usable": usable,
+            "would_stop": bool(stop),
             "max_length": self.config.data.max_length,
             "tokens": describe(lengths),
             "sources": {source.name: self._source(source) for source in self.sources},
@@ -110,7 +115,7 @@ class Summary:
             "examples": dict(self.examples),
             "padding": padding(self._training_lengths(), self.config.training.per_device_train_batch_size),
             "cache_gb": {name: round(sum(sizes.values()) / 1e9, 6) for name, sizes in self.feature_bytes.items()},
-            "advice": advice(self.config, checked, troubles, lengths, self.examples),
+            "advice": stop + advice(self.config, troubles, lengths, self.examples),
         }
 
     def lengths(self) -> np.ndarray:
@@ -161,17 +166,19 @@ def padding(lengths: np.ndarray, batch: int) -> dict[str, float]:
     return shares
 
 
-def advice(
-    config: RunConfig, checked: int, troubles: Counter[str], lengths: np.ndarray, examples: dict[str, list[str]]
-) -> list[str]:
+def would_stop(rows: int, checked: int, bad: int, max_bad_fraction: float) -> list[str]:
+    """What to say where a training would stop at its bad rows, if those that were not checked are as those that were."""
+    if bad * rows <= allowed_bad(max_bad_fraction, rows) * checked:
+        return []
+    return [
+        f"a training would stop: {bad} of {checked} rows ({bad / checked:.1%}) cannot be used, more than "
+        f"data.max_bad_fraction = {max_bad_fraction:g}"
+    ]
+
+
+def advice(config: RunConfig, troubles: Counter[str], lengths: np.ndarray, examples: dict[str, list[str]]) -> list[str]:
     """What to do next, the most pressing first."""
     data, said = config.data, []
-    bad = sum(n for name, n in troubles.items() if name not in USED)
-    if checked and bad > data.max_bad_fraction * checked:
-        said.append(
-            f"a training would stop: {bad} of {checked} rows ({bad / checked:.1%}) cannot be used, more than "
-            f"data.max_bad_fraction = {data.max_bad_fraction:g}"
-        )
     if troubles["missing"]:
         said.append(f"fetch the missing media, or correct data.media_dir (now {data.media_dir}) and the rows' paths")
     if troubles["refused"]:

@@ -93,15 +93,17 @@ class Walk(torch.utils.data.Dataset[Finding]):
         items = zip(sample.media, example.media, strict=True)
         return Finding(
             part, row, sample.id, len(example.input_ids) - answer, answer,
-            tuple(self._item(media, found, process.senses[found.modality]) for media, found in items),
+            tuple(self._item(media, found, process) for media, found in items),
         )  # fmt: skip
 
-    def _item(self, media: Media, found: MediaInput, sense: Sense) -> Item:
+    def _item(self, media: Media, found: MediaInput, process: Any) -> Item:
+        sense: Sense = process.senses[found.modality]
         assert found.segments is not None  # no cache is looked into
         *_, height, width = found.segments.shape
         extents = found.lengths.tolist() if found.lengths is not None else [(height, width)]
         patches = len(found.counts) * max(sense.patches(extent) for extent in extents)
-        name = zlib.crc32(f"{found.modality} {media.kind}".encode()) << 32 | zlib.crc32(media.path.encode())
+        path = process.loader.resolve(media)
+        name = zlib.crc32(f"{found.modality} {media.kind}".encode()) << 32 | zlib.crc32(str(path).encode())
         return Item(found.modality, sum(found.counts), patches * (self.width[found.modality] + 1), name)  # and the mask
 
 

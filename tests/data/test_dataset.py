@@ -122,11 +122,18 @@ def test_too_many_bad_rows_stop_the_run_with_a_plain_message(tmp_path, workers):
 
 
 def test_a_few_bad_rows_never_stop_a_small_data_set(tmp_path):
-    ledger = Ledger(tmp_path / "l.jsonl", 0.0, 4)
+    ledger = Ledger(tmp_path / "l.jsonl", 0.05, 4)
     for row in (0, 1, 2):
         ledger.add("s", row, "", "broken")
     with pytest.raises(UserError, match=r"4 of 4 rows cannot be used \(100\.0%\)"):
         ledger.add("s", 3, "", "broken")
+
+
+def test_where_no_bad_row_is_allowed_the_first_stops_the_run(tmp_path):
+    with pytest.raises(
+        UserError, match=r"1 of 400 rows cannot be used .* data\.max_bad_fraction = 0\. .*\n  s row 7: broken"
+    ):
+        Ledger(tmp_path / "l.jsonl", 0.0, 400).add("s", 7, "", "broken")
 
 
 def test_when_no_substitute_is_good(tmp_path):

@@ -152,6 +152,7 @@ def test_names_that_transformers_has_renamed_are_mapped(write):
     path = write(GOOD)
     assert not load_config(path).training.group_by_length
     assert load_config(path, ["training.group_by_length=true"]).training.group_by_length
+    assert load_config(path, ["training.metric_for_best_model=eval_loss"]).training.metric_for_best_model == "loss"
     assert load_config(path, ["training.train_sampling_strategy=group_by_length"]).training.group_by_length
     assert load_config(path, ["training.warmup_steps=0.1"]).training.warmup_steps == 0.1
 

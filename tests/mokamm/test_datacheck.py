@@ -184,6 +184,40 @@ def test_the_picture_and_the_predicted_cache(config, checked, tmp_path):
     assert 0 < cache.total_bytes() - predicted < 3 * 400
 
 
+def test_files_of_one_name_in_two_folders_are_two_in_the_cache(config, tmp_path, media_dir):
+    from mokamm.config import load_config
+    from mokamm.datacheck.__main__ import check
+
+    sources = []
+    for k in range(2):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        shutil.copy(media_dir / "picture.png", folder / "a.png")
+        (folder / "rows.jsonl").write_text(json.dumps(talk("<image>What?", images=["a.png"])) + "\n")
+        sources.append(f"{{source: swift, path: {folder}/rows.jsonl, media_dir: {folder}, name: s{k}}}")
+
+    def gigabytes(*chosen):
+        settings = load_config(config, [f"data.train=[{', '.join(chosen)}]", "data.validation=[]"])
+        return check(settings, tmp_path / "out", workers=0)["cache_gb"]["vision"]
+
+    one = gigabytes(sources[0])
+    assert gigabytes(*sources) == pytest.approx(2 * one)
+    again = sources[0].replace("name: s0", "name: again")
+    assert gigabytes(sources[0], again) == one
+
+
+def test_a_training_would_stop_where_the_ledger_stops_it():
+    from mokamm.datacheck.summary import would_stop
+
+    assert would_stop(rows=10, checked=10, bad=3, max_bad_fraction=0.05) == []
+    assert would_stop(rows=10, checked=10, bad=4, max_bad_fraction=0.05)[0].endswith("max_bad_fraction = 0.05")
+    assert would_stop(rows=1000, checked=1000, bad=50, max_bad_fraction=0.05) == []
+    assert would_stop(rows=1000, checked=1000, bad=51, max_bad_fraction=0.05)
+    assert would_stop(rows=1000, checked=10, bad=1, max_bad_fraction=0.05)  # 100 of all, if the rest is alike
+    assert would_stop(rows=10, checked=10, bad=1, max_bad_fraction=0.0)
+    assert would_stop(rows=10, checked=10, bad=0, max_bad_fraction=0.0) == []
+
+
 def test_limit_spreads_over_the_file(config, capsys):
     from mokamm.datacheck.walk import _spread
 
