@@ -96,9 +96,10 @@ class _Together(torch.autograd.Function):
                 add_update(_flat(h), z[i], b[i], plan, in_place=True)
                 outs.append(h)
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.dropout = plan, dropout
+        ctx.plan, ctx.dropout, ctx.shape = plan, dropout, x.shape
         kept = weights if ctx.needs_input_grad[0] else tensors[:L]  # under autocast these are copies
-        ctx.save_for_backward(x, own, *kept, *a, *b, *masks)
+        read = x if any(ctx.needs_input_grad[3 + 2 * L : 3 + 3 * L]) else None  # a frozen A wants no x
+        ctx.save_for_backward(read, own, *kept, *a, *b, *masks)
         return tuple(outs)
 
     @staticmethod
@@ -109,7 +110,7 @@ class _Together(torch.autograd.Function):
         weights, a, b, masks = tensors[:L], tensors[L : 2 * L], tensors[2 * L : 3 * L], tensors[3 * L :]
         needs_x, needs_a, needs_b = (ctx.needs_input_grad[i:] for i in (0, 3 + 2 * L, 3 + 3 * L))
         dx_ND, db = None, cast(list[Tensor | None], [None] * L)
-        with _exact(x):
+        with _exact(own):
             key_p = attention(own, plan)
             z = attended(own, *key_p, plan).view(L, -1, plan.at.r)
             dz = []
@@ -125,9 +126,9 @@ class _Together(torch.autograd.Function):
                     dx_ND = g_ND @ weights[i] if dx_ND is None else dx_ND.addmm_(g_ND, weights[i])
             du = place(attention_backward(dz[0] if L == 1 else torch.cat(dz), own, *key_p, plan), plan)
             dx_ND, da = _down_backward(
-                _flat(x), tuple(a), plan, ctx.dropout, masks, du, dx_ND, True, needs_x[0], any(needs_a[:L])
+                x, tuple(a), plan, ctx.dropout, masks, du, dx_ND, True, needs_x[0], any(needs_a[:L])
             )
-        dx = None if dx_ND is None else dx_ND.view(x.shape)
+        dx = None if dx_ND is None else dx_ND.view(ctx.shape)
         return dx, None, None, *(None,) * (2 * L), *da, *db
 
 
@@ -139,8 +140,8 @@ class _Down(torch.autograd.Function):
         with _exact(x):
             u, masks = _down(_flat(x), (weight,), plan, dropout)
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.dropout = plan, dropout
-        ctx.save_for_backward(x, weight, *masks)
+        ctx.plan, ctx.dropout, ctx.shape = plan, dropout, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, *masks)
         return x, u
 
     @staticmethod
@@ -151,20 +152,11 @@ class _Down(torch.autograd.Function):
         x, weight, *masks = ctx.saved_tensors
         dx_ND = None if dx is None else _flat(dx)
         needs_x, needs_a, *_ = ctx.needs_input_grad
-        with _exact(x):
+        with _exact(du):
             dx_ND, (da,) = _down_backward(
-                _flat(x),
-                (weight,),
-                ctx.plan,
-                ctx.dropout,
-                masks,
-                du,
-                None if dx is None else _flat(dx),
-                False,
-                needs_x,
-                needs_a,
+                x, (weight,), ctx.plan, ctx.dropout, masks, du, dx_ND, False, needs_x, needs_a
             )
-        return None if dx_ND is None else dx_ND.view(x.shape), da, None, None
+        return None if dx_ND is None else dx_ND.view(ctx.shape), da, None, None
 
 
 class _Up(torch.autograd.Function):
@@ -200,39 +192,52 @@ def _down(x_ND: Tensor, a: tuple[Tensor, ...], plan: Plan, dropout: float) -> tu
     stacked = stacked_a(a, plan, x_ND.dtype)
     if not dropout:
         return x_ND @ stacked.t(), []
-    dropped = [torch.native_dropout(x_ND, dropout, True) for _ in a]
+    dropped = [_drop(x_ND, dropout) for _ in a]
     parts = [x @ part.t() for (x, _), part in zip(dropped, stacked.chunk(plan.layers), strict=True)]
     return torch.cat(parts, dim=1), [mask for _, mask in dropped]
 
 
+def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """x without a share p of its elements, scaled as dropout does, and the mask of those that are left."""
+    if x.device.type != "cpu":
+        return torch.native_dropout(x, p, True)  # one kernel
+    left = torch.empty_like(x).bernoulli_(1 - p)  # times a bool would be several times as slow
+    return (x * left).div_(1 - p), left.bool()
+
+
 def _down_backward(
-    x_ND: Tensor, a: tuple[Tensor, ...], plan: Plan, dropout: float, masks: list[Tensor], du: Tensor,
+    x: Tensor | None, a: tuple[Tensor, ...], plan: Plan, dropout: float, masks: list[Tensor], du: Tensor,
     dx_ND: Tensor | None, own: bool, needs_x: bool, needs_a: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """dx + du A, and dA = du^T x of every layer. own: dx may be changed in place."""
+    """dx + du A, and dA = du^T x of every layer. x: None where no A trains; own: dx may be changed in place."""
     if plan.layers == 1:  # without the block of zeros
-        stacked, da = a[0][: plan.rows_of_a].to(x_ND.dtype), None
-        du = du[:, : plan.rows_of_a]
+        stacked, du = a[0][: plan.rows_of_a].to(du.dtype), du[:, : plan.rows_of_a]
     else:
-        stacked, da = stacked_a(a, plan, x_ND.dtype), None
+        stacked = stacked_a(a, plan, du.dtype)
+    da: list[Tensor] = []
     if not masks:
-        da = du.t() @ x_ND if needs_a else None
+        if needs_a and x is not None:
+            da.append(du.t() @ _flat(x))
         if needs_x and dx_ND is None:
             dx_ND = du @ stacked
         elif needs_x and dx_ND is not None:
             dx_ND = dx_ND.addmm_(du, stacked) if own else torch.addmm(dx_ND, du, stacked)
-    else:
-        parts = []
-        for mask, part, own_du in zip(
-            masks, stacked.chunk(plan.layers), (du / (1 - dropout)).chunk(plan.layers, dim=1), strict=True
-        ):
-            dropped_ND = x_ND * mask
-            parts.append(own_du.t() @ dropped_ND)
-            if needs_x:
-                more_ND = torch.mm(own_du, part, out=dropped_ND).mul_(mask)
-                dx_ND = more_ND if dx_ND is None else more_ND.add_(dx_ND)
-        da = torch.cat(parts) if needs_a else None
-    return dx_ND, [None] * len(a) if da is None else [*split_a(da, a, plan)]
+    for mask, part, own_du in zip(
+        masks, stacked.chunk(plan.layers), (du / (1 - dropout)).chunk(plan.layers, dim=1), strict=False
+    ):
+        left = mask.to(du.dtype)
+        if needs_a and x is not None:
+            da.append(own_du.t() @ (_flat(x) * left))
+        if needs_x:
+            more_ND = own_du @ part
+            if dx_ND is None:
+                dx_ND = more_ND.mul_(left)
+            else:
+                dx_ND = dx_ND.addcmul_(more_ND, left) if own else torch.addcmul(dx_ND, more_ND, left)
+            own = True
+    if not da:
+        return dx_ND, [None] * len(a)
+    return dx_ND, [*split_a(da[0] if len(da) == 1 else torch.cat(da), a, plan)]
 
 
 def _flat(x: Tensor) -> Tensor:

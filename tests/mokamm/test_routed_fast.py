@@ -288,6 +288,23 @@ def test_it_keeps_no_more_for_backward_than_lora(dropout: float) -> None:
     assert dropout or kept[1] == x.nbytes + 36 * 3 * 4
 
 
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_frozen_a_keeps_no_input_for_backward(dropout: float, hook: bool) -> None:
+    x = torch.randn(3, 12, WIDTH, requires_grad=True)
+    options = {"r": 3, "lora_alpha": 6, "lora_dropout": dropout, "target_modules": ["proj"]}
+    model = get_peft_model(
+        nn.ModuleDict({"proj": nn.Linear(WIDTH, OUT, bias=False)}), MokaConfig(**options, frozen_a=True, a_seed=1)
+    ).train()
+    set_routing(model, routing_of(BATCHES["ragged"]))
+    layer = model.base_model.model["proj"]
+    if hook:  # by _Down and _Up, not in one
+        layer.base_layer.register_forward_hook(lambda *args: None)
+    assert saved_bytes(lambda: layer(x)) == 36 * 3 * 4 + (x.numel() if dropout else 0)
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
 class TestSiblings:
     """q, k and v, and gate and up, are computed together: the numbers of the plain path, whatever happens between."""
 
