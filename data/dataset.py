@@ -45,6 +45,11 @@ class Part(NamedTuple):
     process: Process | None = None
 
 
+def epoch_rows(rows: int, weight: float) -> int:
+    """How many rows an epoch takes of a source."""
+    return rows * int(weight) + round((weight - int(weight)) * rows)
+
+
 class _Turns:
     """The rows of one part in each epoch, `weight` times as many as it has.
 
@@ -54,7 +59,7 @@ class _Turns:
 
     def __init__(self, rows: int, weight: float, seed: int, part: int) -> None:
         self.rows, self.whole = rows, rows * int(weight)
-        self.fraction = round((weight - int(weight)) * rows)
+        self.fraction = epoch_rows(rows, weight) - self.whole
         self.order = epoch_order(rows, part, seed) if self.fraction else None
 
     def __len__(self) -> int:
@@ -68,7 +73,12 @@ class _Turns:
 
 
 class MultimodalDataset(torch.utils.data.Dataset[Example]):
-    """Map-style over the weighted concatenation of `parts` (tuples in Part's order are fine); its length is an epoch's."""
+    """Map-style over the weighted concatenation of `parts` (tuples in Part's order are fine); its length is an epoch's.
+
+    key: where a configuration names them, for messages.
+    """
+
+    key = "data.train"
 
     def __init__(self, parts: Sequence[tuple], process: Process, ledger: Ledger, seed: int = 0) -> None:
         self.parts = [Part(*part) for part in parts]
@@ -77,7 +87,7 @@ class MultimodalDataset(torch.utils.data.Dataset[Example]):
         self._turns = [_Turns(len(part.rows), part.weight, seed, k) for k, part in enumerate(self.parts)]
         self._starts = list(accumulate(map(len, self._turns), initial=0))  # of each part within an epoch, and the end
         if not len(self):
-            raise UserError("data.train: no rows are left; raise the weights or limits of the sources")
+            raise UserError(f"{self.key}: no rows are left; raise the weights or limits of the sources")
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -143,16 +153,16 @@ class MultimodalDataset(torch.utils.data.Dataset[Example]):
     def _check(self) -> None:
         names = [part.name for part in self.parts]
         if not names:
-            raise UserError("data.train: names no source; expected at least one {source: ..., path: ...}")
+            raise UserError(f"{self.key}: names no source; expected at least one {{source: ..., path: ...}}")
         if len(set(names)) < len(names):
             raise UserError(
-                f"data.train: the sources' names must differ, found: {', '.join(names)}; set `name` for each"
+                f"{self.key}: the sources' names must differ, found: {', '.join(names)}; set `name` for each"
             )
         for part in self.parts:
             if not 0 <= part.weight < float("inf"):
-                raise UserError(f"data.train: {part.name}: weight must be a number from 0 up, found {part.weight}")
+                raise UserError(f"{self.key}: {part.name}: weight must be a number from 0 up, found {part.weight}")
             if not len(part.rows):
-                raise UserError(f"data.train: {part.name}: its file holds no rows; check its path and limit")
+                raise UserError(f"{self.key}: {part.name}: its file holds no rows; check its path and limit")
 
 
 def loaded(loader: Iterable[Any]) -> Iterator[Any]:

@@ -28,7 +28,7 @@ class Job:
 
     def load(self, control: Control) -> list[Row]:
         """The rows, with the samples that the model is asked under the control."""
-        rows = self.benchmark.load(self.path, self.limit, self.options)
+        rows = self.benchmark.load(self.path, self.limit, self.options, self.media_dir)
         readable = [row for row in rows if row.sample is not None]
         asked = control.apply([row.sample for row in readable if row.sample])
         for row, sample in zip(readable, asked, strict=True):
@@ -41,7 +41,7 @@ def plan_jobs(config: RunConfig, args: argparse.Namespace) -> list[Job]:
     entries = _entries(config, args)
     for entry in entries:
         entry.options = {**entry.options, **read_options(args.option)}
-    jobs = [_job(config, entry, args.limit) for entry in entries]
+    jobs = [job_of(config, entry, args.limit) for entry in entries]
     names = [job.name for job in jobs]
     if len(set(names)) < len(names):
         raise UserError(
@@ -67,7 +67,7 @@ def _entries(config: RunConfig, args: argparse.Namespace) -> list[BenchmarkConfi
         return [entry]
     entries = [entry for entry in known if everything or args.benchmark in (entry.name, entry.benchmark)]
     if not entries:
-        named = ", ".join(entry.name or entry.benchmark for entry in known) or "none"
+        named = ", ".join(entry.called for entry in known) or "none"
         raise UserError(
             f"the run names no files for '{args.benchmark}' (its evaluation.benchmarks: {named}); "
             "add --path FILE and --media-dir FOLDER, or an entry {benchmark, path, media_dir} to RUN/config.yaml"
@@ -75,7 +75,8 @@ def _entries(config: RunConfig, args: argparse.Namespace) -> list[BenchmarkConfi
     return entries
 
 
-def _job(config: RunConfig, entry: BenchmarkConfig, limit: int | None) -> Job:
+def job_of(config: RunConfig, entry: BenchmarkConfig, limit: int | None = None) -> Job:
+    """The job of an entry of evaluation.benchmarks. Raises UserError as `plan_jobs`."""
     benchmark = find_benchmark(entry.benchmark)
     if problems := benchmark.option_problems(entry.options):
         raise UserError(f"benchmark {benchmark.name} " + "; ".join(problems))
@@ -83,7 +84,7 @@ def _job(config: RunConfig, entry: BenchmarkConfig, limit: int | None) -> Job:
     if not path.exists():
         how = f"; {benchmark.home}" if benchmark.home else _how_to_make(config)
         raise UserError(f"benchmark {benchmark.name}: no such annotation file: {path}{how}")
-    return Job(benchmark, entry.name or benchmark.name, path, media_dir, limit or entry.limit, entry.options)
+    return Job(benchmark, entry.called, path, media_dir, limit or entry.limit, entry.options)
 
 
 def _how_to_make(config: RunConfig) -> str:

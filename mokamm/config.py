@@ -366,6 +366,10 @@ class BenchmarkConfig(Section):
     limit: Positive | None = None
     options: dict[str, Any] = {}
 
+    @property
+    def called(self) -> str:
+        return self.name or self.benchmark
+
     @field_validator("options")
     @classmethod
     def _no_keys_of_its_own(cls, options: dict[str, Any]) -> dict[str, Any]:
@@ -482,7 +486,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """Read, override and check a configuration. Raises ConfigError with every mistake found."""
     path = Path(path)
     tree, lines = read_yaml(path)
-    problems = apply_overrides(tree, overrides or [])
+    problems = apply_overrides(tree, lines, overrides or [])
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:

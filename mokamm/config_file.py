@@ -5,7 +5,6 @@ Nothing here knows what a configuration means; mokamm/config.py does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -26,7 +25,8 @@ def listed(title: str, problems: list[str]) -> str:
 # ---- YAML with lines -------------------------------------------------------------------------------------------------
 
 Path_ = tuple[Any, ...]
-Lines = Mapping[Path_, "int | str"]  # of a key: its line, with its file where that is one that is extended
+Lines = dict[Path_, "int | str"]  # of a key: its line, with its file where that is one that is extended, or OVERRIDE
+OVERRIDE = "override"
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Lines]:
@@ -43,18 +43,16 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{path}: extends: expected the name of a file, or a list of them; found {extended!r}")
     merged: dict[str, Any] = {}
-    lines: dict[Path_, int | str] = {}
+    lines: Lines = {}
     for name in names:
         below, places = read_yaml(path.parent / name, (*seen, path.resolve()))
         _lay_over(merged, lines, below, places)
-    here = {at: f"{line} of {path}" for at, line in own.items()} if seen else own
+    here: Lines = {at: f"{line} of {path}" if seen else line for at, line in own.items()}
     _lay_over(merged, lines, tree, here)
     return merged, lines
 
 
-def _lay_over(
-    tree: dict[str, Any], lines: dict[Path_, int | str], over: dict[str, Any], places: Lines, at: Path_ = ()
-) -> None:
+def _lay_over(tree: dict[str, Any], lines: Lines, over: dict[str, Any], places: Lines, at: Path_ = ()) -> None:
     """Merge `over` into `tree`, in place, and the lines of its keys into `lines`."""
     for key, value in over.items():
         here = (*at, key)
@@ -63,10 +61,14 @@ def _lay_over(
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             _lay_over(tree[key], lines, value, places, here)
             continue
-        for old in [place for place in lines if place[: len(here)] == here and place != here]:
-            del lines[old]
+        _forget_below(lines, here)
         lines.update({place: line for place, line in places.items() if place[: len(here)] == here})
         tree[key] = value
+
+
+def _forget_below(lines: Lines, at: Path_) -> None:
+    for old in [place for place in lines if place[: len(at)] == at and place != at]:
+        del lines[old]
 
 
 def _read_one(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
@@ -114,8 +116,8 @@ def _walk(node: Any, at: Path_, lines: dict[Path_, int], twice: list[str]) -> No
 # ---- overrides -------------------------------------------------------------------------------------------------------
 
 
-def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> list[str]:
-    """Lay `a.b.c=value` over the tree (value is YAML, list entries by number); returns the mistakes."""
+def apply_overrides(tree: dict[str, Any], lines: Lines, overrides: list[str]) -> list[str]:
+    """Lay `a.b.c=value` over the tree (value is YAML, list entries by number), in place; returns the mistakes."""
     problems = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -127,30 +129,37 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> list[str]:
         except yaml.YAMLError as error:
             problems.append(f"override '{override}': the value is not valid YAML: {error}")
             continue
-        problem = _set(tree, key.split("."), value)
-        if problem:
-            problems.append(f"override '{override}': {problem}")
+        at = _set(tree, key.split("."), value)
+        if isinstance(at, str):
+            problems.append(f"override '{override}': {at}")
+            continue
+        _forget_below(lines, at)
+        lines[at] = OVERRIDE
     return problems
 
 
-def _set(tree: Any, parts: list[str], value: Any) -> str | None:
+def _set(tree: Any, parts: list[str], value: Any) -> Path_ | str:
+    """The place that was set, or what is wrong with it."""
+    at: Path_ = ()
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(tree, list):
             if not part.isdigit() or int(part) >= len(tree):
-                return f"{'.'.join(parts[:depth])} has the entries 0 to {len(tree) - 1}; found '{part}'"
+                known = f"the entries 0 to {len(tree) - 1}" if tree else "no entries"
+                return f"{'.'.join(parts[:depth])} has {known}; found '{part}'"
             index: Any = int(part)
         elif isinstance(tree, dict):
             index = part
         else:
             return f"{'.'.join(parts[:depth])} is a value and has no key '{part}'"
+        at = (*at, index)
         if last:
             tree[index] = value
         else:
             if isinstance(tree, dict) and tree.get(index) is None:
                 tree[index] = {}
             tree = tree[index]
-    return None
+    return at
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
@@ -212,8 +221,8 @@ def _section(annotation: Any) -> Any:
 
 def _line(at: Path_, lines: Lines) -> str:
     for end in range(len(at), 0, -1):
-        if at[:end] in lines:
-            return f" (line {lines[at[:end]]})"
+        if (line := lines.get(at[:end])) is not None:
+            return f" ({line})" if line == OVERRIDE else f" (line {line})"
     return ""
 
 

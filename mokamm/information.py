@@ -15,8 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from data.dataset import MultimodalDataset
-from data.ledger import Ledger
+from data.dataset import epoch_rows
 from data.schema import BadSample, UserError
 from data.sources import Rows, open_source
 from mokamm.config import RunConfig
@@ -55,19 +54,18 @@ def count_answers(config: RunConfig, processor: Processor | None) -> Answers:
         path, media_dir = config.locate(entry)
         try:
             rows = open_source(entry.source, path, limit=entry.limit, media_dir=media_dir, **entry.options)
-            parts.append((rows, entry.weight, path.stem))
+            parts.append((rows, entry.weight))
         except UserError as error:
             found.problems.append(f"data.train.{i}: {error}")
     if found.problems:
         return found
-    total = sum(len(rows) for rows, _, _ in parts)
-    ledger = Ledger("bad_samples.jsonl", 1.0, total)  # of rows that are asked for, which none is
-    found.rows = len(MultimodalDataset(parts, lambda sample: NotImplemented, ledger, config.training.seed))
+    found.rows = sum(epoch_rows(len(rows), weight) for rows, weight in parts)
     if processor is None:
         return found
     found.tokens = 0.0
-    for rows, weight, _ in parts:
-        _count(found, rows, min(weight, 1.0), processor)
+    epochs = max(1.0, config.training.num_train_epochs)  # a fraction of a source is another one in each
+    for rows, weight in parts:
+        _count(found, rows, min(weight * epochs, 1.0), processor)
     return found
 
 

@@ -53,7 +53,9 @@ class AirBench(MultipleChoice):
         "Foundation_meta.json as the path and the folder as the media folder"
     )
 
-    def open(self, path: Path, *, tasks: Literal["speech", "all"] = "speech", **options: Any) -> Rows:
+    def open(
+        self, path: Path, media_dir: Path | None = None, *, tasks: Literal["speech", "all"] = "speech", **options: Any
+    ) -> Rows:
         records = [value_of(raw) for raw in array_rows(path)]
         kept = records if tasks == "all" else [record for record in records if _is_speech(record)]
         return Rows(path, kept, partial(self.prompt, **options))

@@ -15,12 +15,11 @@ pycocoevalcap's Cider, which on the same tokens gives the same figure.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from data.schema import Media, Sample
-from data.sources.rows import Rows, text_of
+from data.sources.rows import text_of
 from eval.benchmarks.base import Benchmark, Earned, Row
 from eval.benchmarks.cider import cider_d, tokens
 from eval.benchmarks.fields import Fields, as_text
@@ -40,12 +39,12 @@ class AudioCaps(Benchmark):
         "the folder that holds YOUTUBE_ID.wav as the media folder"
     )
 
-    def open(self, path: Path, **options: Any) -> Rows:
+    def records(self, path: Path) -> list[Any]:
         clips: dict[tuple[str, str], dict[str, Any]] = {}
         for line in read_table(path, ",", ("youtube_id", "caption")):
             key = (str(line["youtube_id"]), str(line.get("start_time")))
             clips.setdefault(key, {**line, "captions": []})["captions"].append(line["caption"] or "")
-        return Rows(path, list(clips.values()), partial(self.prompt, **options))
+        return list(clips.values())
 
     def prompt(self, record: Any, index: int, *, name: str = "{youtube_id}.wav") -> Sample:
         clip = text_of(record, "youtube_id")

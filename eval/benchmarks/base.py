@@ -25,9 +25,9 @@ from __future__ import annotations
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,6 +35,7 @@ from data.schema import BadSample, Sample, UserError
 from data.sources import open_source, option_takers
 from data.sources.rows import Rows
 from eval.benchmarks.fields import Fields
+from eval.benchmarks.questions import read_lines
 from eval.intervals import bootstrap_interval
 
 
@@ -126,18 +127,33 @@ class Benchmark(ABC):
     scale: ClassVar[str] = "share"
     home: ClassVar[str] = ""
     separated_by: ClassVar[tuple[str, ...]] = ("media", "question")
+    prompt: Callable[..., Sample]  # (record, index, *, options), where there is no source
 
     # ---- load and prompt ---------------------------------------------------------------------------------------------
 
-    def open(self, path: Path, **options: Any) -> Rows:
-        """The samples of an annotation file or folder: what the model is asked, and the true answer."""
-        return open_source(self.source, path, **(self.options | options))
+    def open(self, path: Path, media_dir: Path | None = None, **options: Any) -> Rows:
+        """The samples of an annotation file or folder: what the model is asked, and the true answer.
 
-    def load(self, path: Path, limit: int | None = None, options: dict[str, Any] | None = None) -> list[Row]:
+        They are those of the data source, or, where the benchmark names none, what `prompt` makes of `records`."""
+        if self.source:
+            return open_source(self.source, path, media_dir=media_dir, **(self.options | options))
+        return Rows(path, self.records(path), partial(self.prompt, **options))
+
+    def records(self, path: Path) -> list[Any]:
+        """The raw rows of a file that no data source reads."""
+        return read_lines(path)
+
+    def load(
+        self,
+        path: Path,
+        limit: int | None = None,
+        options: dict[str, Any] | None = None,
+        media_dir: Path | None = None,
+    ) -> list[Row]:
         """The first `limit` rows of an annotation file; a row that cannot be read stays, with its reason."""
         if not path.exists() and self.home:
             raise UserError(f"benchmark {self.name}: no such annotation file: {path}; {self.home}")
-        source = self.open(path, **(options or {}))
+        source = self.open(path, media_dir, **(options or {}))
         count = len(source) if limit is None else min(limit, len(source))
         return [self._row(source, index) for index in range(count)]
 

@@ -14,12 +14,10 @@ makes two words of `2.5`; on texts without such signs its rate is ours (times 10
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.schema import BadSample, Media, Sample, UserError
-from data.sources.rows import Rows
 from eval.benchmarks.base import Row
 from eval.benchmarks.fields import Fields
 from eval.benchmarks.questions import ask
@@ -33,7 +31,7 @@ class LibriSpeech(Asr):
         "LibriSpeech/test-clean as path and as media folder"
     )
 
-    def open(self, path: Path, **options: Any) -> Rows:
+    def records(self, path: Path) -> list[Any]:
         if not path.is_dir():
             raise UserError(f"{path}: is a file; {self.home}")
         lines = [
@@ -44,7 +42,7 @@ class LibriSpeech(Asr):
         ]
         if not lines:
             raise UserError(f"{path}: holds no *.trans.txt; {self.home}")
-        return Rows(path, lines, partial(self.prompt, **options))
+        return lines
 
     def prompt(self, record: Any, index: int) -> Sample:
         folder, line = record

@@ -6,11 +6,6 @@ that the yes-ratio should be 0.5.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from data.sources import open_source
-from data.sources.rows import Rows
 from eval.benchmarks.yes_no import YesNo
 
 
@@ -18,6 +13,3 @@ class MiniworldImages(YesNo):
     name = "miniworld_images"
     source = "messages"
     home = ""
-
-    def open(self, path: Path, **options: Any) -> Rows:
-        return open_source(self.source, path, **options)

@@ -6,11 +6,6 @@ set (below zero where a model babbles), after `normalise` on both sides; otherwi
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from data.sources import open_source
-from data.sources.rows import Rows
 from eval.benchmarks.base import Row, normalise
 from eval.benchmarks.transcription import Asr
 
@@ -20,9 +15,6 @@ class MiniworldTranscription(Asr):
     measure = "1 - word error rate"
     source = "messages"
     home = ""
-
-    def open(self, path: Path, **options: Any) -> Rows:
-        return open_source(self.source, path, **options)
 
     def normalised(self, row: Row, text: str) -> str:
         return normalise(text)

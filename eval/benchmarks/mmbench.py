@@ -48,7 +48,7 @@ class MmBench(MultipleChoice):
 
     truth_options: ClassVar[dict[str, Any]] = {"pictures": False}
 
-    def open(self, path: Path, *, circular: bool = False, **options: Any) -> Rows:
+    def open(self, path: Path, media_dir: Path | None = None, *, circular: bool = False, **options: Any) -> Rows:
         records = read_table(path, "\t", ("index", "question", "A", "B", "answer", "image"))
         if circular:
             records = [moved for record in records for moved in _passes(record)]

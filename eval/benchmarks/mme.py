@@ -26,12 +26,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.schema import BadSample, Media, Sample, UserError
-from data.sources.rows import Rows
 from eval.benchmarks.base import Earned, Row, total
 from eval.benchmarks.questions import ask
 from eval.benchmarks.yes_no import YesNo
@@ -53,13 +51,13 @@ class Mme(YesNo):
         "name its folder, which holds existence/, count/ and twelve more, as path and as media folder"
     )
 
-    def open(self, path: Path, **options: Any) -> Rows:
+    def records(self, path: Path) -> list[Any]:
         if not path.is_dir():
             raise UserError(f"{path}: is a file; {self.home}")
         rows = list(_questions(path))
         if not rows:
             raise UserError(f"{path}: holds no subtask of MME; {self.home}")
-        return Rows(path, rows, partial(self.prompt, **options))
+        return rows
 
     def prompt(self, record: Any, index: int) -> Sample:
         subtask, image, line = record

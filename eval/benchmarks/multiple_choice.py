@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 from data.schema import BadSample, Media, Sample
-from data.sources.rows import Rows, text_of
+from data.sources.rows import text_of
 from eval.benchmarks.base import Benchmark, Earned, Row, majority, share
 from eval.benchmarks.choices import LETTERS, choose, listed, official_choice, options_in, true_letter
-from eval.benchmarks.questions import ask, own_media, read_lines, record_of
+from eval.benchmarks.questions import ask, own_media, record_of
 
 INSTRUCTION = "Answer with the option's letter."
 
@@ -33,12 +31,6 @@ class MultipleChoice(Benchmark):
     categories: ClassVar[tuple[str, ...]] = ("category",)
 
     # ---- load and prompt ---------------------------------------------------------------------------------------------
-
-    def open(self, path: Path, **options: Any) -> Rows:
-        return Rows(path, self.records(path), partial(self.prompt, **options))
-
-    def records(self, path: Path) -> list[Any]:
-        return read_lines(path)
 
     def prompt(self, record: Any, index: int) -> Sample:
         row = record_of(record)

@@ -15,14 +15,12 @@ was published for it: official is strict once more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 from data.schema import BadSample, Media, Sample
-from data.sources.rows import Rows
 from eval.benchmarks.base import Benchmark, Row, share
-from eval.benchmarks.questions import ask, read_lines, record_of
+from eval.benchmarks.questions import ask, record_of
 from eval.benchmarks.whisper_text import whisper_normalised
 
 RECORDING = ("audio_filepath", "audio", "speech", "wav", "source", "path")
@@ -36,9 +34,6 @@ class Asr(Benchmark):
     measure = "word error rate, lower is better"
     home = "write a manifest of your own: see eval/benchmarks/transcription.py"
     separated_by = ("media",)
-
-    def open(self, path: Path, **options: Any) -> Rows:
-        return Rows(path, read_lines(path), partial(self.prompt, **options))
 
     def prompt(self, record: Any, index: int) -> Sample:
         row = record_of(record)

@@ -12,14 +12,12 @@ over all rows; the yes-ratio is the share of all rows that say yes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from data.schema import Sample
-from data.sources.rows import Rows, text_of
+from data.sources.rows import text_of
 from eval.benchmarks.base import Benchmark, Earned, Row, majority, normalise, share
-from eval.benchmarks.questions import ask, own_media, read_lines, record_of
+from eval.benchmarks.questions import ask, own_media, record_of
 
 YES_NO = ("yes", "no")
 
@@ -28,9 +26,6 @@ class YesNo(Benchmark):
     name = "yes_no"
     home = "write a jsonl file of your own: see eval/benchmarks/yes_no.py"
     instruction = ""
-
-    def open(self, path: Path, **options: Any) -> Rows:
-        return Rows(path, read_lines(path), partial(self.prompt, **options))
 
     def prompt(self, record: Any, index: int) -> Sample:
         row = record_of(record)

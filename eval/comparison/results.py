@@ -67,8 +67,7 @@ def gather(progress: Progress) -> Tree:
     """Everything that is known, of all methods; a method that is not ready yet has what there is."""
     comparison, config = progress.comparison, progress.comparison.config
     plain = comparison.run_config(comparison.any_run())
-    names = comparison.benchmarks
-    tables: dict[str, Points] = {name: Points() for name in names}
+    tables: dict[str, Points] = {name: Points() for name in comparison.benchmarks}
     earned: dict[tuple[str, str], Array] = {}
     methods = []
     for method in config.methods.values():
@@ -81,7 +80,7 @@ def gather(progress: Progress) -> Tree:
         "run_config": _without_versions(plain.to_dict()),
         "machine": _machine(),
         "reference": config.reference,
-        "benchmarks": {name: _measure(name) for name in names},
+        "benchmarks": {name: _measure(benchmark) for name, benchmark in comparison.benchmarks.items()},
         "methods": methods,
     }
 
@@ -107,10 +106,10 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def _measure(name: str) -> str:
+def _measure(benchmark: str) -> str:
     from eval.benchmarks import find_benchmark
 
-    return find_benchmark(name).measure
+    return find_benchmark(benchmark).measure
 
 
 # ---- a method --------------------------------------------------------------------------------------------------------

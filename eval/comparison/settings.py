@@ -147,9 +147,9 @@ class Comparison:
         return load_config(self.base, self.overrides(run))
 
     @cached_property
-    def benchmarks(self) -> list[str]:
-        """Names of those that every run is scored by."""
-        return [entry.benchmark for entry in self.run_config(self.any_run()).evaluation.benchmarks]
+    def benchmarks(self) -> dict[str, str]:
+        """Those that every run is scored by: what their results are called, and which benchmark it is."""
+        return {entry.called: entry.benchmark for entry in self.run_config(self.any_run()).evaluation.benchmarks}
 
     def any_run(self) -> Run:
         method = next(iter(self.config.methods.values()))
@@ -236,7 +236,7 @@ def _unfit(plain: RunConfig) -> list[str]:
         problems.append("training.resume_from_checkpoint must be auto: a stopped comparison goes on from there")
     if not plain.data.validation:
         problems.append("data.validation is empty: rates are chosen by it")
-    named = [entry.benchmark for entry in plain.evaluation.benchmarks]
+    named = [entry.called for entry in plain.evaluation.benchmarks]
     if not named:
         problems.append("evaluation.benchmarks is empty: methods are compared by them")
     if len(set(named)) < len(named):

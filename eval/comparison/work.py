@@ -23,7 +23,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,48 +75,42 @@ def encode(base: Path, overrides: list[str], folder: Path) -> None:
     """Fill the cache, so that no run's time or memory holds the encoders' work."""
 
     def task() -> Outcome:
-        from data.media import MediaLoader
-        from mokamm.build import build_model, media_loader
+        from data.schema import BadSample
+        from mokamm.build import build_model
 
         config = load_config(base, overrides)
         if config.data.cache is None:
             return Outcome(FINISHED)
         model = build_model(config, "cpu" if config.training.use_cpu else None)
         seen: set[tuple[str, ...]] = set()
-        for source, path, media_dir, options in _files(config):
-            from data.sources import open_source
-
-            loader: MediaLoader = media_loader(media_dir, config.data.limits, config.data.allow_outside)
-            _encode_rows(model, open_source(source, path, **options), str(media_dir), loader, seen)
+        for sample, loader in _samples(config, model.processor):
+            media = (str(loader.media_dir), *(part.path for part in sample.media))
+            if media not in seen:
+                seen.add(media)
+                with suppress(BadSample):  # left to the runs, which tell of it
+                    model.perception.fill(model.prompt_batch([sample], loader))
         return Outcome(FINISHED)
 
     _in_process(folder, task, then=lambda outcome: sys.exit(0 if outcome.status == FINISHED else 1))
 
 
-def _files(config: RunConfig) -> list[tuple[str, Path, Path, dict[str, Any]]]:
-    """(source, annotation file, media folder, options) of all splits."""
-    from eval.benchmarks import find_benchmark
-
-    found = [(e.source, *config.locate(e), e.options) for e in (*config.data.train, *config.data.validation)]
-    for entry in config.evaluation.benchmarks:
-        benchmark = find_benchmark(entry.benchmark)
-        found.append((benchmark.source, *config.locate(entry), benchmark.options))
-    return found
-
-
-def _encode_rows(model: Any, rows: Any, folder: str, loader: Any, seen: set[tuple[str, ...]]) -> None:
-    """Pass each set of media once; a row that cannot be used is left to the runs, which tell of it."""
+def _samples(config: RunConfig, processor: Any) -> Iterator[tuple[Any, Any]]:
+    """Every readable row of all splits, with the loader of its media."""
     from data.schema import BadSample
+    from eval.jobs import job_of
+    from mokamm.build import media_loader
+    from mokamm.training.corpus import open_parts
 
-    for index in range(len(rows)):
-        try:
-            sample = rows[index]
-            media = (folder, *(part.path for part in sample.media))
-            if media not in seen:
-                seen.add(media)
-                model.perception.fill(model.prompt_batch([sample], loader))
-        except BadSample:
-            continue
+    data = config.data
+    for part in open_parts(config, [*data.train, *data.validation], processor, "data.train, data.validation"):
+        process: Any = part.process
+        for row in range(len(part.rows)):
+            with suppress(BadSample):
+                yield part.rows[row], process.loader
+    for job in [job_of(config, entry) for entry in config.evaluation.benchmarks]:
+        loader = media_loader(job.media_dir, data.limits, data.allow_outside)
+        rows = job.benchmark.load(job.path, job.limit, job.options, job.media_dir)
+        yield from ((row.sample, loader) for row in rows if row.sample is not None)
 
 
 # ---- outcomes --------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class BenchmarkTask(ConfigurableMessagesTask):
         given = dataset_kwargs or {}
         path, media_dir = (Path(self._place(given, key)) for key in ("path", "media_dir"))
         self.media_dir = media_dir
-        self.rows = self.benchmark.load(path, options=given.get("options"))
+        self.rows = self.benchmark.load(path, options=given.get("options"), media_dir=media_dir)
         docs = [
             {"index": row.index, "id": row.id, "question": _question(row), "answer": row.answer} for row in self.rows
         ]

@@ -28,6 +28,8 @@ class HeldOut(MultimodalDataset):
     It would otherwise be counted as the row that it is not.
     """
 
+    key = "data.validation"
+
     def __getitem__(self, index: int) -> Example:
         try:
             return self._load(index)

@@ -47,10 +47,13 @@ def write_plan(folder: Path, base: Path, world: Path, **changes: Any) -> Path:
         "benchmarks": [
             {"benchmark": f"miniworld_{name}", "path": file, "media_dir": str(world / "test"), "limit": limit}
             for name, file, limit in (("avqa", "avqa.json", 6), ("events", "events.txt", 3))
-        ],
+        ] + [{"benchmark": "yes_no", "name": "own", "path": str(folder / "own.jsonl"), "media_dir": str(world / "test")}],
         "batch_size": 6, "max_new_tokens": 5,
     }  # fmt: skip
     (folder / "base.yaml").write_text(yaml.safe_dump(run))
+    picture = min(path.name for path in (world / "test/images").iterdir())
+    own = {"question": "Is there a circle?", "answer": "yes", "image": f"images/{picture}"}
+    (folder / "own.jsonl").write_text(json.dumps(own) + "\n")
     plan: dict[str, Any] = {
         "base": str(folder / "base.yaml"), "output_dir": str(folder / "out"),
         "overrides": {"training.deepspeed": None}, "rates": [1e-3, 1e-2], "extend": 0, "seeds": [0, 1],
@@ -101,7 +104,9 @@ def plan(tmp_path_factory: pytest.TempPathFactory, mini_base: Path, world: Path)
 
 @pytest.fixture(scope="module")
 def results(plan: Path) -> dict[str, Any]:
-    return json.loads(compare(plan, "--json", "--jobs", "2").stdout)
+    done = compare(plan, "--json", "--jobs", "2")
+    assert "media encoded" in done.stderr
+    return json.loads(done.stdout)
 
 
 def test_the_plan_is_carried_out_and_nothing_else(plan: Path, results: dict[str, Any]) -> None:
@@ -117,7 +122,7 @@ def test_the_plan_is_carried_out_and_nothing_else(plan: Path, results: dict[str,
         rate["rate"]: rate["runs"][0]["loss"] for m in results["methods"] if m["name"] == "lora" for rate in m["rates"]
     }
     assert chosen["lora"] == min(losses, key=lambda rate: losses[rate])
-    scored = {path.parents[1].relative_to(runs).as_posix() for path in runs.rglob("miniworld_events.metrics.json")}
+    scored = {path.parents[1].relative_to(runs).as_posix() for path in runs.rglob("own.metrics.json")}
     assert scored == {f"{name}/rate-{chosen[name]:g}-seed-{seed}" for name in METHODS for seed in (0, 1)}
 
 

@@ -255,3 +255,15 @@ def test_files_that_are_none(tmp_path: Path, name: str, text: str, message: str)
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         load(name, path)
+
+
+def test_absolute_paths_of_mokas_files_are_looked_for_in_the_media_folder(tmp_path: Path) -> None:
+    (tmp_path / "media/clips").mkdir(parents=True)
+    (tmp_path / "media/clips/7.mp4").touch()
+    row = {"video_id": "7", "question": "Is it loud?", "answer": "yes", "video_path": "/old/clips/7.mp4"}
+    path = tmp_path / "rows" / "test.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps([row]))
+    found = find_benchmark("music_avqa").load(path, media_dir=tmp_path / "media")
+    assert found[0].sample is not None
+    assert [medium.path for medium in found[0].sample.media] == ["clips/7.mp4"] * 2

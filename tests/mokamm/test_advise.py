@@ -115,8 +115,14 @@ def test_answers_are_counted_or_sampled(monkeypatch, mini_base, world):
     config.data.train[0].weight = 2.5  # repeats are rows to train on, but teach nothing new
     repeated = information.count_answers(config, processor)
     assert (repeated.rows, repeated.distinct, repeated.tokens) == (40, 16, sum(lengths))
+    config.training.num_train_epochs = 1
     config.data.train[0].weight = 0.5
     assert information.count_answers(config, processor).tokens == pytest.approx(sum(lengths) / 2)
+    config.training.num_train_epochs = 2  # which take the other half too
+    assert information.count_answers(config, processor).tokens == sum(lengths)
+    config.data.train.append(config.data.train[0].model_copy(update={"weight": 1.0}))  # two files of one name
+    assert information.count_answers(config, processor).rows == 8 + 16
+    config.data.train.pop()
     config.data.train[0].weight = 1.0
     monkeypatch.setattr(information, "SAMPLE", 4)
     sampled = information.count_answers(config, processor)

@@ -113,7 +113,7 @@ def test_all_that_the_adapters_know_can_be_configured(write):
         False,
         None,
     )
-    with pytest.raises(ConfigError, match=r"adapter\.target_modules \(line 6\): '\*_proj' is neither"):
+    with pytest.raises(ConfigError, match=r"adapter\.target_modules \(override\): '\*_proj' is neither"):
         load_config(write(GOOD), ["adapter.target_modules='*_proj'"])
 
 
@@ -155,6 +155,16 @@ def test_names_that_transformers_has_renamed_are_mapped(write):
     assert load_config(path, ["training.metric_for_best_model=eval_loss"]).training.metric_for_best_model == "loss"
     assert load_config(path, ["training.train_sampling_strategy=group_by_length"]).training.group_by_length
     assert load_config(path, ["training.warmup_steps=0.1"]).training.warmup_steps == 0.1
+
+
+def test_a_mistake_of_an_override_is_not_blamed_on_the_file(write):
+    path = write(GOOD)
+    with pytest.raises(ConfigError, match=r"adapter\.r \(override\): .* found 0"):
+        load_config(path, ["adapter.r=0"])
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.limit \(override\): "):
+        load_config(path, ["data.train.0={source: messages, path: a.jsonl, limit: 0}"])
+    with pytest.raises(ConfigError, match=r"data\.validation has no entries; found '0'"):
+        load_config(path, ["data.validation=[]", "data.validation.0.limit=1"])
 
 
 def test_mistaken_overrides_are_told_with_the_rest(write):

@@ -233,6 +233,8 @@ def test_a_bad_validation_row_is_wrong_and_missing_whatever_takes_its_place(toy,
 
     ledger = Ledger(tmp_path / "bad_samples.jsonl", 0.5, 4)
     held_out = HeldOut([(toy.samples(4), 1.0, "validation/toy")], encode, ledger)
+    with pytest.raises(UserError, match=r"data\.validation: the sources' names must differ"):
+        HeldOut([(toy.samples(4), 1.0, "a"), (toy.samples(4), 1.0, "a")], encode, ledger)
     model, rows = toy.build(), ValidationBatches(4, 2, 0, 1)
     engine = PlainEngine(model, parameter_groups(training(), toy.parts_of(model)), training(), toy.alone())
     found = validate(engine, batches(held_out, rows, 0, 0), rows, toy.alone())
