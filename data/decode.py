@@ -61,8 +61,8 @@ class MediaLimits:
     """A file whose header claims more is not decoded. Pixels are width * height of one picture."""
 
     max_pixels: int = 50_000_000
-    max_seconds: float = 600.0
-    max_bytes: int = 4 * 2**30
+    max_seconds: float = 3600.0
+    max_bytes: int = 2_000_000_000
 
 
 def video_frames(path: Path, segments: int, limits: MediaLimits) -> Tensor:

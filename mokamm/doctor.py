@@ -267,7 +267,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
 
 def _parameters(outline: Outline) -> dict[str, dict[str, int]]:
     """Elements of each part, and how many of them train."""
-    from mokamm.adapters.peft_bridge import BaseTunerLayer
+    from mokamm.adapters.peft_bridge import tuner_layers
 
     found: dict[str, dict[str, int]] = {}
 
@@ -276,8 +276,8 @@ def _parameters(outline: Outline) -> dict[str, dict[str, int]]:
         counts["all"] += parameter.numel()
         counts["trained"] += parameter.numel() if parameter.requires_grad else 0
 
-    layers = [module for module in outline.llm.modules() if isinstance(module, BaseTunerLayer)]
-    own = {id(p) for layer in layers for n, p in cast(Any, layer).named_parameters() if not n.startswith("base_layer.")}
+    layers = [cast(Any, layer) for layer in tuner_layers(outline.llm).values()]
+    own = {id(p) for layer in layers for n, p in layer.named_parameters() if not n.startswith("base_layer.")}
     for parameter in outline.llm.parameters():
         add("adapter" if id(parameter) in own else "llm", parameter)
     for name, projector in outline.projectors.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.miniworld.scene import COLOURS, COLUMNS, PLAYED_BY, PLAYS, WORLD, Scene, Vocabulary
+from data.miniworld.scene import COLOURS, COLUMNS, PLAYED_BY, PLAYS, WORLD, Scene
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 YES_NO = ("yes", "no")
@@ -295,6 +295,3 @@ def questions(scene: Scene, kinds: dict[str, Kind], rng: np.random.Generator, *,
             blanks = by_answer[answer][rng.integers(len(by_answer[answer]))]
             found.append(_worded(name, kind.base if base else kind.wordings, rng, blanks, answer))
     return found
-
-
-__all__ = ["AVQA", "IMAGES", "SPOKEN", "Balance", "Kind", "Question", "Vocabulary", "questions"]

@@ -115,7 +115,7 @@ class Summary:
             "examples": dict(self.examples),
             "padding": padding(self._training_lengths(), self.config.training.per_device_train_batch_size),
             "cache_gb": {name: round(sum(sizes.values()) / 1e9, 6) for name, sizes in self.feature_bytes.items()},
-            "advice": stop + advice(self.config, troubles, lengths, self.examples),
+            "advice": stop + advice(self.config, troubles, lengths),
         }
 
     def lengths(self) -> np.ndarray:
@@ -176,7 +176,7 @@ def would_stop(rows: int, checked: int, bad: int, max_bad_fraction: float) -> li
     ]
 
 
-def advice(config: RunConfig, troubles: Counter[str], lengths: np.ndarray, examples: dict[str, list[str]]) -> list[str]:
+def advice(config: RunConfig, troubles: Counter[str], lengths: np.ndarray) -> list[str]:
     """What to do next, the most pressing first."""
     data, said = config.data, []
     if troubles["missing"]:

@@ -21,7 +21,7 @@ from mokamm.projectors.perceiver import PerceiverProjector
 from mokamm.projectors.pooled import PooledProjector
 from mokamm.projectors.qformer import QFormerProjector
 
-__all__ = ["PROJECTORS", "MLPProjector", "Projector", "QFormerProjector", "build_projector"]
+__all__ = ["PROJECTORS", "Projector", "build_projector"]
 
 PROJECTORS: dict[str, type[Projector]] = {
     "qformer": QFormerProjector,

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from data.collate import collate, packed
 from data.dataset import MultimodalDataset, Part
@@ -84,7 +84,7 @@ def batches(dataset: MultimodalDataset, sampler: Iterable[list[int]], pad_id: in
     """A loader whose workers decode and tokenise. Its generator is its own: iterating does not touch the training's."""
     return DataLoader(
         dataset,
-        batch_sampler=sampler if isinstance(sampler, Sampler) else _Given(sampler),
+        batch_sampler=sampler,
         collate_fn=partial(_for_main_process if workers else collate, pad_id=pad_id),
         num_workers=workers,
         worker_init_fn=_give_way,
@@ -101,14 +101,3 @@ def _give_way(worker: int) -> None:
     """Let the training have a core first where both want one: what is prefetched can wait, a step cannot."""
     os.nice(10)
     ignore_signals()
-
-
-class _Given(Sampler[list[int]]):
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Any:
-        return iter(self.rows)

@@ -32,8 +32,6 @@ from mokamm.training.optimization import optimizer_arguments
 
 
 class Engine(Protocol):
-    name: str
-
     def __call__(self, batch: Any, last: bool = True) -> dict[str, Tensor]: ...
     def train(self, mode: bool) -> None: ...
     def backward(self, loss: Tensor, last: bool) -> None: ...
@@ -59,7 +57,6 @@ class PlainEngine:
     """torch.optim.AdamW, autocast where bf16 is asked for, DistributedDataParallel where there are several ranks."""
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], training: TrainingConfig, ranks: Ranks) -> None:
-        self.name = "ddp" if ranks.world > 1 else "plain"
         self.world, self.max_norm = ranks.world, training.max_grad_norm
         self.module: nn.Module = model
         if ranks.world > 1:  # buffers (tables of positions, LoRI's masks) are equal everywhere and never change
@@ -111,7 +108,6 @@ class DeepSpeedEngine:
         trained = sum(p.numel() for group in groups for p in group["params"])
         config = deepspeed_config(training, ranks, trained)
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
-        self.name = f"zero{self.stage}"
         self.scale = ranks.world * training.gradient_accumulation_steps  # DeepSpeed averages over both
         self.rank, self.world = ranks.rank, ranks.world
         optimizer = _optimizer_class(config)(groups, **optimizer_arguments(training))

@@ -18,11 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from data.schema import IGNORED, UserError
-from mokamm.adapters.peft_bridge import linear_names
+from mokamm.adapters.peft_bridge import linear_names, tuner_layers
 from mokamm.config import RunConfig
 from mokamm.quantization import check_sharding
 from mokamm.training.engine import bucket_elements, deepspeed_config
@@ -219,7 +218,7 @@ def network_of(model: Any, config: RunConfig) -> Network:
     if method == "full":
         trained = [(n.rpartition(".")[2], m.in_features) for n, m in linear if m is not llm.get_output_embeddings()]
     else:
-        layers = [(n.rpartition(".")[2], m) for n, m in llm.named_modules() if isinstance(m, BaseTunerLayer)]
+        layers = [(name.rpartition(".")[2], layer) for name, layer in tuner_layers(llm).items()]
         trained = [(name, int(cast(Any, m).in_features)) for name, m in layers]
         outputs = sum(int(cast(Any, m).out_features) for _, m in layers)
         if method == "hira" and (adapter.one_matmul is False or adapter.lora_dropout):

@@ -100,6 +100,15 @@ def test_names_known_without_torch_are_those_of_the_registries():
     assert set(names.PROJECTORS) == set(PROJECTORS)
 
 
+def test_the_limits_of_media_are_the_same_without_a_configuration():
+    from dataclasses import asdict
+
+    from data.media import MediaLimits
+    from mokamm.config import LimitsConfig
+
+    assert LimitsConfig().model_dump() == asdict(MediaLimits())
+
+
 def test_all_that_the_adapters_know_can_be_configured(write):
     from mokamm.adapters import OPTIONS, OTHER_OPTIONS
     from mokamm.config import AdapterConfig
