@@ -22,9 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.decode import SAMPLE_RATE, MediaLimits, check_file, sound_track, video_frames
+from data.headers import MediaLimits, check_file
 from data.pictures import picture
 from data.schema import Media, MediaError, MissingMedia, NoTrack, OverLimit, RefusedMedia
+from data.sound import SAMPLE_RATE, sound_track
+from data.video import video_frames
 
 __all__ = ["SAMPLE_RATE", "MediaLimits", "MediaLoader", "Windows", "cut_windows"]
 

@@ -14,7 +14,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from data.decode import MediaLimits, check_pixels, reading
+from data.headers import MediaLimits, check_pixels, reading
 from data.schema import MediaError, OverLimit
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS: Pillow would run Ghostscript

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.decode import SAMPLE_RATE
 from data.media import MediaLoader
 from data.schema import Media
+from data.sound import SAMPLE_RATE
 
 FRAMES = 4
 HEIGHT = 96  # pixels of a frame, and of a sound's picture

@@ -25,10 +25,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.decode import mono_sound
 from data.media import MediaLimits, MediaLoader, Windows, cut_windows
 from data.pictures import pixels
 from data.schema import Kind, Media, MediaError
+from data.sound import mono_sound
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 SOUNDS = (".wav", ".mp3", ".m4a", ".aac", ".flac", ".ogg", ".opus", ".aiff", ".au", ".caf", ".amr", ".wma")

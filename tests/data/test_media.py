@@ -14,9 +14,9 @@ import torch
 import torchaudio
 from PIL import Image
 
-from data.decode import mono_sound
 from data.media import MediaLimits, MediaLoader, cut_windows
 from data.schema import BadSample, Media, MediaError, OverLimit, UserError
+from data.sound import mono_sound
 
 
 def video(path: str) -> Media:

@@ -14,7 +14,9 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model
 from PIL import Image
 
-from data.decode import MediaLimits, sound_track, video_frames
+from data.headers import MediaLimits
+from data.sound import sound_track
+from data.video import video_frames
 
 Turn = list[dict[str, Any]]
 
