@@ -1,9 +1,11 @@
 """Every touch of PEFT's private API, so that a new PEFT release (pinned: 0.21) is one file to look at.
 
     register_method   adds a type to PEFT's closed enum and registers config and tuner
+    match_targets     which linear modules a config means, `match_parameters` which fused experts; refusals with the reason
     TunerLayer        a wrapped Linear: PEFT's bookkeeping, none of the mathematics
     Tuner             finds the targets, counts them, refuses what cannot work, wraps each in its layer
     tuner_layers      every adapted module of a model, of any method; `let_act` switches one on and off for some steps
+    borrowed, freeze, saved_keys      parameters that several modules hold, that never train, that go into a file
     HiraLinear        PEFT's own HiRA layer, and `change_class`, which gives it another forward
 
 Importing this file changes two things of PEFT itself, at the end of it: a layer may sit out, whatever enables and disables
