@@ -29,7 +29,7 @@ from torch import nn
 
 from eval.printing import stdout_kept_clean
 from eval.speed.counting import operations, peak_bytes, saved_bytes, waits
-from eval.speed.reporting import print_tables, surroundings
+from eval.speed.reporting import keep, print_tables, surroundings
 from eval.speed.subjects import (
     LENGTH,
     METHODS,
@@ -245,13 +245,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    command = "python eval/speed/adapters.py " + " ".join(sys.argv[1:] if argv is None else argv)
     with stdout_kept_clean(args.json):
-        found = {"command": command.strip(), **surroundings(args), **measure(args)}
+        found = {**surroundings("adapters.py", args, argv), **measure(args)}
         text = json.dumps(found, default=str)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
+        keep(found, args.out)
         if not args.json:
             print_tables(found)
     if args.json:

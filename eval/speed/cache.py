@@ -18,14 +18,12 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from eval.printing import stdout_kept_clean
-from mokamm.config import RunConfig, load_config
+from eval.speed.reporting import RESULTS, keep, surroundings
+from mokamm.config import RunConfig, find_path, load_config
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "eval" / "speed" / "results"
 BATCH = 8
 
 
@@ -75,16 +73,16 @@ def measure(config: RunConfig, limit: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default=str(ROOT / "configs" / "quickstart.yaml"))
+    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--limit", type=int, default=100, help="rows of each source")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with stdout_kept_clean(args.json):
-        result = measure(load_config(args.config, args.overrides), args.limit)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cache.json").write_text(json.dumps(result, indent=1) + "\n")
+        config = load_config(find_path(args.config), args.overrides)
+        result = {**surroundings("cache.py", args), **measure(config, args.limit)}
+    keep(result, RESULTS / "cache.json")
     if args.json:
         print(json.dumps(result))
         return

@@ -11,7 +11,7 @@ after one step; on this machine's disk, one process. In turns:
     trainer    Trainer._save_checkpoint with its defaults: the same things; no digests, no fsync, no rename
 
 Seconds are medians, ratios are mokamm's over the Trainer's; bytes are those of one checkpoint. Nothing is downloaded, no
-GPU is used.
+GPU is used. The result is also written to eval/speed/results/checkpoint.json.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ import torch
 from torch import nn
 
 from eval.printing import stdout_kept_clean
+from eval.speed.reporting import RESULTS, keep, surroundings
 from eval.speed.timing import in_turns
-from mokamm.config import load_config
+from mokamm.config import find_path, load_config
 
-ROOT = Path(__file__).resolve().parents[2]
 Save = Callable[[int], None]  # writes the checkpoint of a step
 
 
@@ -101,7 +101,7 @@ def measure(config_path: str, method: str, rounds: int) -> dict[str, dict[str, f
     """{"whole" | "adapter": {"seconds", "bytes", "trainer_seconds", "trainer_bytes", "seconds_ratio", "bytes_ratio"}}"""
     from mokamm.build import build_model
 
-    config = load_config(config_path, [f"adapter.method={method}", "data.cache=null"])
+    config = load_config(find_path(config_path), [f"adapter.method={method}", "data.cache=null"])
     model = build_model(config, "cpu", for_training=True)
     whole, alone = Trained(model, model.projectors), Trained(model, nn.ModuleDict())
     with tempfile.TemporaryDirectory() as place:
@@ -142,17 +142,19 @@ def _bytes(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default=str(ROOT / "configs" / "quickstart.yaml"))
+    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml")
     parser.add_argument("--methods", nargs="+", default=["moka", "lora"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with stdout_kept_clean(args.json):
-        found = {method: measure(args.config, method, args.rounds) for method in args.methods}
+        methods = {method: measure(args.config, method, args.rounds) for method in args.methods}
+        found = {**surroundings("checkpoint.py", args), "methods": methods}
+    keep(found, RESULTS / "checkpoint.json")
     if args.json:
-        print(json.dumps({"rounds": args.rounds, "torch": torch.__version__, "methods": found}))
+        print(json.dumps(found))
         return
-    for method, rows in found.items():
+    for method, rows in methods.items():
         for what, row in rows.items():
             print(
                 f"{method:>6} {what:>8}   mokamm {row['seconds']:.4f} s {row['bytes']:>11,} bytes   "

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.printing import stdout_kept_clean
-from eval.speed.reporting import surroundings
+from eval.speed.reporting import keep, surroundings
 from eval.speed.timing import in_turns
 from mokamm.adapters import Coto, Routing, set_routing, wrap
 from mokamm.adapters.coto import rising
@@ -149,13 +147,11 @@ def main() -> None:
     args = parser.parse_args()
     with stdout_kept_clean(args.json):
         found: dict[str, Any] = {
-            "command": shlex.join(["python", "eval/speed/coto.py", *sys.argv[1:]]),
-            **surroundings(args),
+            **surroundings("coto.py", args),
             "steps": STEPS,
             "llms": {name: measure(LLMS[name], args) for name in args.llms},
         }
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    keep(found, args.out)
     if args.json:
         print(json.dumps(found))
         return

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.printing import stdout_kept_clean
-
-RESULTS = Path(__file__).resolve().parent / "results"
+from eval.speed.reporting import RESULTS, keep, surroundings
 
 
 def one_by_one(model: Any, rows: list[Any], loader: Any, tokens: int) -> dict[int, str]:
@@ -94,7 +92,6 @@ def ratios(seconds: dict[str, float]) -> dict[str, float]:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     from eval.jobs import plan_jobs
-    from eval.speed.reporting import surroundings
     from mokamm.config import load_run_config
     from mokamm.model import MultimodalLM
 
@@ -109,8 +106,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     args.run, args.batch_size = args.run.name, batch_size
     words = ["--repeats", str(args.repeats), *(["--limit", str(args.limit)] if args.limit else [])]
     return {
-        "command": shlex.join(["python", "eval/speed/generation.py", f"runs/{args.run}", *words]),
-        **surroundings(args),
+        **surroundings("generation.py", args, [f"runs/{args.run}", *words]),
         "benchmarks": found,
         "rows": sum(part["rows"] for part in found),
         "seconds": {name: round(value, 2) for name, value in whole.items()},
@@ -144,8 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with stdout_kept_clean(args.json):
         found = compare(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    keep(found, args.out)
     if args.json:
         print(json.dumps(found))
     else:

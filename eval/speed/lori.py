@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 
 from eval.printing import stdout_kept_clean
-from eval.speed.reporting import surroundings
+from eval.speed.reporting import keep, surroundings
 from mokamm.adapters import wrap
 from mokamm.adapters.masks import keep_top
 from mokamm.adapters.start import factors
@@ -69,15 +67,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     args = parser.parse_args()
-    args.device = "cpu"
     with stdout_kept_clean(args.json):
         torch.manual_seed(0)
         sizes = measure(args.rank, args.sparsity, args.layers)
     ratios = {m: {key: round(size / sizes["lora"][key], 4) for key, size in row.items()} for m, row in sizes.items()}
-    command = shlex.join(["python", "eval/speed/lori.py", *sys.argv[1:]])
-    found = {"command": command, **surroundings(args), "sizes": sizes, "of_lora": ratios}
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    found = {**surroundings("lori.py", args), "sizes": sizes, "of_lora": ratios}
+    keep(found, args.out)
     if args.json:
         print(json.dumps(found, default=str))
         return

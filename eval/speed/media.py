@@ -32,8 +32,8 @@ import torch
 
 from data.media import SAMPLE_RATE, MediaLoader
 from data.schema import Media
+from eval.speed.reporting import RESULTS, keep, surroundings
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SEGMENTS = 10
 Decode = Callable[[], Any]
 
@@ -151,11 +151,10 @@ def main() -> None:
     }
     samples = {name: round(10 * SAMPLE_RATE * clips[name]["ours"]) for name in ("sound", "stereo")}
     result = {
-        "rounds": args.rounds, "torch": torch.__version__, "av": av.__version__, "seconds": "CPU",
+        **surroundings("media.py", args), "seconds": "CPU",
         "clips_per_second": clips, "ratios": ratios, "samples_per_second": samples,
     }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "media.json").write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, RESULTS / "media.json")
     if args.json:
         print(json.dumps(result))
         return

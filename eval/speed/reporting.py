@@ -1,15 +1,19 @@
-"""What a benchmark of this folder says beside its figures, and its tables for people."""
+"""What a benchmark of this folder says beside its figures, where it keeps them, and its tables for people."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+RESULTS = Path(__file__).resolve().parent / "results"
 RATIOS = {
     "moka/lora": "overhead moka/lora",
     "fastest": "fastest overhead moka/lora",
@@ -17,8 +21,9 @@ RATIOS = {
 }
 
 
-def surroundings(args: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions, command: what a figure is worth nothing without."""
+def surroundings(script: str, args: argparse.Namespace, words: Sequence[str] | None = None) -> dict[str, Any]:
+    """Command, machine, versions: what a figure is worth nothing without. words: the command's; else this process's."""
+    import av
     import peft
     import transformers
 
@@ -28,11 +33,19 @@ def surroundings(args: argparse.Namespace) -> dict[str, Any]:
         models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = f"{models[0]} x {len(models)}" if models else cpu
     machine: dict[str, Any] = {"cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version()}
-    if args.device.startswith("cuda"):
+    if getattr(args, "device", "cpu").startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name()
-    versions = {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
+    versions = {module.__name__: module.__version__ for module in (torch, peft, transformers, av)}
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "out")}
-    return {"machine": machine, "versions": versions, "seed": 0, "settings": settings}
+    command = shlex.join(["python", f"eval/speed/{script}", *(sys.argv[1:] if words is None else words)])
+    return {"command": command, "machine": machine, "versions": versions, "seed": 0, "settings": settings}
+
+
+def keep(found: dict[str, Any], path: Path | None) -> None:
+    """Write the result where a path is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
 def print_tables(found: dict[str, Any]) -> None:

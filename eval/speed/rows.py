@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from eval.speed.reporting import RESULTS, keep, surroundings
+
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "eval" / "speed" / "results"
 FORMS = ("messages", "llava")
 QUESTION = "Which instrument is heard first, and where in the picture is it played, row {}?"
 
@@ -109,9 +109,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    result = {"python": platform.python_version(), "forms": {form: measure(form, args.rows) for form in FORMS}}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "rows.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {**surroundings("rows.py", args), "forms": {form: measure(form, args.rows) for form in FORMS}}
+    keep(result, RESULTS / "rows.json")
     if args.json:
         print(json.dumps(result))
         return
