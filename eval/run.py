@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ from eval.ranks import check_alike, join, rank_here, told, world_here
 from mokamm.config import RunConfig, find_path, load_run_config
 from mokamm.mistakes import is_users
 from mokamm.names import ROUTED
-from mokamm.training.disk import writing
+from mokamm.training.disk import replacing, writing
 
 if TYPE_CHECKING:
     from mokamm.model import MultimodalLM
@@ -163,9 +162,8 @@ def write_results(folder: Path, stem: str, benchmark: Benchmark, rows: list[Row]
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    beside.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def settings_of_model(args: argparse.Namespace, config: RunConfig, control: Control) -> dict[str, Any]:

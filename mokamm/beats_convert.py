@@ -15,6 +15,7 @@ from data.schema import UserError
 from encoders.beats import BEATs, load_beats, save_beats
 from mokamm.adapter_folder import load_pickle
 from mokamm.convert import Options, Plan
+from mokamm.training.disk import replacing
 from mokamm.weights import share
 
 PICKLES = (".pt", ".pth")
@@ -43,15 +44,7 @@ def _check_name(out: Path) -> None:
 
 
 def write_beats(model: BEATs, out: Path) -> None:
-    """Beside its place, then renamed into it."""
-    from safetensors import SafetensorError
-
-    temporary = out.with_name(f".{out.stem}.part.safetensors")
-    try:
-        save_beats(temporary, model)
-        share(temporary)
-        temporary.replace(out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Whole or not at all."""
+    with replacing(out) as beside:
+        save_beats(beside, model)
+        share(beside)

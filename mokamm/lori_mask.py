@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from data.schema import UserError
 from mokamm.mistakes import is_users
-from mokamm.training.disk import writing
+from mokamm.training.disk import replacing, writing
 
 if TYPE_CHECKING:
     from mokamm.adapters.masks import Mask
@@ -52,13 +51,9 @@ def write_mask(mask: Mask, path: str | Path, made_from: str = "") -> None:
     tensors |= {f"{name}.shape": torch.tensor(shape, dtype=torch.int32) for name, shape in mask.shapes.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "a_hash": mask.a_hash or "", "made_from": made_from})
-        share(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as beside:
+        save_file(tensors, beside, metadata={"format": FORMAT, "a_hash": mask.a_hash or "", "made_from": made_from})
+        share(beside)
 
 
 def read_mask(path: str | Path) -> Mask:

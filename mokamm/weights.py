@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.schema import UserError
+from mokamm.training.disk import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,15 +50,11 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(folder: str | Path) -> None:
-    """List every file below `folder` with size and sha256; written last, through a temporary file, and flushed."""
+    """List every file below `folder` with size and sha256; written last, whole or not at all."""
     folder = Path(folder)
     files = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in _files(folder)}
-    temporary = folder / f".{MANIFEST}.tmp"
-    with open(temporary, "w") as file:
-        json.dump({"format": 1, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST)
+    with replacing(folder / MANIFEST) as beside:
+        beside.write_text(json.dumps({"format": 1, "files": files}, indent=1))
 
 
 def manifest_problems(folder: str | Path, needed: tuple[str, ...] = ()) -> list[str]:

@@ -33,6 +33,7 @@ from pydantic import ValidationError
 
 from eval.comparison.plan import DIVERGED, FAILED, FINISHED, Outcome
 from mokamm.config import RunConfig, load_config
+from mokamm.training.disk import replacing
 
 OUTCOME, LOG = "outcome.json", "log.txt"
 
@@ -188,9 +189,8 @@ def as_of_now(settings: dict[str, Any]) -> dict[str, Any]:
 
 def write_outcome(folder: Path, outcome: Outcome, config: RunConfig) -> None:
     outcome.settings = settings_of(config)
-    temporary = folder / f".{OUTCOME}.tmp"
-    temporary.write_text(json.dumps(asdict(outcome), indent=1) + "\n")
-    os.replace(temporary, folder / OUTCOME)
+    with replacing(folder / OUTCOME) as beside:
+        beside.write_text(json.dumps(asdict(outcome), indent=1) + "\n")
 
 
 def read_outcome(folder: Path) -> Outcome | None:

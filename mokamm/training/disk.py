@@ -1,7 +1,8 @@
 """What a disk does to a run: a full, read-only or failing one is told in one message, and a folder has one writer.
 
-with writing(place, advice):   OSErrors inside, also those that torch and safetensors wrap, become one UserError
-lock = hold(run)               the only training in this folder, until the lock is closed or its process ends
+with writing(place, advice):      OSErrors inside, also those that torch and safetensors wrap, become one UserError
+with replacing(path) as beside:   a file is written beside its place and renamed: it is whole, or what was there before
+lock = hold(run)                  the only training in this folder, until the lock is closed or its process ends
 """
 
 from __future__ import annotations
@@ -40,6 +41,21 @@ def writing(place: Path, advice: str) -> Iterator[None]:
         about = "a file lies where a folder should be" if number in NO_FOLDER else _room(place)
         about = "a folder lies where a file should be" if number == errno.EISDIR else about
         raise UserError(f"{place} cannot be written: {os.strerror(number)} ({about}); {advice}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which takes the place of `path` once it is whole and on the disk; a failure leaves nothing."""
+    if not path.parent.is_dir():  # safetensors would not name it
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _is_no_place(place: Path, error: Exception) -> bool:

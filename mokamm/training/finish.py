@@ -14,6 +14,7 @@ from typing import Any
 
 from data.schema import UserError
 from mokamm.config import RunConfig, find_path
+from mokamm.training.disk import replacing
 from mokamm.training.launch import plain_environment
 from mokamm.training.world import REPOSITORY
 from mokamm.weights import fingerprint
@@ -175,8 +176,7 @@ def _results(run: Path) -> list[str]:
 
 
 def dump_config(config: RunConfig, run: Path, model: Any) -> None:
-    """Write config.yaml with versions, through a temporary file."""
+    """Write config.yaml with versions, whole or not at all."""
     config.versions = json.loads(json.dumps(versions(config, model)))
-    temporary = run / ".config.yaml.tmp"
-    config.dump(temporary)
-    os.replace(temporary, run / "config.yaml")
+    with replacing(run / "config.yaml") as beside:
+        config.dump(beside)

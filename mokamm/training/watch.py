@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.schema import UserError
-from mokamm.training.disk import writing
+from mokamm.training.disk import replacing, writing
 
 METRICS = "metrics.jsonl"
 ADVICE = "make room or mend the disk, then start the same command again: it goes on from its newest checkpoint"
@@ -273,12 +273,8 @@ def forget_after(path: Path, step: int) -> None:
     """Drop the records of steps that will be run again."""
     if path.is_file():
         kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "w") as file:
-            file.write("".join(kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as beside:
+            beside.write_text("".join(kept))
 
 
 def memory_gb() -> float:
