@@ -10,7 +10,7 @@ Axis letters: B batch, T tokens, F segments (frames or windows), P patches, C fe
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -33,6 +33,14 @@ class BadSample(UserError):
 
 class MediaError(BadSample):
     """A media file is missing, outside the allowed folder, over a limit, or cannot be decoded."""
+
+
+def listed(title: str, problems: Sequence[str], most: int | None = None) -> str:
+    """A message with a line for each problem, or for the first `most` and one that counts the others."""
+    shown = list(problems[:most])
+    if len(problems) > len(shown):
+        shown.append(f"... and {len(problems) - len(shown)} more")
+    return "\n  - ".join([title, *shown])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

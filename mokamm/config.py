@@ -31,12 +31,12 @@ from pydantic import (
     model_validator,
 )
 
-from data.schema import UserError, nearest
+from data.schema import UserError, listed, nearest
 from data.sources import SOURCES, is_there, option_takers
 from encoders import ENCODERS
 from encoders.options import option_problems
 from mokamm import names
-from mokamm.config_file import ConfigError, apply_overrides, explain, listed, read_yaml
+from mokamm.config_file import ConfigError, apply_overrides, explain, read_yaml
 
 __all__ = ["ConfigError", "RunConfig", "find_path", "load_config", "load_run_config"]
 

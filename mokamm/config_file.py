@@ -11,15 +11,11 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from data.schema import UserError, nearest
+from data.schema import UserError, listed, nearest
 
 
 class ConfigError(UserError):
     """The configuration cannot be used; the message lists all of its mistakes."""
-
-
-def listed(title: str, problems: list[str]) -> str:
-    return "\n  - ".join([title, *problems])
 
 
 # ---- YAML with lines -------------------------------------------------------------------------------------------------

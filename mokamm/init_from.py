@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from data.schema import UserError
+from data.schema import UserError, listed
 from mokamm.adapter_folder import AdapterFolder
 from mokamm.adapters.masks import Mask
 from mokamm.adapters.start import adopt_a, start_b
@@ -84,7 +84,7 @@ def _projectors_in(folder: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"training.init_from: {path} is missing; expected a folder that stage 1 wrote ({PROJECTORS})")
     if (folder / MANIFEST).is_file() and (altered := manifest_problems(folder)):
-        raise UserError("\n  - ".join([f"training.init_from: {folder} is not whole:", *altered]))
+        raise UserError(listed(f"training.init_from: {folder} is not whole:", altered))
     return load_file(path)
 
 
@@ -99,9 +99,8 @@ def _load_projectors(model: MultimodalLM, state: dict[str, torch.Tensor], where:
     problems = differences(own, {key: tuple(tensor.shape) for key, tensor in state.items()})
     if problems:
         files = ", ".join(str(folder / PROJECTORS) for folder in dict.fromkeys(where.values()))
-        shown = problems[:8] + [f"... and {len(problems) - 8} more"] * (len(problems) > 8)
-        shown += _width_notes(model, state)
-        raise UserError("\n  - ".join([f"training.init_from: {files} does not fit model.modalities:", *shown]))
+        told = listed(f"training.init_from: {files} does not fit model.modalities:", problems, most=8)
+        raise UserError(listed(told, _width_notes(model, state)))
     model.projectors.load_state_dict(state)
 
 

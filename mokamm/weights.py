@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.schema import UserError
+from data.schema import UserError, listed
 from mokamm.training.disk import replacing
 
 if TYPE_CHECKING:
@@ -270,5 +270,4 @@ def differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int
 def refuse(path: Path, problems: list[str], what: str = "does not fit the model, or is not whole") -> None:
     """Raises WeightsError with the first problems, where there are any."""
     if problems:
-        more = [f"... and {len(problems) - 8} more"] if len(problems) > 8 else []
-        raise WeightsError("\n  - ".join([f"{path} {what}:", *problems[:8], *more]))
+        raise WeightsError(listed(f"{path} {what}:", problems, most=8))

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.schema import listed
 from eval.comparison import work
 from eval.comparison.plan import FINISHED, Outcome, stand
 from eval.comparison.settings import Comparison, MethodConfig, Run
-from mokamm.config_file import ConfigError, listed
+from mokamm.config_file import ConfigError
 
 SHOWN = 6  # differences that a message names
 
@@ -58,9 +59,8 @@ class Progress:
             if not new:
                 break
         if different:
-            more = [f"and {len(different) - SHOWN} more"] if len(different) > SHOWN else []
             raise ConfigError(
-                listed(f"{self.comparison.out} holds runs of another plan:", [*different[:SHOWN], *more])
+                listed(f"{self.comparison.out} holds runs of another plan:", different, most=SHOWN)
                 + "\ngo back to those values, name another folder (--out DIR), or delete the runs that are not wanted"
             )
 

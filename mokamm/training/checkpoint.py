@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.schema import UserError
+from data.schema import UserError, listed
 from mokamm.training.disk import writing
 from mokamm.training.engine import Engine
 from mokamm.training.launch import Ranks
@@ -264,7 +264,7 @@ def find(run: Path, wanted: str | None) -> Path | None:
         problems = manifest_problems(folder, NEEDED) if folder.is_dir() else [f"no such folder: {folder}"]
         if problems:
             raise UserError(
-                "\n  - ".join(["training.resume_from_checkpoint cannot be used:", *problems])
+                listed("training.resume_from_checkpoint cannot be used:", problems)
                 + "\nuse 'auto' for the newest whole checkpoint of the run, or null to start anew"
             )
         return folder
@@ -309,7 +309,7 @@ def read_state(folder: Path, same: dict[str, Any]) -> TrainerState:
     different = [line for key in same if key in known for line in _changed(key, state.same[key], same[key])]
     if different:
         raise UserError(
-            "\n  - ".join([f"{folder} comes from another run than the one configured:", *different])
+            listed(f"{folder} comes from another run than the one configured:", different)
             + "\ngo back to those values, or choose another training.output_dir (or "
             "training.resume_from_checkpoint=null, which starts anew in the same folder and moves the earlier run aside)"
         )

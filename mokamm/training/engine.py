@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from data.schema import UserError
+from data.schema import UserError, listed
 from mokamm.adapters.peft_bridge import borrowed
 from mokamm.config import TrainingConfig, find_path
 from mokamm.training.launch import Ranks, limit_waiting
@@ -249,7 +249,7 @@ def deepspeed_config(training: TrainingConfig, ranks: Ranks, trained: int) -> di
     }  # training.on_nan needs them
     problems = _fill(config, {**ours, **free}, {**ours, **checks})
     if problems:
-        raise UserError("\n  - ".join([f"{path} does not fit this run:", *problems]))
+        raise UserError(listed(f"{path} does not fit this run:", problems))
     config["steps_per_print"] = 10**9
     return config
 
