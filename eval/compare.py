@@ -26,7 +26,7 @@ from eval.comparison.plan import FAILED
 from eval.comparison.progress import Progress, look
 from eval.comparison.settings import Comparison, load_comparison
 from eval.comparison.shown import Shown
-from mokamm.mistakes import is_users
+from mokamm.mistakes import tell
 from mokamm.training.disk import hold, writing
 from mokamm.training.world import make_world
 
@@ -54,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped; to go on:\n  {shlex.join(['python', *sys.argv])}", file=sys.stderr)
         return 143 if isinstance(stopped, pool.Terminated) else 130
     except Exception as error:
-        if not is_users(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell(error)
 
 
 def compare(args: argparse.Namespace) -> int:

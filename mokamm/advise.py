@@ -19,7 +19,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mokamm.config import RunConfig, add_config_arguments, load_config
-from mokamm.mistakes import is_users
+from mokamm.mistakes import tell
 
 if TYPE_CHECKING:
     from mokamm.information import Answers
@@ -333,10 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         case = collect(args)
         advice = [subject(case) for subject in SUBJECTS]
     except Exception as error:
-        if not is_users(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(tell(error))
     if args.json:
         print(json.dumps({"config": args.config, "method": case.method} | {a.name: a.facts for a in advice}))
     else:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.schema import UserError
-from mokamm.mistakes import is_users
+from mokamm.mistakes import tell
 from mokamm.training.disk import writing
 
 FORMATS = ("lora", "lori_s", "mask", "moka", "beats")
@@ -106,10 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with writing(args.out, "choose another place for OUT"):
                 planned.write(args.out)
     except Exception as error:
-        if not is_users(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell(error)
     for warning in planned.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if args.json:

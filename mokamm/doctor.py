@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from data.sources import SOURCES, is_there
 from mokamm.config import BenchmarkConfig, RunConfig, SourceConfig, add_config_arguments, find_path, load_config
-from mokamm.mistakes import is_users
+from mokamm.mistakes import is_users, tell
 
 if TYPE_CHECKING:
     from mokamm.outline import Outline
@@ -343,10 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.config, args.overrides)
         found = [] if args.shapes else findings(config)
     except Exception as error:
-        if not is_users(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(tell(error))
     try:
         shapes = dry_run(config, args.ranks, args.gpu_gb)
     except Exception as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from data.schema import UserError
-from mokamm.mistakes import is_users
+from mokamm.mistakes import is_users, tell
 
 if TYPE_CHECKING:
     from data.schema import Message
@@ -237,10 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args)
     except Exception as error:
-        if not is_users(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(tell(error))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.schema import UserError
-from mokamm.mistakes import is_users
+from mokamm.mistakes import tell
 from mokamm.training.disk import replacing, writing
 
 if TYPE_CHECKING:
@@ -116,10 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with writing(args.out, "choose another file (--out)"):
             write_mask(mask, args.out, str(args.adapter))
     except Exception as error:
-        if not is_users(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell(error)
     if args.json:
         print(json.dumps({"mask": str(args.out), "kept": mask.kept, "entries": mask.total, "a_hash": mask.a_hash}))
     else:

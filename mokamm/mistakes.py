@@ -16,3 +16,11 @@ def is_users(error: BaseException) -> bool:
     routing = sys.modules.get("mokamm.routing")
     known = (UserError, EncoderError, *([routing.AdapterError] if routing else []))
     return isinstance(error, known)
+
+
+def tell(error: Exception) -> int:
+    """Tell a user's mistake on standard error; the exit code that it has. Anything else is raised again."""
+    if not is_users(error):
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    return 2

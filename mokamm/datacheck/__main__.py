@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mokamm.config import ConfigError, RunConfig, add_config_arguments, load_config
-from mokamm.mistakes import is_users
+from mokamm.mistakes import tell
 
 if TYPE_CHECKING:
     from mokamm.datacheck.summary import Summary
@@ -46,10 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # whatever libraries print
             result = check(config, out, args.limit, args.workers)
     except Exception as error:
-        if not is_users(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(tell(error))
     print(json.dumps(result) if args.json else table(result, out))
     sys.exit(1 if result["would_stop"] else 0)
 
