@@ -159,7 +159,7 @@ def main(folder: Path, stages: list[str]) -> None:
         path = str(ROOT / f"configs/deepspeed/{stage}.json")
         again = partial(run, ranks=ranks, deepspeed=path, per_device_train_batch_size=2 // ranks.world, **FROM_STEP_ONE)
         again(folder / stage / "exact", max_steps=5)
-        again(folder / stage / "coto", max_steps=5, adapter={"coto": {"p0": 0.2}})
+        again(folder / stage / "coto", max_steps=5, adapter={"coto": {"p0": 0.2}}, gradient_checkpointing=True)
         again(folder / stage / "whole", dropout=0.2, max_steps=5, eval_steps=3)
         again(folder / stage / "halved", dropout=0.2, max_steps=5, eval_steps=3, stop_after=4)
         again(folder / stage / "halved", dropout=0.2, max_steps=5, eval_steps=3)

@@ -1,6 +1,7 @@
 """Every method and stage under every ZeRO variant: train, save, resume, evaluate; compared with one plain process.
 
-    python -m tests.ranks.matrix [--ranks 2] [--out DIR] [--only moka] [--variants zero2 zero3] [--accumulation 1]
+    python -m tests.ranks.matrix [--ranks 2] [--out DIR] [--only moka] [--variants zero2 zero3]
+                                [--accumulation 1] [--checkpointing]
 
 Per method, in one launch of all variants: 20 steps on the mixed rows of tests/ranks/rows.py, then the same run once more
 from the checkpoint of step 10. Printed for each: the largest relative difference of the 20 losses from those of one
@@ -86,13 +87,13 @@ def evaluated(run: Path, world: Path) -> list[str]:
 
 
 def run_method(
-    method: str, variants: list[str], world: Path, folder: Path, ranks: int, accumulation: int
+    method: str, variants: list[str], world: Path, folder: Path, ranks: int, **training: Any
 ) -> list[dict[str, Any]]:
-    """One row of results a variant."""
-    own = settings(world / "train", folder, gradient_accumulation_steps=accumulation)
+    """One row of results a variant. The plain run has `training` too, but gradient checkpointing."""
+    own = settings(world / "train", folder, **training)
     own.update(METHODS[method])
     python = [sys.executable, "-m", "tests.ranks.cases"]
-    launch(python, [Case("plain", own)], folder / "one")
+    launch(python, [Case("plain", {**own, "training.gradient_checkpointing": False})], folder / "one")
     shared = {**own, "training.per_device_train_batch_size": 2 // ranks}
     cases = []
     for variant in variants:
@@ -135,6 +136,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.ranks.matrix", description="every method under every ZeRO variant")
     parser.add_argument("--ranks", type=int, default=2, choices=(1, 2))
     parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on the ranks")
     parser.add_argument("--only", choices=METHODS, nargs="+", default=list(METHODS))
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=VARIANTS)
     parser.add_argument("--out", type=Path, default=Path("runs/matrix"))
@@ -147,7 +149,8 @@ def main() -> int:
     write_rows(world / "train", 40 * args.accumulation)
     bad = 0
     for method in args.only:
-        for row in run_method(method, args.variants, world, out / method, args.ranks, args.accumulation):
+        training = {"gradient_accumulation_steps": args.accumulation, "gradient_checkpointing": args.checkpointing}
+        for row in run_method(method, args.variants, world, out / method, args.ranks, **training):
             exact = row.get("resumed losses") and row.get("resumed weights")
             good = "failed" not in row and row["difference"] <= LIMIT and exact
             bad += not good
