@@ -248,7 +248,7 @@ def test_a_sparse_method_is_counted_as_it_will_be_cut(capsys, folder, world, tmp
     ("arguments", "message"),
     [
         (["nothing.yaml"], "no such configuration file"),
-        ([TEXT, "adapter.r=0"], "adapter.r (line"),
+        ([TEXT, "adapter.r=0"], "adapter.r (override)"),
         ([TEXT, "model.llm.path=/nowhere/at/all"], "model.llm.path: AutoConfig cannot load '/nowhere/at/all'"),
         ([TEXT, "model.llm.path=BARE", "adapter.target_modules=[q_prj]"], "did you mean 'q_proj'?"),
         ([TEXT, "--ranks", "0"], "--ranks must be above 0; found 0"),
