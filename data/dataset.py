@@ -61,6 +61,8 @@ class _Turns:
         self.rows, self.whole = rows, rows * int(weight)
         self.fraction = epoch_rows(rows, weight) - self.whole
         self.order = epoch_order(rows, part, seed) if self.fraction else None
+        if self.order is not None:
+            self.order[: self.fraction].sort()  # the first epoch's, in the order of the file
 
     def __len__(self) -> int:
         return self.whole + self.fraction
@@ -107,6 +109,10 @@ class MultimodalDataset(torch.utils.data.Dataset[Example]):
             f"The last substitute: {last}"
         )
 
+    def __iter__(self) -> Iterator[Example]:
+        """The first epoch."""
+        return (self[index] for index in range(len(self)))
+
     def length(self, index: int) -> int:
         """The estimated tokens of a position's row, without opening its media; 0 where the row cannot be read."""
         part, row = self._at(index)
@@ -135,7 +141,7 @@ class MultimodalDataset(torch.utils.data.Dataset[Example]):
 
     def _at(self, index: int) -> tuple[Part, int]:
         """Part and row of a position."""
-        epoch, position = divmod(index, len(self))
+        epoch, position = divmod(int(index), len(self))
         k = self._part_of(position)
         return self.parts[k], self._turns[k].row(epoch, position - self._starts[k])
 

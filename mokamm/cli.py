@@ -25,7 +25,7 @@ COMMANDS = {
         "mokamm.lori_mask",
         "cut a LoRI mask from a trained LoRI-D: RUN_OR_ADAPTER --sparsity 0.9 --out FILE",
     ),
-    "convert": ("mokamm.convert", "adapters, masks and BEATs from other formats: SOURCE OUT [--dry-run]"),
+    "convert": ("mokamm.convert", "adapters, masks and BEATs from other formats: SOURCE [OUT] [--dry-run]"),
     "data check": ("mokamm.datacheck", "walk a config's data without training: CONFIG [--limit N] [key=value ...]"),
     "data make": ("data.miniworld", "make the miniature world: --out DIR --split train --num N"),
 }

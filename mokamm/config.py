@@ -216,7 +216,7 @@ def _options_only(options: dict[str, Any], section: type[BaseModel]) -> dict[str
 
 class SourceConfig(Section):
     """One annotation file. path and media_dir: see `locate`. limit: the first rows only; weight 0.5: half of the rows
-    in an epoch, the others in the next; 2: all of them twice."""
+    in an epoch of training, the others in the next; 2: all of them twice."""
 
     source: Annotated[str, _one_of(SOURCES, "data source")]
     path: str

@@ -80,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mokamm convert", description="Adapters, masks and encoders from and to other formats."
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a run, an adapter's folder, a mask or BEATs.pt")
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a run, an adapter's folder, MokA's checkpoint, a mask, BEATs.pt"
+    )
     parser.add_argument(
         "out", type=Path, nargs="?", metavar="OUT", help="the folder (of a mask or BEATs: the file) to write"
     )

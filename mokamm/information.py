@@ -60,10 +60,13 @@ def count_answers(config: RunConfig, processor: Processor | None) -> Answers:
     if found.problems:
         return found
     found.rows = sum(epoch_rows(len(rows), weight) for rows, weight in parts)
-    if processor is None:
+    if not found.rows:
+        found.problems.append("data.train: no rows are left; raise the weights or limits of the sources")
+    if processor is None or found.problems:
         return found
     found.tokens = 0.0
-    epochs = max(1.0, config.training.num_train_epochs)  # a fraction of a source is another one in each
+    training = config.training  # a fraction of a source is another one in each epoch
+    epochs = max(1.0, training.num_train_epochs) if training.max_steps < 0 else 1.0
     for rows, weight in parts:
         _count(found, rows, min(weight * epochs, 1.0), processor)
     return found

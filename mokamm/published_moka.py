@@ -35,6 +35,7 @@ from mokamm.convert import Options, Plan
 from mokamm.weights import ADAPTER, PROJECTORS, differences, refuse, write_manifest
 
 ADAPTER_FILE, OTHER_FILE = "adapter_model.bin", "non_lora_trainables.bin"
+NOT_WEIGHTS = {"training_args.bin", "optimizer.bin", "scheduler.bin", "sampler.bin"}
 VISUAL_LAMBDA = 0.05  # in the published visual-text code; the paper leaves it open
 MODALITY = {"vl": "vision", "al": "audio"}
 TEXT_BRANCH = "the Q-Former's text branch, which is never run"
@@ -85,19 +86,20 @@ class Published:
 
 
 def published_files(source: Path) -> list[Path]:
-    """The files of such a checkpoint in a folder, or the one named: *.bin, known by their keys, which alone are read."""
-    files = sorted(source.glob("*.bin")) if source.is_dir() else [source] if source.suffix == ".bin" else []
-    return [file for file in files if file.name == OTHER_FILE or _has_our_keys(file, told=len(files) == 1)]
+    """The files of such a checkpoint in a folder, or the one named: *.bin, known by their keys; empty: it is none.
+
+    A file beside them that holds no tensors is a mistake, but for those that a Trainer leaves (NOT_WEIGHTS).
+    """
+    if not source.is_dir():
+        return [source] if source.suffix == ".bin" and _has_our_keys(source) else []
+    files = [file for file in sorted(source.glob("*.bin")) if file.name not in NOT_WEIGHTS]
+    named = [file for file in files if file.name in (ADAPTER_FILE, OTHER_FILE)]
+    ours = [file for file in files if file.name == OTHER_FILE or _has_our_keys(file)]
+    return [file for file in files if file in ours or file in named] if ours else []
 
 
-def _has_our_keys(file: Path, told: bool) -> bool:
-    """told: whether a file that holds no tensors is a mistake; beside others it may be a Trainer's arguments."""
-    try:
-        keys = _load(file, mmap=True)
-    except UserError:
-        if told or file.name == ADAPTER_FILE:
-            raise
-        return False
+def _has_our_keys(file: Path) -> bool:
+    keys = _load(file, mmap=True)
     return any(pattern.fullmatch(key) for key in keys for pattern in (AUDIO_VISUAL, VISUAL_TEXT, PROJECTOR))
 
 
@@ -287,7 +289,8 @@ def plan_published(source: Path, options: Options) -> Plan | None:
         return None
     if options.to not in (None, "moka"):
         raise UserError(f"{source} is a checkpoint of MokA; it cannot become {options.to}")
-    published, base = read_published(source, options.logits_by_keys), _settings(source).get("base_model_name_or_path")
+    folder = source if source.is_dir() else source.parent
+    published, base = read_published(source, options.logits_by_keys), _settings(folder).get("base_model_name_or_path")
     return Plan(
         "\n  ".join(account(published)), "moka", lambda out: write_published(published, out, base), left_out(published)
     )

@@ -53,7 +53,7 @@ def read(
 ) -> Rows:
     """Rows of [video, sound, question] -> event and range. Options as in music_avqa.read, and the question's text.
 
-    video_dir: without it `AVE`, as published, or `videos`, whichever is there."""
+    video_dir: without it `AVE`, as published, where the media folder has one, else `videos`."""
     base = media_dir or path.parent
     video_dir = video_dir or next((name for name in ("AVE", "videos") if (base / name).is_dir()), "videos")
     as_json = first_character(path) in ("[", "{")

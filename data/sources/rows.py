@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +76,9 @@ def below(folder: Path, path: str) -> str:
     if not Path(path).is_absolute() or ".." in parts:
         return path
     ends = (Path(*parts[k:]) for k in range(1, len(parts)))
-    return next((end.as_posix() for end in ends if (folder / end).is_file()), path)
+    return next(
+        (end.as_posix() for end in ends if os.path.isfile(folder / end)), path
+    )  # Path.is_file raises for long names
 
 
 def existing(path: Path, source: str, folder: bool = False) -> Path:

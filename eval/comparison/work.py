@@ -85,7 +85,7 @@ def encode(base: Path, overrides: list[str], folder: Path) -> None:
         model = build_model(config, "cpu" if config.training.use_cpu else None)
         seen: set[tuple[str, ...]] = set()
         for sample, loader in _samples(config, model.processor):
-            media = (str(loader.media_dir), *(part.path for part in sample.media))
+            media = (str(loader.media_dir), *(f"{part.modality} {part.path}" for part in sample.media))
             if media not in seen:
                 seen.add(media)
                 with suppress(BadSample):  # left to the runs, which tell of it
@@ -103,7 +103,9 @@ def _samples(config: RunConfig, processor: Any) -> Iterator[tuple[Any, Any]]:
     from mokamm.training.corpus import open_parts
 
     data = config.data
-    for part in open_parts(config, [*data.train, *data.validation], processor, "data.train, data.validation"):
+    parts = open_parts(config, data.train, processor, "data.train")
+    parts += open_parts(config, data.validation, processor, "data.validation", prefix="validation/")
+    for part in parts:
         process: Any = part.process
         for row in range(len(part.rows)):
             with suppress(BadSample):

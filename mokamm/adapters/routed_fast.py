@@ -15,7 +15,7 @@ backward) finds them as usual. Both ways
 
 - add s z B^T into the base layer's output in place, and du A into the input's gradient, each by one GEMM;
 - keep for backward x and the picked rows (N,r), as much as LoRA keeps, or less: x is the one that q, k and v share, also
-  with dropout, of which they keep the mask. Logits, softmax and z are computed again;
+  with dropout, of which they keep the mask; a frozen A keeps no x. Logits, softmax and z are computed again;
 - compute in x's dtype: no float32 copy of x beside a float32 adapter.
 
 Cost beside W x: GEMMs of width (M+1)*r and r, and six small kernels forward. Measured by `eval/speed/adapters.py`. A second
@@ -222,19 +222,15 @@ def _down_backward(
             dx_ND = du @ stacked
         elif needs_x and dx_ND is not None:
             dx_ND = dx_ND.addmm_(du, stacked) if own else torch.addmm(dx_ND, du, stacked)
-    for mask, part, own_du in zip(
-        masks, stacked.chunk(plan.layers), (du / (1 - dropout)).chunk(plan.layers, dim=1), strict=False
-    ):
-        left = mask.to(du.dtype)
-        if needs_a and x is not None:
-            da.append(own_du.t() @ (_flat(x) * left))
-        if needs_x:
-            more_ND = own_du @ part
-            if dx_ND is None:
-                dx_ND = more_ND.mul_(left)
-            else:
-                dx_ND = dx_ND.addcmul_(more_ND, left) if own else torch.addcmul(dx_ND, more_ND, left)
-            own = True
+    else:
+        parts = zip(masks, stacked.chunk(plan.layers), (du / (1 - dropout)).chunk(plan.layers, dim=1), strict=True)
+        for mask, part, own_du in parts:
+            left = mask.to(du.dtype) if mask.device.type == "cpu" else mask  # see _drop
+            if needs_a and x is not None:
+                da.append(own_du.t() @ (_flat(x) * left))
+            if needs_x:
+                more_ND = (own_du @ part).mul_(left)
+                dx_ND = more_ND if dx_ND is None else more_ND.add_(dx_ND)
     if not da:
         return dx_ND, [None] * len(a)
     return dx_ND, [*split_a(da[0] if len(da) == 1 else torch.cat(da), a, plan)]

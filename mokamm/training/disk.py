@@ -48,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name to write to, which takes the place of `path` once it is whole and on the disk; a failure leaves nothing."""
     if not path.parent.is_dir():  # safetensors would not name it
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield beside
         with open(beside, "rb") as file:

@@ -92,6 +92,7 @@ def test_music_avqa_in_mokas_own_files(tmp_path):
                 row | {"video_path": "2.mp4"},
                 row | {"video_path": "/old/3.mp4"},
                 row | {"video_path": "/x/../2.mp4"},
+                row | {"video_path": f"/old/{'x' * 300}.mp4"},
             ],
         ),
         media_dir=tmp_path / "media",
@@ -102,6 +103,7 @@ def test_music_avqa_in_mokas_own_files(tmp_path):
         ["2.mp4", "2.mp4"],
         ["/old/3.mp4", "/old/3.mp4"],  # the loader refuses it, and says what to do
         ["/x/../2.mp4", "/x/../2.mp4"],
+        [f"/old/{'x' * 300}.mp4"] * 2,
     ]
     assert rows[0].prompt[0].text == "Is <it> loud?"
     assert rows[0].answer == "yes"

@@ -252,10 +252,20 @@ def test_projectors_of_stage_1_in_files_of_any_name(tmp_path, capsys):
     capsys.readouterr()
     assert convert([str(folder), "--dry-run"]) == 2
     assert "is in visual_pretrain.bin and in another file" in capsys.readouterr().err
+    (folder / "more.bin").write_bytes(b"cut off")
+    assert convert([str(folder), "--dry-run"]) == 2
+    assert "more.bin cannot be read as tensors" in capsys.readouterr().err
+    torch.save({"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)}, folder / ADAPTER_FILE)
+    (folder / "more.bin").unlink()
+    assert (
+        convert([str(folder), "--dry-run"]) == 2
+    )  # an adapter of another kind beside the projectors is not passed over
+    assert "lora_A.weight (2, 2): no rule knows this key" in capsys.readouterr().err
 
 
 def test_a_file_or_folder_that_is_none_of_them(tmp_path, capsys):
     torch.save({"model.embed.weight": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    torch.save(Code(), tmp_path / "training_args.bin")
     for source in (tmp_path, tmp_path / "pytorch_model.bin"):
         assert convert([str(source), str(tmp_path / "out")]) == 2
         assert f"{source} is none of: " in capsys.readouterr().err

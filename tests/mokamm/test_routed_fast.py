@@ -359,6 +359,17 @@ class TestSiblings:
         assert calls[:4] == [3, 1, 2, 1]  # q k v, o, gate up, down
         assert len(expected) == 30
 
+    @pytest.mark.parametrize("dropout", [0.0, 0.2])
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_a_frozen_a_which_keeps_no_input(self, dropout: float, alone: bool) -> None:
+        model = self.llm(lora_dropout=dropout, frozen_a=True, a_seed=1)
+        if alone:  # by _Down and _Up
+            for layer in model.base_model.routed_layers():
+                layer.base_layer.register_forward_hook(lambda *_: None)
+        expected = self.gradients(model, fast=False)
+        assert_close(self.gradients(model), expected, 1e-11)
+        assert len(expected) == 16
+
     def test_text_alone(self) -> None:
         model = self.llm()
         results = []

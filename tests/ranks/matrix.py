@@ -89,7 +89,7 @@ def evaluated(run: Path, world: Path) -> list[str]:
 def run_method(
     method: str, variants: list[str], world: Path, folder: Path, ranks: int, **training: Any
 ) -> list[dict[str, Any]]:
-    """One row of results a variant. The plain run has `training` too, but gradient checkpointing."""
+    """One row of results a variant. The plain run has `training` too, but for gradient checkpointing."""
     own = settings(world / "train", folder, **training)
     own.update(METHODS[method])
     python = [sys.executable, "-m", "tests.ranks.cases"]
