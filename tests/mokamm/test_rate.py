@@ -92,7 +92,7 @@ def test_auto_in_a_configuration(tmp_path):
     for override in ("training.stage=1", "adapter.method=none"):
         with pytest.raises(ConfigError, match="nothing of the LLM is trained here: write a number"):
             load_config(path, [override])
-    with pytest.raises(ConfigError, match=r"training.learning_rate \(line 4\): .*'auto'; found 'automatic'"):
+    with pytest.raises(ConfigError, match=r"training.learning_rate \(override\): .*'auto'; found 'automatic'"):
         load_config(path, ["training.learning_rate=automatic"])
     with pytest.raises(ConfigError, match=r"greater than 0.*found 0"):
         load_config(path, ["training.learning_rate=0"])
