@@ -93,9 +93,8 @@ def published_files(source: Path) -> list[Path]:
     if not source.is_dir():
         return [source] if source.suffix == ".bin" and _has_our_keys(source) else []
     files = [file for file in sorted(source.glob("*.bin")) if file.name not in NOT_WEIGHTS]
-    named = [file for file in files if file.name in (ADAPTER_FILE, OTHER_FILE)]
     ours = [file for file in files if file.name == OTHER_FILE or _has_our_keys(file)]
-    return [file for file in files if file in ours or file in named] if ours else []
+    return ours and [file for file in files if file in ours or file.name == ADAPTER_FILE]
 
 
 def _has_our_keys(file: Path) -> bool:

@@ -75,10 +75,8 @@ def below(folder: Path, path: str) -> str:
     parts = Path(path).parts
     if not Path(path).is_absolute() or ".." in parts:
         return path
-    ends = (Path(*parts[k:]) for k in range(1, len(parts)))
-    return next(
-        (end.as_posix() for end in ends if os.path.isfile(folder / end)), path
-    )  # Path.is_file raises for long names
+    ends = ["/".join(parts[k:]) for k in range(1, len(parts))]
+    return next((end for end in ends if os.path.isfile(folder / end)), path)  # Path's is_file raises for long names
 
 
 def existing(path: Path, source: str, folder: bool = False) -> Path:

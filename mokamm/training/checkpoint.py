@@ -220,6 +220,9 @@ def sweep(run: Path) -> None:
         for suffix in (TEMPORARY, REPLACED, GONE):
             for folder in run.glob(f".{name}{suffix}"):
                 shutil.rmtree(folder, ignore_errors=True)
+    for file in run.glob(f".*{TEMPORARY}"):
+        if file.is_file():  # of disk.replacing
+            file.unlink()
 
 
 def write_final(run: Path, checkpoint: Path) -> Path:

@@ -234,6 +234,24 @@ class Killed(BaseException):
 STAGES = ("_write_tensors", "save_weights", "write_manifest", "put_in_place", "rotate", "rmtree")
 
 
+def test_what_a_killed_process_left_of_a_file_is_cleared_away(tmp_path):
+    def fail(beside):
+        beside.write_text("half")
+        raise Killed
+
+    (tmp_path / "config.yaml").write_text("old")
+    with pytest.raises(Killed), disk.replacing(tmp_path / "config.yaml") as beside:
+        fail(beside)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    with disk.replacing(tmp_path / "config.yaml") as beside:
+        beside.write_text("new")
+        shutil.copy(beside, tmp_path / ".config.yaml.1.tmp")  # as SIGKILL leaves it
+    (tmp_path / ".lock").touch()
+    checkpoint.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == "new"
+
+
 @pytest.fixture(scope="module")
 def parts(toy):
     from mokamm.training.engine import build_engine
