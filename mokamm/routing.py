@@ -58,6 +58,7 @@ class Routing:
         self._views: dict[tuple, Routing] = {}
         self.max_id: int | None = None
         self.keys_are_text = True  # as far as is known without waiting for a device
+        self.may_be_padded = True  # likewise
         self.modality_ids, self.key_mask = modality_ids, key_mask
         self.key_index, self.key_valid = key_index, key_valid
         if modality_ids is None:
@@ -66,13 +67,14 @@ class Routing:
         device = modality_ids.device
         if device.type != "cpu" and key_index is None and key_mask is not None:
             found = Routing(modality_ids.cpu(), key_mask.cpu()).to(device)
-            self.max_id, self.keys_are_text = found.max_id, found.keys_are_text
+            self._take_facts(found)
             self.key_index, self.key_valid = found.key_index, found.key_valid
             return
         if device.type == "cpu" and modality_ids.numel():
             low, self.max_id = (int(end) for end in torch.aminmax(modality_ids))
             if low < -1:
                 raise AdapterError(f"modality_ids holds {low}; expected -1 (padding), 0 (text), 1.. (media).")
+            self.may_be_padded = low < 0
         if key_index is None:
             self.key_index, self.key_valid = _positions(key_mask)
         elif key_index.shape[1] == 0:  # no sample has a question: one key that does not count
@@ -167,21 +169,21 @@ class Routing:
 
         return self._once(("bias", dtype), make)
 
-    def block_rows(self, modalities: int, layers: int = 1) -> Tensor:
-        """(layers*B*T,): of B*T*layers*(M+1) blocks, M+1 a token and layer, those of the tokens' own modalities.
+    def block_rows(self, modalities: int, blocks: int, layers: int = 1) -> Tensor:
+        """(layers*B*T,): of B*T*layers*blocks blocks, `blocks` a token and layer, those of the tokens' own modalities.
 
-        Layer by layer; a padding token has the last block.
+        Layer by layer; a padding token has block M, the last of M+1.
         """
         self.check_modalities(modalities)
 
         def make() -> Tensor:
             assert self.modality_ids is not None
             ids_N = self.modality_ids.flatten()
-            own_N = torch.arange(len(ids_N), device=ids_N.device) * layers * (modalities + 1)
+            own_N = torch.arange(len(ids_N), device=ids_N.device) * layers * blocks
             own_N = own_N + torch.where(ids_N < 0, modalities, ids_N)
-            return (torch.arange(layers, device=ids_N.device)[:, None] * (modalities + 1) + own_N).flatten()
+            return (torch.arange(layers, device=ids_N.device)[:, None] * blocks + own_N).flatten()
 
-        return self._once(("rows", modalities, layers), make)
+        return self._once(("rows", modalities, blocks, layers), make)
 
     def key_rows(self, padded: bool = True) -> Tensor:
         """(B*Q,): where the keys are among the B*T tokens; padded: (B*K,), K columns as in `attention_bias`."""
@@ -238,11 +240,15 @@ class Routing:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Routing:
         """A copy with `change` applied to every tensor, without checking or synchronising again."""
         copy = Routing.text_only()
-        copy.max_id, copy.keys_are_text = self.max_id, self.keys_are_text
+        copy._take_facts(self)
         for name in ("modality_ids", "key_mask", "key_index", "key_valid"):
             tensor = getattr(self, name)
             setattr(copy, name, None if tensor is None else change(tensor))
         return copy
+
+    def _take_facts(self, other: Routing) -> None:
+        """What is known of the tensors without reading them."""
+        self.max_id, self.keys_are_text, self.may_be_padded = other.max_id, other.keys_are_text, other.may_be_padded
 
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
         if key not in self._memo:

@@ -139,7 +139,11 @@ class RoutedLinear(TunerLayer):
                 return self.base_layer(x, *args, **kwargs)
             own = base._parameters  # type: ignore[union-attr]
             return nn.functional.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
-        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.moka_A]
+        names = self._acting()
+        if names and self.siblings.outputs:
+            ready = self.siblings.take(self, x, self.context.routing)
+            if ready is not None:
+                return ready
         if not names:
             return self.base_layer(x, *args, **kwargs)
         if self.folds and self.training and torch.is_grad_enabled():
@@ -157,6 +161,10 @@ class RoutedLinear(TunerLayer):
             elif name not in self.folds:
                 out = out + self._text(name, x)
         return out.to(h.dtype)
+
+    def _acting(self) -> list[str]:
+        """The adapters that act, in their order."""
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.moka_A]
 
     # -- the fast path: routed_fast.py --
 
@@ -185,9 +193,6 @@ class RoutedLinear(TunerLayer):
 
     def _with_siblings(self, name: str, routing: Routing | None, x: Tensor) -> Tensor:
         """This layer's output, and in the same go that of its siblings, which will be asked for theirs next."""
-        ready = self.siblings.take(self, x, routing)
-        if ready is not None:
-            return ready
         others = [] if x.is_inference() else self.siblings.others(self)  # an inference tensor does not tell of changes
         layers = [self, *(layer for layer in others if layer._can_join(self, name, x))]
         read = x.to(_seen(x))
@@ -196,12 +201,12 @@ class RoutedLinear(TunerLayer):
         b = [layer._factor(name, "moka_B")._parameters["weight"] for layer in layers]
         linears = [layer._modules["base_layer"] for layer in layers]
         outs = together(read, linears, a, b, plan, self._dropout(name))
-        self.siblings.keep(dict(zip(layers[1:], outs[1:], strict=True)), x, routing)
+        self.siblings.keep(dict(zip(layers[1:], outs[1:], strict=True)), x, self.context.routing)
         return outs[0]
 
     def _can_join(self, first: RoutedLinear, name: str, x: Tensor) -> bool:
         """Whether this layer can be computed together with `first`, whose only active adapter has this name."""
-        if self.disable_adapters or [own for own in self.active_adapters if own in self.moka_A] != [name]:
+        if self._acting() != [name]:
             return False
         alike = self.settings[name] == first.settings[name] and self._dropout(name) == first._dropout(name)
         return alike and self.settings[name].shared_b and not self.folds and self._is_bare(name, x)
@@ -313,10 +318,12 @@ class RoutedLinear(TunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         self.unfold_text()
+        self.siblings.clear()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         self.unfold_text()
+        self.siblings.clear()
         super().enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -24,8 +24,9 @@ derivative is refused. Shape legend: N = B*T, D width, R rank, M modalities; `ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class _Together(torch.autograd.Function):
             weights = tuple(weight.to(x.dtype) for weight in weights)
             u, masks = _down(x_ND, a, plan, dropout)
             own = pick(u, plan)
-            z = attended(own, *attention(own, plan), plan).view(L, -1, plan.at.r)
+            z = _by_layer(attended(own, *attention(own, plan), plan), plan)
             for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
                 h = nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
                 add_update(_flat(h), z[i], b[i], plan, in_place=True)
@@ -108,12 +109,13 @@ class _Together(torch.autograd.Function):
         plan, L = ctx.plan, ctx.plan.layers
         x, own, *tensors = ctx.saved_tensors
         weights, a, b, masks = tensors[:L], tensors[L : 2 * L], tensors[2 * L : 3 * L], tensors[3 * L :]
-        needs_x, needs_a, needs_b = (ctx.needs_input_grad[i:] for i in (0, 3 + 2 * L, 3 + 3 * L))
-        dx_ND, db = None, cast(list[Tensor | None], [None] * L)
+        needs = ctx.needs_input_grad
+        needs_x, needs_a, needs_b = needs[0], any(needs[3 + 2 * L : 3 + 3 * L]), needs[3 + 3 * L :]
+        dx_ND: Tensor | None = None
+        db: list[Tensor | None] = [None] * L
         with _exact(own):
             key_p = attention(own, plan)
-            z = attended(own, *key_p, plan).view(L, -1, plan.at.r)
-            dz = []
+            z, dz = _by_layer(attended(own, *key_p, plan), plan), []
             for i, g in enumerate(gradients):
                 if g is None:
                     dz.append(torch.zeros_like(z[i]))
@@ -122,12 +124,10 @@ class _Together(torch.autograd.Function):
                 dz.append(update_backward_z(g_ND, b[i], plan))
                 if needs_b[i]:
                     db[i] = update_backward_b(g_ND, z[i], b[i], plan)
-                if needs_x[0]:
+                if needs_x:
                     dx_ND = g_ND @ weights[i] if dx_ND is None else dx_ND.addmm_(g_ND, weights[i])
             du = place(attention_backward(dz[0] if L == 1 else torch.cat(dz), own, *key_p, plan), plan)
-            dx_ND, da = _down_backward(
-                x, tuple(a), plan, ctx.dropout, masks, du, dx_ND, True, needs_x[0], any(needs_a[:L])
-            )
+            dx_ND, da = _down_backward(x, a, plan, ctx.dropout, masks, du, dx_ND, True, needs_x, needs_a)
         dx = None if dx_ND is None else dx_ND.view(ctx.shape)
         return dx, None, None, *(None,) * (2 * L), *da, *db
 
@@ -187,7 +187,7 @@ class _Up(torch.autograd.Function):
         return g, du, db, None
 
 
-def _down(x_ND: Tensor, a: tuple[Tensor, ...], plan: Plan, dropout: float) -> tuple[Tensor, list[Tensor]]:
+def _down(x_ND: Tensor, a: Sequence[Tensor], plan: Plan, dropout: float) -> tuple[Tensor, list[Tensor]]:
     """u of all layers; with dropout, each layer's mask."""
     stacked = stacked_a(a, plan, x_ND.dtype)
     if not dropout:
@@ -206,12 +206,12 @@ def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def _down_backward(
-    x: Tensor | None, a: tuple[Tensor, ...], plan: Plan, dropout: float, masks: list[Tensor], du: Tensor,
+    x: Tensor | None, a: Sequence[Tensor], plan: Plan, dropout: float, masks: list[Tensor], du: Tensor,
     dx_ND: Tensor | None, own: bool, needs_x: bool, needs_a: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """dx + du A, and dA = du^T x of every layer. x: None where no A trains; own: dx may be changed in place."""
-    if plan.layers == 1:  # without the block of zeros
-        stacked, du = a[0][: plan.rows_of_a].to(du.dtype), du[:, : plan.rows_of_a]
+    if plan.layers == 1 and plan.rows_of_a < plan.blocks * plan.at.r:  # without the block of zeros
+        stacked, du = a[0].to(du.dtype), du[:, : plan.rows_of_a]
     else:
         stacked = stacked_a(a, plan, du.dtype)
     da: list[Tensor] = []
@@ -238,6 +238,10 @@ def _down_backward(
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _by_layer(z: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    return (z,) if plan.layers == 1 else z.chunk(plan.layers)
 
 
 def _exact(x: Tensor) -> AbstractContextManager[Any]:

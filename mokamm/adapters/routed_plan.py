@@ -1,19 +1,20 @@
 """The routed layer in the rank space, forward and backward by hand: what `routed_fast.py` wraps into derivatives.
 
-    u (N, L*(M+1)*r) --pick--> own (L*N,r) --attention--> key (L*B,R,K), p (L*B,T,K) --sum--> z = own + lambda p key
-                                  ^                                                            |
-    du  <----------place--------- down  <-------------------attention_backward---------------- dz
+    u (N, L*M*r) --pick--> own (L*N,r) --attention--> key (L*B,R,K), p (L*B,T,K) --sum--> z = s (own + lambda p key)
+                                                                                          |
+    du  <-------place-------- down  <-------------------attention_backward--------------- dz
 
-L layers that read the same input are one batch of L*B samples. A is padded by a block of zeros, the path of padding
-tokens, so that picking each token's block is one gather of rows without any mask. Keys get one more column, a sink that
-takes all the weight of tokens without attention and is left out of the sum. So the number of operators depends on
-nothing, and none waits for the device.
+L layers that read the same input are one batch of L*B samples. Where a token is padding, A has a block of zeros more, its
+path, so that picking each token's block is one gather of rows without any mask. Keys get one more column, a sink that
+takes all the weight of tokens without attention and is left out of the sum. s is a factor of the sums that make z and du.
+So the number of operators depends on nothing, and none waits for the device.
 
 Shape legend: N = B*T, B batch, T tokens, R rank, M modalities, Q key tokens, K columns (Q, the sink, and padding), L layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,11 +48,7 @@ class Plan:
     own_key_rows: Tensor | None = None  # (L*B*Q,)
     bias: Tensor | None = None  # (L*B,T,K)
     keys: int = 0  # Q
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of r columns that a layer has in u."""
-        return 1 if self.rows is None else self.at.modalities + 1
+    blocks: int = 1  # of r columns, that a layer has in u
 
     @property
     def rows_of_a(self) -> int:
@@ -65,14 +62,18 @@ def plan_of(at: Settings, routing: Routing | None, dtype: torch.dtype, layers: i
         return Plan(at, layers)
 
     def make() -> Plan:
-        B, T = routing.shape or (0, 0)
-        rows, shape = routing.block_rows(at.modalities, layers), (layers * B, T, at.r)
+        assert routing.modality_ids is not None
+        B, T = routing.modality_ids.shape
+        # without padding too on a GPU, where a power of two of columns may suit tensor cores better: not measured
+        zeros = routing.may_be_padded or routing.modality_ids.device.type != "cpu"
+        blocks, shape = at.modalities + zeros, (layers * B, T, at.r)
+        rows = routing.block_rows(at.modalities, blocks, layers)
         if not at.attention_weight or at.modalities < 2:
-            return Plan(at, layers, rows, shape)
+            return Plan(at, layers, rows, shape, blocks=blocks)
         whole = routing.tiled(layers)
         assert whole.key_index is not None
-        keys = whole.key_rows(), whole.key_rows(padded=False)
-        return Plan(at, layers, rows, shape, *keys, whole.attention_bias(dtype), whole.key_index.shape[1])
+        keys, bias = (whole.key_rows(), whole.key_rows(padded=False)), whole.attention_bias(dtype)
+        return Plan(at, layers, rows, shape, *keys, bias, whole.key_index.shape[1], blocks)
 
     return routing._once(("plan", at, dtype, layers), make)
 
@@ -105,72 +106,69 @@ def attention(own: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def attended(own: Tensor, key_BRK: Tensor, p_BTK: Tensor, plan: Plan) -> Tensor:
-    """z = own + lambda p key."""
+    """z = s (own + lambda p key)."""
+    s, Q = plan.at.scaling, plan.keys
     if plan.bias is None:
-        return own
-    Q = plan.keys
-    z_BTR = torch.baddbmm(
-        own.view(plan.shape), p_BTK[..., :Q], key_BRK[..., :Q].transpose(1, 2), alpha=plan.at.attention_weight
-    )
+        return own * s
+    p_BTQ, key_BQR = p_BTK.narrow(2, 0, Q), key_BRK.narrow(2, 0, Q).transpose(1, 2)
+    z_BTR = torch.baddbmm(own.view(plan.shape), p_BTQ, key_BQR, beta=s, alpha=s * plan.at.attention_weight)
     return z_BTR.view(-1, plan.at.r)
 
 
 def attention_backward(dz: Tensor, own: Tensor, key_BRK: Tensor, p_BTK: Tensor, plan: Plan) -> Tensor:
-    """dz -> the gradient of own as a summand, as a query and as a key."""
+    """dz -> the gradient of own as a summand, as a query and as a key. dz may be changed in place."""
     if plan.bias is None or plan.own_key_rows is None:
-        return dz
-    at, Q = plan.at, plan.keys
-    scale = at.logit_scale * at.scaling * at.attention_weight
-    own_BTR, dz_BTR = own.view(plan.shape), dz.view(plan.shape)
+        return dz.mul_(plan.at.scaling)
+    at, s = plan.at, plan.at.scaling
+    weight, scale = s * at.attention_weight, s * at.attention_weight * at.logit_scale * s
+    own_BRT, dz_BTR = own.view(plan.shape).transpose(1, 2), dz.view(plan.shape)
     dlogits_BTK = torch._softmax_backward_data(torch.bmm(dz_BTR, key_BRK), p_BTK, -1, p_BTK.dtype)
-    down = torch.baddbmm(dz_BTR, dlogits_BTK, key_BRK.transpose(1, 2), alpha=scale).view(-1, at.r)
-    dkey_BRQ = torch.baddbmm(
-        torch.bmm(own_BTR.transpose(1, 2), dlogits_BTK[..., :Q]), dz_BTR.transpose(1, 2), p_BTK[..., :Q],
-        beta=scale, alpha=at.attention_weight,
-    )  # fmt: skip
-    return down.index_add_(0, plan.own_key_rows, dkey_BRQ.transpose(1, 2).contiguous().view(-1, at.r))
+    down = torch.baddbmm(dz_BTR, dlogits_BTK, key_BRK.transpose(1, 2), beta=s, alpha=scale).view(-1, at.r)
+    p_BTQ, dlogits_BTQ = p_BTK.narrow(2, 0, plan.keys), dlogits_BTK.narrow(2, 0, plan.keys)
+    dkey_BRQ = torch.baddbmm(torch.bmm(own_BRT, dlogits_BTQ), dz_BTR.transpose(1, 2), p_BTQ, beta=scale, alpha=weight)
+    return down.index_add_(0, plan.own_key_rows, dkey_BRQ.transpose(1, 2).reshape(-1, at.r))
 
 
-def stacked_a(weights: tuple[Tensor, ...], plan: Plan, dtype: torch.dtype) -> Tensor:
-    """(L*blocks*r, D): the A of every layer, each with its block of zeros."""
-    if plan.rows is None:
-        parts = [weight[: plan.at.r] for weight in weights]
-    elif len(weights) == 1:
+def stacked_a(weights: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
+    """(L*blocks*r, D): the A of every layer, each with its block of zeros where there are such."""
+    parts = list(weights)
+    if plan.rows_of_a < len(weights[0]):
+        parts = [weight[: plan.rows_of_a] for weight in weights]
+    elif plan.rows_of_a < plan.blocks * plan.at.r and len(weights) == 1:
         parts = [nn.functional.pad(weights[0], (0, 0, 0, plan.at.r))]
-    else:
+    elif plan.rows_of_a < plan.blocks * plan.at.r:
         zeros = weights[0].new_zeros(plan.at.r, weights[0].shape[1])
         parts = [part for weight in weights for part in (weight, zeros)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
 
 
-def split_a(da: Tensor, weights: tuple[Tensor, ...], plan: Plan) -> list[Tensor]:
+def split_a(da: Tensor, weights: Sequence[Tensor], plan: Plan) -> list[Tensor]:
     """The gradient of `stacked_a` as those of the layers' A."""
-    parts = [part[: len(weight)] for part, weight in zip(da.chunk(plan.layers), weights, strict=True)]
-    if plan.rows_of_a < len(weights[0]):
-        parts = [nn.functional.pad(p, (0, 0, 0, len(w) - len(p))) for p, w in zip(parts, weights, strict=True)]
+    parts = [da] if plan.layers == 1 else list(da.chunk(plan.layers))
+    if len(parts[0]) > len(weights[0]):
+        parts = [part[: len(weights[0])] for part in parts]
+    elif len(parts[0]) < len(weights[0]):
+        parts = [nn.functional.pad(part, (0, 0, 0, len(weights[0]) - len(part))) for part in parts]
     return [part.to(weight.dtype) for part, weight in zip(parts, weights, strict=True)]
 
 
 def add_update(h_ND: Tensor, z: Tensor, b: Tensor, plan: Plan, in_place: bool) -> Tensor:
-    """h + s z B^T, of one layer."""
-    z = _spread(z, plan).to(h_ND.dtype)
-    b = _b(b, plan, h_ND.dtype).t()
-    scale = plan.at.scaling
-    return h_ND.addmm_(z, b, alpha=scale) if in_place else torch.addmm(h_ND, z, b, alpha=scale)
+    """h + z B^T, of one layer."""
+    z, b = _spread(z, plan).to(h_ND.dtype), _b(b, plan, h_ND.dtype).t()
+    return h_ND.addmm_(z, b) if in_place else torch.addmm(h_ND, z, b)
 
 
 def update_backward_z(g_ND: Tensor, b: Tensor, plan: Plan) -> Tensor:
     """dz (N,r) of one layer."""
-    b = _b(b, plan, g_ND.dtype).t()
-    dz = g_ND @ torch.mul(b, plan.at.scaling, out=b.new_empty(b.shape)).t()  # b laid out anew: four times as fast here
+    dz = g_ND @ _b(b, plan, g_ND.dtype).t().contiguous().t()  # b laid out anew: four times as fast here
     return dz if plan.at.shared_b or plan.rows is None else pick(dz, plan)
 
 
 def update_backward_b(g_ND: Tensor, z: Tensor, weight: Tensor, plan: Plan) -> Tensor:
-    """dB of one layer."""
-    db = (_spread(z, plan).to(g_ND.dtype).t() @ g_ND).t()[:, : weight.shape[1]]  # z^T g: a GEMM is fast on wide rows
-    db = torch.mul(db, plan.at.scaling, out=db.new_empty(db.shape)).to(weight.dtype)
-    return db if db.shape == weight.shape else nn.functional.pad(db, (0, weight.shape[1] - db.shape[1]))
+    """dB of one layer, laid out by columns."""
+    db = (_spread(z, plan).to(g_ND.dtype).t() @ g_ND).t().to(weight.dtype)  # z^T g: a GEMM is fast on wide rows
+    width = weight.shape[1]
+    return db if db.shape[1] == width else nn.functional.pad(db, (0, width - db.shape[1]))  # or cut
 
 
 def _spread(z: Tensor, plan: Plan) -> Tensor:
@@ -180,6 +178,9 @@ def _spread(z: Tensor, plan: Plan) -> Tensor:
 
 def _b(weight: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     """B as wide as `_spread` makes z."""
-    if plan.at.shared_b or plan.rows is None:
-        return weight[:, : plan.at.r].to(dtype)
-    return nn.functional.pad(weight, (0, plan.at.r)).to(dtype)
+    width = plan.at.r if plan.at.shared_b or plan.rows is None else plan.at.r * plan.blocks
+    if weight.shape[1] > width:
+        weight = weight[:, :width]
+    elif weight.shape[1] < width:
+        weight = nn.functional.pad(weight, (0, width - weight.shape[1]))
+    return weight.to(dtype)

@@ -31,7 +31,7 @@ class Siblings:
 
     def keep(self, outputs: dict[nn.Module, Tensor], x: Tensor, routing: Routing | None) -> None:
         """Until their layers are called with this x."""
-        self._clear()
+        self.clear()
         if outputs:
             self.outputs, self.waits_for = outputs, (x, x._version, routing, torch.is_grad_enabled())
 
@@ -43,10 +43,10 @@ class Siblings:
         same = known is x and version == x._version and under is routing and recorded == torch.is_grad_enabled()
         output = self.outputs.pop(layer, None) if same else None
         if output is None or not self.outputs:
-            self._clear()
+            self.clear()
         return output
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         self.outputs, self.waits_for = {}, None
 
     def __getstate__(self) -> dict[str, Any]:

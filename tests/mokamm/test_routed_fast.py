@@ -20,6 +20,7 @@ BATCHES = {
     "ragged": ["tvvqaaqtqtt_", "qvvvaaatttq_", "tqvqaqvtttt_"],
     "left padding, a sample without question": ["tvvqaaqtqttt", "______qvvatt", "_______tvatt"],
     "no question at all": ["tvvttaattttt", "vvvvvaaaaaaa", "______ttttvv"],
+    "no padding": ["tvvqaaqtqttt", "qvvvaaatttqt"],
     "text alone": ["tttqqqtttttt", "qqqqqq______", "tttttttttttt"],
 }
 FAMILY = {
@@ -416,6 +417,10 @@ class TestSiblings:
             attention.v_proj(x)
             attention.q_proj(x)
             assert attention.k_proj.siblings.outputs
+            with model.disable_adapter():
+                assert torch.equal(attention.k_proj(x), attention.k_proj.base_layer(x))
+            assert not attention.k_proj.siblings.outputs
+            attention.q_proj(x)
             torch.testing.assert_close(attention.k_proj(other), expected[id(other)], rtol=0, atol=1e-12)
             attention.q_proj(x)
             torch.testing.assert_close(attention.k_proj(x), expected[id(x)], rtol=0, atol=1e-12)

@@ -263,7 +263,8 @@ def test_on_cuda_it_agrees_and_never_waits() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_routing_built_on_cuda_knows_what_one_from_the_cpu_does() -> None:
     there, here = Routing(IDS.cuda(), KEYS.cuda()), Routing(IDS, KEYS)
-    assert (there.max_id, there.keys_are_text) == (here.max_id, here.keys_are_text)
+    for name in ("max_id", "keys_are_text", "may_be_padded"):
+        assert getattr(there, name) == getattr(here, name)
     for name in ("modality_ids", "key_mask", "key_index", "key_valid"):
         assert torch.equal(getattr(there, name).cpu(), getattr(here, name))
         assert getattr(there, name).is_cuda
