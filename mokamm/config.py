@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 from collections.abc import Collection
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -102,6 +103,7 @@ class LLMConfig(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     quantization: Literal["4bit", "8bit"] | None = None  # of the frozen weights, by bitsandbytes; it computes in dtype
     chat_template: Literal["plain"] | None = None  # where the tokenizer has none: USER: ... ASSISTANT: ...
+    chat_date: date | None = None  # for templates that print the day; None: a run's first day, without a run today
     trust_remote_code: bool = False
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from typing import Any, Literal
 
 import torch
@@ -41,9 +42,10 @@ class Processor:
         lookup: Lookup | None = None,
         max_length: int = 1024,
         keys: Literal["question", "user"] = "question",
+        day: date | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.renderer = ChatRenderer(tokenizer)
+        self.renderer = ChatRenderer(tokenizer, day)
         self.senses = dict(senses)
         self.modality_ids = {name: i for i, name in enumerate(("text", *self.senses))}
         self.loader = loader

@@ -8,7 +8,7 @@ assistant. Stretches of text between two media are tokenised in one go, so that 
 `apply_chat_template(..., tokenize=True)` gives it. Where a control token's name (`</s>`, `<|im_end|>`) stands in
 *written* text, the stretch is cut inside that name: the token is not recognised and the name stays text.
 Works with any template that prints each content once; system messages join the first user turn where they are refused or
-printed later.
+printed later. Where a template prints the day (Llama 3.2, SmolLM3), it is that of the run's first step (resume.py).
 Cost: two template renderings a sample, well below a millisecond each.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any, Literal
 
 from data.schema import BadSample, Media, Message, Text, UserError
@@ -58,8 +59,9 @@ def _mark(number: int) -> str:
 class ChatRenderer:
     """A tokenizer's chat template and what was found out about it. Raises UserError for one that cannot be used."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, day: date | None = None) -> None:
         self.tokenizer = tokenizer
+        self.day = day  # that the template is told; None: today
         self.template = _template_of(tokenizer)
         self._control = _control_tokens(tokenizer, str(self.template))
         self.takes_system = self._probe_system()
@@ -100,9 +102,10 @@ class ChatRenderer:
     def _apply(self, conversation: list[dict[str, str]], generation: bool) -> str:
         from jinja2 import TemplateError
 
+        template = _on(self.day, self.template)
         try:
             return self.tokenizer.apply_chat_template(
-                conversation, chat_template=self.template, tokenize=False, add_generation_prompt=generation
+                conversation, chat_template=template, tokenize=False, add_generation_prompt=generation
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in conversation)
@@ -178,6 +181,14 @@ def _template_of(tokenizer: Any) -> str:
         return tokenizer.get_chat_template()
     except ValueError as error:
         raise UserError(f"the tokenizer's chat template cannot be used: {error}") from error
+
+
+def _on(day: date | None, template: str) -> str:
+    """The template, printing this day as today. transformers hands templates no functions, hence a macro."""
+    if day is None or "strftime_now" not in template:
+        return template
+    written = "".join(f" | replace('%{d}', '{day.strftime(f'%{d}')}')" for d in ("-d", "-m", *"aAbBdejmuwyY"))
+    return "{% macro strftime_now(format) %}{{ format" + written + " }}{% endmacro %}{{ '' }}" + template
 
 
 def _control_tokens(tokenizer: Any, template: str) -> re.Pattern[str] | None:

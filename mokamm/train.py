@@ -108,6 +108,7 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     corpus = build_corpus(config, model.processor)
     chosen = rate.resolve(config, model.llm.config, len(corpus.train), ranks.world)
     beginning = begin(config, corpus, ranks)
+    model.processor.renderer.day = config.model.llm.chat_date
     forecast = Forecast.of(model, config, ranks)
     if ranks.main:
         with writing(folder, "make room or mend the disk, then start the same command again"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +37,8 @@ class Beginning:
 def begin(config: RunConfig, corpus: Corpus, ranks: Ranks) -> Beginning:
     """Find what to go on from, and move aside what another run left in the folder; on every rank, before any writing.
 
+    Sets the configuration's chat_date: to that of the run's first step, where it names none.
+
     Raises UserError where the checkpoint comes from another run than the one configured.
     """
     training, run = config.training, Path(config.training.output_dir)
@@ -46,6 +49,8 @@ def begin(config: RunConfig, corpus: Corpus, ranks: Ranks) -> Beginning:
     folder = ranks.shared(lambda: checkpoint.find(run, training.resume_from_checkpoint))
     same = {**ranks.shared(lambda: common(config, shape)), "device": ranks.device.type}
     state = checkpoint.read_state(folder, same) if folder else TrainerState(same=same)
+    today = ranks.shared(lambda: date.today().isoformat())
+    config.model.llm.chat_date = date.fromisoformat(state.same.setdefault(DAY, today))
     own = folder is not None and folder.resolve().parent == run.resolve()
     if not own:
         state.best = None  # its checkpoint is not in this folder, where the result is taken from
@@ -57,6 +62,7 @@ def begin(config: RunConfig, corpus: Corpus, ranks: Ranks) -> Beginning:
     return Beginning(shape, state, folder, lock)
 
 
+DAY = "model.llm.chat_date"
 SAME = (
     "stage", "init_from", "learning_rate", "projector_learning_rate", "lr_scheduler_type", "warmup_ratio",
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16",
@@ -84,7 +90,8 @@ def common(config: RunConfig, shape: Plan) -> dict[str, Any]:
         **{f"training.{key}": getattr(training, key) for key in SAME},
         "training.deepspeed": deepspeed.name if deepspeed else None,
         "the DeepSpeed JSON": json.loads(deepspeed.read_text()) if deepspeed else None,
-        "model.llm": llm.model_dump(mode="json", exclude={"path", "trust_remote_code"}),
+        "model.llm": llm.model_dump(mode="json", exclude={"path", "trust_remote_code", "chat_date"}),
+        **({DAY: llm.chat_date.isoformat()} if llm.chat_date else {}),
         "the base's weights": fingerprint(base) if base.is_dir() else llm.path,
         "adapter": config.adapter.model_dump(mode="json", exclude_none=True, exclude={"mask"}),
         "adapter.mask": read_mask(find_path(config.adapter.mask)).digest() if config.adapter.mask else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from data.schema import UserError
 from mokamm.training import checkpoint
 from mokamm.training.checkpoint import TrainerState, newest_first
-from mokamm.training.resume import common
+from mokamm.training.resume import DAY, begin, common
 from mokamm.training.stream import plan
 from mokamm.training.watch import read_metrics
 from mokamm.weights import (
@@ -97,6 +98,23 @@ def test_a_run_that_differs_is_refused_with_the_reason(toy, whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
     with pytest.raises(UserError, match=r"training\.seed: 0 there, 1 now"):
         toy.run(tmp_path / "run", toy.alone(), dropout=0.2, seed=1)
+
+
+def test_a_run_keeps_the_day_that_its_prompts_name(toy, whole, tmp_path):
+    """Templates that print the day would give a resumed run other tokens."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    state = tmp_path / "run/checkpoint-8/trainer_state.json"
+    earlier = json.loads(state.read_text())
+    assert earlier["same"][DAY] in {date.today().isoformat(), (date.today() - timedelta(1)).isoformat()}
+    earlier["same"][DAY] = "2024-02-29"
+    state.write_text(json.dumps(earlier))
+    write_manifest(state.parent)
+    config = toy.config(tmp_path / "run")
+    begin(config, toy.corpus(tmp_path / "run"), toy.alone())
+    assert config.model.llm.chat_date == date(2024, 2, 29)
+    config.model.llm.chat_date = date(2024, 3, 1)
+    with pytest.raises(UserError, match=r"model\.llm\.chat_date: '2024-02-29' there, '2024-03-01' now"):
+        begin(config, toy.corpus(tmp_path / "run"), toy.alone())
 
 
 def test_a_finished_run_trains_no_further(toy, whole, tmp_path):

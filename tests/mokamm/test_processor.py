@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from datetime import date
 
 import pytest
 import torch
@@ -326,6 +327,18 @@ def test_a_system_message_stays_in_the_first_turn(make_tokenizer, media_dir):
     sample = turns("How many objects?", "two", "Which?", "a flute", system="You are a helpful assistant.")
     merged = tokenizer.apply_chat_template(plain(sample, True), tokenize=True, return_dict=False)
     assert processor(sample).input_ids.tolist() == merged
+
+
+def test_the_day_that_a_template_prints(make_tokenizer, media_dir):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = "{{ 'Today: ' + strftime_now('%A, %-d %b %Y') + '\\n' }}" + tokenizer.chat_template
+    sample = turns("How many objects?", "two")
+    text = {
+        day: tokenizer.decode(Processor(tokenizer, {}, MediaLoader(media_dir), day=day)(sample).input_ids)
+        for day in (None, date(2024, 2, 29))
+    }
+    assert text[None] == tokenizer.apply_chat_template(plain(sample, False), tokenize=False).rstrip("\n")
+    assert text[date(2024, 2, 29)].startswith("Today: Thursday, 29 Feb 2024\n")
 
 
 def test_of_several_templates_the_default_one(make_tokenizer, media_dir):
