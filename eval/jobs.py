@@ -12,7 +12,8 @@ import yaml
 from data.schema import UserError
 from eval.benchmarks import Benchmark, Row, find_benchmark
 from eval.controls import Control
-from mokamm.config import BenchmarkConfig, RunConfig
+from mokamm.config import RunConfig
+from mokamm.config_sections import BenchmarkConfig
 
 
 @dataclass(frozen=True)

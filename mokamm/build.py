@@ -28,7 +28,8 @@ from encoders import build_encoder
 from encoders.base import Encoder
 from encoders.cache import FeatureCache
 from mokamm.adapters import OPTIONS, wrap
-from mokamm.config import LimitsConfig, LLMConfig, ModalityConfig, RunConfig, find_path, load_run_config
+from mokamm.config import RunConfig, find_path, load_run_config
+from mokamm.config_sections import LimitsConfig, LLMConfig, ModalityConfig
 from mokamm.init_from import begin_lori, load_init
 from mokamm.model import MultimodalLM
 from mokamm.names import LORI

@@ -2,7 +2,7 @@
 is imported.
 
 How it works: PyYAML reads the file (lines of all keys are kept for messages), overrides are laid over it, pydantic
-checks it, and every mistake is reported in one `ConfigError`, each with its dotted key, its line and, for an unknown
+checks it by its sections (config_sections.py), and every mistake is reported in one `ConfigError`, each with its dotted key, its line and, for an unknown
 key, the nearest known one. A configuration is data: parts are named by short names of registries, never by Python
 paths. Relative paths are relative to the folder from which the command is run. Cost: well below a second; this module
 imports neither torch nor transformers.
@@ -12,376 +12,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Collection
-from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
 from data.schema import UserError, listed, nearest
-from data.sources import SOURCES, is_there, option_takers
-from encoders import ENCODERS
-from encoders.options import option_problems
+from data.sources import SOURCES, is_there
 from mokamm import names
 from mokamm.config_file import ConfigError, apply_overrides, explain, read_yaml
+from mokamm.config_sections import (
+    AdapterConfig,
+    BenchmarkConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    Section,
+    SourceConfig,
+    TrainingConfig,
+)
 
 __all__ = ["ConfigError", "RunConfig", "find_path", "load_config", "load_run_config"]
 
 ROOT = Path(__file__).resolve().parents[1]
-
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-
-
-def _one_of(known: Collection[str], what: str) -> AfterValidator:
-    """A name of a registry; the message of an unknown one holds the nearest known one."""
-
-    def check(name: str) -> str:
-        if name not in known:
-            raise ValueError(f"unknown {what} '{name}'{nearest(name, known)}")
-        return name
-
-    return AfterValidator(check)
-
-
-def _regex(value: str | list[str]) -> str | list[str]:
-    try:
-        re.compile(value if isinstance(value, str) else "")
-    except re.error as error:
-        raise ValueError(f"'{value}' is neither 'all-linear' nor a regex: {error}") from None
-    return value
-
-
-Modules = Annotated[str | list[str], AfterValidator(_regex)]  # all-linear, a regex of whole names, or last names
-
-
-class Section(BaseModel):
-    """A mapping of the configuration; a key that it does not know is a mistake."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class Part(BaseModel):
-    """A registered part: its name, and options that are checked by the part itself when it is built."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-    name: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class EncoderConfig(Part):
-    name: Annotated[str, _one_of(ENCODERS, "encoder")]
-    path: str
-
-
-class ProjectorConfig(Part):
-    name: Annotated[str, _one_of(names.PROJECTORS, "projector")] = "qformer"
-
-
-class LLMConfig(Section):
-    path: str  # hub id or local folder
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    quantization: Literal["4bit", "8bit"] | None = None  # of the frozen weights, by bitsandbytes; it computes in dtype
-    chat_template: Literal["plain"] | None = None  # where the tokenizer has none: USER: ... ASSISTANT: ...
-    chat_date: date | None = None  # for templates that print the day; None: a run's first day, without a run today
-    trust_remote_code: bool = False
-
-
-class ModalityConfig(Section):
-    """segments: frames of a video or windows of a sound; seconds: length of a window (None: the encoder's own)."""
-
-    encoder: EncoderConfig
-    projector: ProjectorConfig = ProjectorConfig()
-    segments: Positive = 1
-    seconds: PositiveFloat | None = None
-    boundaries: bool = True
-
-
-class ModelConfig(Section):
-    llm: LLMConfig
-    modalities: dict[str, ModalityConfig] = {}
-
-    @field_validator("modalities")
-    @classmethod
-    def _names(cls, modalities: dict[str, ModalityConfig]) -> dict[str, ModalityConfig]:
-        for name in modalities:
-            if name == "text":
-                raise ValueError("'text' is always the first modality and has no encoder; leave it out")
-            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-                raise ValueError(f"'{name}' is no name for a modality: lower case letters, digits and _ only")
-        return modalities
-
-    @property
-    def modality_names(self) -> list[str]:
-        """All modalities, in the order of the adapter's matrices and of `modality_ids`."""
-        return ["text", *self.modalities]
-
-
-class CotoConfig(Section):
-    """Every block's adapters act with probability p in a step: p rises from p0 to 1 within `share` of all steps."""
-
-    p0: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
-
-
-class StochasticDepthConfig(Section):
-    """The same with one p for all steps; the default is CoTo's mean."""
-
-    p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.625
-
-
-class AdapterConfig(Section):
-    """One section for all methods; None: the method's own default. coto, stochastic_depth: options, or true, or false."""
-
-    method: Annotated[str, _one_of(names.METHODS, "adapter method")] = "moka"
-    r: Positive = 4
-    lora_alpha: PositiveFloat = 16
-    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    target_modules: Modules = "all-linear"
-    exclude_modules: Modules | None = None
-    target_parameters: list[str] | None = None  # fused expert weights of an MoE, such as experts.down_proj; method lora
-    attention_weight: float = 1.0
-    attention_weight_pattern: dict[str, float] = {}
-    scale_logits: bool = True
-    logits_by_keys: bool | None = None  # of checkpoints of MokA's own code until 2025-12-28
-    shared_b: bool | None = None
-    frozen_a: bool | None = None
-    one_matmul: bool | None = None  # of hira; false: PEFT's own forward
-    # LoRI: lori_d, lori_s, lori_moka_d, lori_moka_s
-    a_seed: int | None = None  # of the frozen A; None: training.seed
-    store_a: bool | None = None  # write A into the adapter's file, instead of remaking it from its seed
-    sparsity: Share | None = None  # of B that stays zero; None: 0.9, or the mask's
-    mask: str | None = None  # file of `mokamm lori-mask`; None: a sparse method trains its dense one first and cuts it
-    calibration_share: PositiveFloat | None = None  # steps of that first phase to the second's; None: 1
-    calibration_learning_rate: PositiveFloat | None = None  # None: a tenth of training.learning_rate
-    init_from: str | None = None  # a run or adapter of LoRI to go on from; entries outside a mask stay as they are
-    init_a_only: bool | None = None  # of init_from take A alone; B begins at zero
-    keys: Literal["question", "user"] = "question"
-    coto: CotoConfig | None = None
-    stochastic_depth: StochasticDepthConfig | None = None
-
-    @field_validator("coto", "stochastic_depth", mode="before")
-    @classmethod
-    def _switch(cls, value: Any) -> Any:
-        return {} if value is True else None if value is False else value
-
-    @model_validator(mode="after")
-    def _can_sit_out(self) -> AdapterConfig:
-        asked = [name for name in ("coto", "stochastic_depth") if getattr(self, name) is not None]
-        if len(asked) == 2:
-            raise ValueError("coto and stochastic_depth are both set; keep one of them")
-        if asked and self.method in names.WITHOUT_ADAPTERS:
-            known = ", ".join(name for name in names.METHODS if name not in names.WITHOUT_ADAPTERS)
-            raise ValueError(
-                f"{asked[0]} lets adapters sit out, and method '{self.method}' has none; choose one of {known}, or "
-                f"leave {asked[0]} out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _has_a_use_for_its_files(self) -> AdapterConfig:
-        """Settings of other methods are let pass, so that one override switches methods; a file is meant to be read."""
-        for key, methods in (("mask", tuple(names.DENSE)), ("init_from", names.LORI)):
-            if getattr(self, key) is not None and self.method not in methods:
-                raise ValueError(
-                    f"{key} is a file of {', '.join(methods)}, and method '{self.method}' would not read it: choose one of "
-                    f"them, or leave it out (adapter.{key}=null)"
-                )
-        return self
-
-
-def _options_only(options: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
-    if own := [name for name in options if name in section.model_fields]:
-        raise ValueError(f"'{own[0]}' is a key beside `options`, not one of them")
-    return options
-
-
-class SourceConfig(Section):
-    """One annotation file. path and media_dir: see `locate`. limit: the first rows only; weight 0.5: half of the rows
-    in an epoch of training, the others in the next; 2: all of them twice."""
-
-    source: Annotated[str, _one_of(SOURCES, "data source")]
-    path: str
-    name: str | None = None
-    media_dir: str | None = None
-    weight: PositiveFloat = 1.0
-    limit: Positive | None = None
-    options: dict[str, Any] = {}
-
-    @field_validator("options")
-    @classmethod
-    def _known_to_the_reader(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        _options_only(options, cls)
-        source = info.data.get("source")  # not there where it is unknown itself
-        if source and (problems := option_problems(options, *option_takers(source))):
-            raise ValueError(f"data source '{source}' " + "; ".join(problems))
-        return options
-
-
-class WorldConfig(Section):
-    """The miniature world, generated where DIR/SPLIT is not there yet. train, validation, test: numbers of scenes."""
-
-    dir: str
-    seed: int = 0
-    train: Positive
-    validation: Positive
-    test: Positive
-
-
-class CacheConfig(Section):
-    dir: str
-    max_gb: PositiveFloat = 10.0
-
-
-class LimitsConfig(Section):
-    """What a media file may hold, checked from its header before it is decoded."""
-
-    max_pixels: Positive = 50_000_000  # of an image or a frame
-    max_seconds: PositiveFloat = 3600.0
-    max_bytes: Positive = 2_000_000_000
-
-
-class DataConfig(Section):
-    media_dir: str | None = None
-    world: WorldConfig | None = None
-    train: list[SourceConfig] = Field(min_length=1)
-    validation: list[SourceConfig] = []
-    max_length: Positive = 1024
-    cache: CacheConfig | None = None
-    max_bad_fraction: Fraction = 0.05
-    allow_outside: bool = False  # let annotations name media outside media_dir
-    limits: LimitsConfig = LimitsConfig()
-
-
-class TrainingConfig(Section):
-    """Named as in transformers.TrainingArguments. eval_steps, save_steps: None = at the end of every epoch."""
-
-    output_dir: str
-    stage: Literal[1, 2] = 2  # 1: projectors only; 2: projectors and adapter (or the whole LLM)
-    init_from: str | list[str] | None = None  # runs, checkpoints or folders with projectors.safetensors
-    learning_rate: PositiveFloat | Literal["auto"] = 1.0e-4  # auto: by mokamm/training/rate.py
-    projector_learning_rate: NonNegativeFloat | None = None  # None: learning_rate; 0: projectors stay as they are
-    num_train_epochs: PositiveFloat = 3.0
-    max_steps: int = -1
-    per_device_train_batch_size: Positive = 4
-    per_device_eval_batch_size: Positive | None = None
-    gradient_accumulation_steps: Positive = 1
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup_ratio: Fraction = 0.0
-    warmup_steps: NonNegativeFloat = 0  # below 1: a share of all steps, as in newer transformers
-    weight_decay: NonNegativeFloat = 0.0
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
-    adam_epsilon: NonNegativeFloat = 1.0e-8
-    max_grad_norm: NonNegativeFloat = 1.0  # 0: no clipping
-    on_nan: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is not finite; its update is never made
-    loss_spike: Annotated[float, Field(gt=1.0)] | None = None  # as on_nan, at so many times the mean loss of 50 steps
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    group_by_length: bool = False  # rows of like length together; or train_sampling_strategy, its newer name
-    dataloader_num_workers: Annotated[int, Field(ge=0)] = 2
-    logging_steps: Positive = 10
-    eval_steps: Positive | None = None
-    save_steps: Positive | None = None
-    save_total_limit: Positive | None = 3
-    load_best_model_at_end: bool = True
-    metric_for_best_model: Literal["loss", "accuracy"] = "accuracy"
-    resume_from_checkpoint: str | None = "auto"
-    report_to: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
-    deepspeed: str | None = None  # path of a DeepSpeed JSON; None: plain PyTorch
-    ddp_timeout: Positive = 1800  # seconds that a rank waits for the others; a save by rank 0 must fit into it
-    use_cpu: bool | None = None  # None: where there is no GPU
-    seed: int = 0
-
-    @field_validator("metric_for_best_model", mode="before")
-    @classmethod
-    def _of_validation(cls, value: Any) -> Any:
-        """transformers says eval_loss too."""
-        return value.removeprefix("eval_") if isinstance(value, str) else value
-
-    @field_validator("report_to", mode="before")
-    @classmethod
-    def _report_to(cls, value: Any) -> Any:
-        if value in (None, "none", ["none"]):
-            return []
-        return [value] if isinstance(value, str) else value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _newer_names(cls, values: Any) -> Any:
-        """transformers 5 says train_sampling_strategy: group_by_length."""
-        if not isinstance(values, dict) or "train_sampling_strategy" not in values:
-            return values
-        rest = {key: value for key, value in values.items() if key != "train_sampling_strategy"}
-        strategy = values["train_sampling_strategy"]
-        if strategy not in ("random", "group_by_length"):
-            raise ValueError(f"train_sampling_strategy is {strategy!r}; expected 'random' or 'group_by_length'")
-        if "group_by_length" in rest:
-            raise ValueError("group_by_length and train_sampling_strategy are both set; keep one of them")
-        return {**rest, "group_by_length": strategy == "group_by_length"}
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainingConfig:
-        if self.warmup_ratio and self.warmup_steps:
-            raise ValueError("warmup_ratio and warmup_steps are both set; keep one of them")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"max_steps is {self.max_steps}; expected a positive number, or -1 for num_train_epochs")
-        return self
-
-    @property
-    def init_folders(self) -> list[str]:
-        return [self.init_from] if isinstance(self.init_from, str) else self.init_from or []
-
-    @property
-    def eval_batch_size(self) -> int:
-        return self.per_device_eval_batch_size or self.per_device_train_batch_size
-
-
-class BenchmarkConfig(Section):
-    """One annotation file of a benchmark. name: what its results are called, if not as the benchmark; options: checked
-    by the benchmark when it is run."""
-
-    benchmark: Annotated[str, _one_of(names.BENCHMARKS, "benchmark")]
-    path: str
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
-    media_dir: str | None = None
-    limit: Positive | None = None
-    options: dict[str, Any] = {}
-
-    @property
-    def called(self) -> str:
-        return self.name or self.benchmark
-
-    @field_validator("options")
-    @classmethod
-    def _no_keys_of_its_own(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return _options_only(options, cls)
-
-
-class EvaluationConfig(Section):
-    benchmarks: list[BenchmarkConfig] = []
-    batch_size: Positive = 16
-    max_new_tokens: Positive = 32
 
 
 class RunConfig(Section):
@@ -390,7 +44,7 @@ class RunConfig(Section):
     data: DataConfig
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
-    versions: dict[str, Any] = {}  # written into a run's config.yaml: libraries, and what the base was
+    versions: dict[str, Any] = Field(default={})  # written into a run's config.yaml: libraries, and what the base was
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

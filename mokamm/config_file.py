@@ -1,6 +1,6 @@
 """A configuration's file as read: keys with their lines, overrides laid over them, and mistakes told for people.
 
-Nothing here knows what a configuration means; mokamm/config.py does.
+Nothing here knows what a configuration means; mokamm/config_sections.py does.
 """
 
 from __future__ import annotations

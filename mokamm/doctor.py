@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from data.sources import SOURCES, is_there
-from mokamm.config import BenchmarkConfig, RunConfig, SourceConfig, add_config_arguments, find_path, load_config
+from mokamm.config import RunConfig, add_config_arguments, find_path, load_config
+from mokamm.config_sections import BenchmarkConfig, SourceConfig
 from mokamm.mistakes import is_users, tell
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from data.collate import collate
 from data.media import MediaLoader
 from data.schema import IGNORED, Batch, Kind, Media, MediaBatch, MediaInput, Message, Sample, Text, UserError
 from mokamm.adapters import AdapterError, MokaModel, set_routing
-from mokamm.config import EvaluationConfig
+from mokamm.config_sections import EvaluationConfig
 from mokamm.perception import Perception, Sense
 from mokamm.processor import Processor
 from mokamm.projectors import Projector

@@ -1,6 +1,6 @@
 """The names of parts whose registries cannot be looked into before torch is imported, or lie on a floor above.
 
-A configuration is checked against them (mokamm/config.py) in well below a second; tests hold each equal to its
+A configuration is checked against them (mokamm/config_sections.py) in well below a second; tests hold each equal to its
 registry. Encoders and sources are not here: theirs import nothing heavy.
 """
 

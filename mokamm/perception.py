@@ -23,7 +23,7 @@ from data.media import SAMPLE_RATE, MediaLoader
 from data.schema import Batch, Media, MediaInput, UserError
 from encoders.base import Encoder, Extent, Features
 from encoders.cache import FeatureCache
-from mokamm.config import ModalityConfig
+from mokamm.config_sections import ModalityConfig
 from mokamm.projectors import Projector
 
 

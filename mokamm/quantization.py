@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from data.schema import UserError
-from mokamm.config import LLMConfig, RunConfig, find_path
+from mokamm.config import RunConfig, find_path
+from mokamm.config_sections import LLMConfig
 
 
 def quantized(llm: LLMConfig, device: torch.device) -> dict[str, Any]:

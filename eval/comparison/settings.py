@@ -32,8 +32,9 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from data.schema import listed, nearest
-from mokamm.config import Positive, RunConfig, Section, find_path, load_config
+from mokamm.config import RunConfig, find_path, load_config
 from mokamm.config_file import ConfigError, explain, read_yaml
+from mokamm.config_sections import Positive, Section
 
 Rate = Annotated[float, Field(gt=0.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # names a folder

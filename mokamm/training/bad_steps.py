@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data.schema import IGNORED
-from mokamm.config import TrainingConfig
+from mokamm.config_sections import TrainingConfig
 from mokamm.training.checkpoint import TrainerState, newest_first
 from mokamm.training.launch import Ranks
 from mokamm.training.stopping import BadStep

@@ -18,7 +18,8 @@ from data.ledger import Ledger
 from data.media import MediaLimits, MediaLoader
 from data.schema import IGNORED, BadSample, Batch, Example, UserError
 from data.sources import open_source
-from mokamm.config import RunConfig, SourceConfig
+from mokamm.config import RunConfig
+from mokamm.config_sections import SourceConfig
 from mokamm.training.stopping import ignore_signals
 
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from data.schema import UserError, listed
 from mokamm.adapters.peft_bridge import borrowed
-from mokamm.config import TrainingConfig, find_path
+from mokamm.config import find_path
+from mokamm.config_sections import TrainingConfig
 from mokamm.training.launch import Ranks, limit_waiting
 from mokamm.training.optimization import optimizer_arguments
 

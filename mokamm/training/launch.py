@@ -25,7 +25,7 @@ from data.schema import UserError
 if TYPE_CHECKING:
     import torch
 
-    from mokamm.config import TrainingConfig
+    from mokamm.config_sections import TrainingConfig
 
 T = TypeVar("T")
 LAUNCHER_VARIABLES = (

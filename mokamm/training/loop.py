@@ -24,7 +24,8 @@ import torch
 from data.dataset import loaded
 from data.schema import IGNORED
 from mokamm.adapters import Coto
-from mokamm.config import RunConfig, TrainingConfig
+from mokamm.config import RunConfig
+from mokamm.config_sections import TrainingConfig
 from mokamm.training import checkpoint
 from mokamm.training.bad_steps import BadSteps, marked
 from mokamm.training.checkpoint import TrainerState

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch.nn import Parameter
 
-    from mokamm.config import TrainingConfig
+    from mokamm.config_sections import TrainingConfig
 
 Schedule = Callable[[int], float]
 

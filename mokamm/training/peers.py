@@ -24,7 +24,7 @@ from data.schema import UserError
 from mokamm.training import checkpoint
 
 if TYPE_CHECKING:
-    from mokamm.config import TrainingConfig
+    from mokamm.config_sections import TrainingConfig
     from mokamm.training.launch import Ranks
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mokamm.config import AdapterConfig, RunConfig
+from mokamm.config import RunConfig
+from mokamm.config_sections import AdapterConfig
 from mokamm.training.stream import plan_of
 
 FULL, LORA, SHORT = 5.0e-5, 10, 15  # the rate of full fine-tuning at width 2000; LoRA's multiples of it

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.sources import annotation_files
-from mokamm.config import RunConfig, SourceConfig, find_path
+from mokamm.config import RunConfig, find_path
+from mokamm.config_sections import SourceConfig
 from mokamm.lori_mask import read_mask
 from mokamm.training import checkpoint
 from mokamm.training.checkpoint import TrainerState

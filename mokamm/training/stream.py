@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from data.order import epoch_order, hashes
-from mokamm.config import TrainingConfig
+from mokamm.config_sections import TrainingConfig
 
 BLOCK = 64  # steps among whose rows those of like length are put together
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from data.miniworld.write import Request, lacking
 from data.schema import UserError
-from mokamm.config import WorldConfig
+from mokamm.config_sections import WorldConfig
 from mokamm.training.launch import plain_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]

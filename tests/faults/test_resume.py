@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from data.schema import UserError
-from mokamm.config import RunConfig, TrainingConfig
+from mokamm.config import RunConfig
+from mokamm.config_sections import TrainingConfig
 from mokamm.training import checkpoint
 from mokamm.training.resume import SAME, common
 from mokamm.training.stream import plan

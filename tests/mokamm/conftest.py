@@ -210,7 +210,7 @@ def make_model_(
     from data.media import MediaLoader
     from encoders.cache import FeatureCache
     from mokamm.adapters import wrap
-    from mokamm.config import ModalityConfig
+    from mokamm.config_sections import ModalityConfig
     from mokamm.model import MultimodalLM
     from mokamm.perception import Perception, Sense
     from mokamm.processor import Processor

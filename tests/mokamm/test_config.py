@@ -104,14 +104,14 @@ def test_the_limits_of_media_are_the_same_without_a_configuration():
     from dataclasses import asdict
 
     from data.media import MediaLimits
-    from mokamm.config import LimitsConfig
+    from mokamm.config_sections import LimitsConfig
 
     assert LimitsConfig().model_dump() == asdict(MediaLimits())
 
 
 def test_all_that_the_adapters_know_can_be_configured(write):
     from mokamm.adapters import OPTIONS, OTHER_OPTIONS
-    from mokamm.config import AdapterConfig
+    from mokamm.config_sections import AdapterConfig
 
     assert set(AdapterConfig.model_fields) == {"method", *OPTIONS, *OTHER_OPTIONS}
     section = "adapter: {method: moka, target_modules: '.*_proj', exclude_modules: [v_proj], shared_b: false}"

@@ -17,7 +17,8 @@ from data.collate import collate
 from data.schema import UserError
 from mokamm.adapters import METHODS, AdapterError, Coto, Routing, set_routing, wrap
 from mokamm.adapters.coto import MEAN_SHARE, blocks_of, constant, rising
-from mokamm.config import AdapterConfig, ConfigError, load_config
+from mokamm.config import ConfigError, load_config
+from mokamm.config_sections import AdapterConfig
 from mokamm.names import DENSE, WITHOUT_ADAPTERS
 from mokamm.training.stream import MicroBatches, plan
 from mokamm.training.watch import read_metrics

@@ -12,7 +12,7 @@ import torch
 from data.media import MediaLoader
 from data.schema import Media, MediaError, MediaInput, UserError
 from encoders import build_encoder
-from mokamm.config import ModalityConfig
+from mokamm.config_sections import ModalityConfig
 from mokamm.perception import Perception, Sense
 from mokamm.projectors import build_projector
 

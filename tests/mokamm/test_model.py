@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from data.collate import collate
 from data.schema import IGNORED, Message, Text, UserError
 from mokamm.build import load_llm, load_tokenizer, trainable_parts
-from mokamm.config import LLMConfig
+from mokamm.config_sections import LLMConfig
 from mokamm.init_from import load_init
 from mokamm.model import user_message
 

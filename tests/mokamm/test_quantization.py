@@ -13,7 +13,8 @@ import torch
 from data.schema import UserError
 from mokamm import doctor
 from mokamm.build import build_model
-from mokamm.config import ConfigError, LLMConfig, load_config
+from mokamm.config import ConfigError, load_config
+from mokamm.config_sections import LLMConfig
 from mokamm.quantization import check_sharding, quantized
 
 ROOT = Path(__file__).resolve().parents[2]

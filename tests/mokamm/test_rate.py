@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mokamm.config import AdapterConfig, ConfigError, load_config
+from mokamm.config import ConfigError, load_config
+from mokamm.config_sections import AdapterConfig
 from mokamm.training.rate import recommend
 
 CONFIG = """\

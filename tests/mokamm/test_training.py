@@ -18,7 +18,7 @@ import torch
 from data.collate import collate
 from data.ledger import Ledger
 from data.schema import IGNORED, BadSample, UserError
-from mokamm.config import TrainingConfig
+from mokamm.config_sections import TrainingConfig
 from mokamm.training.corpus import HeldOut, batches
 from mokamm.training.engine import PlainEngine, deepspeed_config
 from mokamm.training.launch import Ranks

@@ -9,7 +9,7 @@ import pytest
 
 from data.miniworld.write import VERSION, Request, lacking
 from data.schema import UserError
-from mokamm.config import WorldConfig
+from mokamm.config_sections import WorldConfig
 from mokamm.training import world
 
 

@@ -109,7 +109,7 @@ def run_case(case: Case, folder: Path, ranks: Any) -> None:
 
 
 def main(path: Path) -> int:
-    from mokamm.config import TrainingConfig
+    from mokamm.config_sections import TrainingConfig
     from mokamm.training import launch
 
     cases = [Case(**entry) for entry in json.loads(path.read_text())]
