@@ -2,10 +2,10 @@
 is imported.
 
 How it works: PyYAML reads the file (lines of all keys are kept for messages), overrides are laid over it, pydantic
-checks it by its sections (config_sections.py), and every mistake is reported in one `ConfigError`, each with its dotted key, its line and, for an unknown
-key, the nearest known one. A configuration is data: parts are named by short names of registries, never by Python
-paths. Relative paths are relative to the folder from which the command is run. Cost: well below a second; this module
-imports neither torch nor transformers.
+checks it by its sections (config_sections.py), and every mistake is reported in one `ConfigError`, each with its dotted
+key, its line and, for an unknown key, the nearest known one. A configuration is data: parts are named by short names of
+registries, never by Python paths. Relative paths are relative to the folder from which the command is run. Cost: well
+below a second; this module imports neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def attention_backward(dz: Tensor, own: Tensor, key_BRK: Tensor, p_BTK: Tensor, 
     down = torch.baddbmm(dz_BTR, dlogits_BTK, key_BRK.transpose(1, 2), beta=s, alpha=scale).view(-1, at.r)
     p_BTQ, dlogits_BTQ = p_BTK.narrow(2, 0, plan.keys), dlogits_BTK.narrow(2, 0, plan.keys)
     dkey_BRQ = torch.baddbmm(torch.bmm(own_BRT, dlogits_BTQ), dz_BTR.transpose(1, 2), p_BTQ, beta=scale, alpha=weight)
-    return down.index_add_(0, plan.own_key_rows, dkey_BRQ.transpose(1, 2).reshape(-1, at.r))
+    return down.index_add_(0, plan.own_key_rows, dkey_BRQ.transpose(1, 2).contiguous().view(-1, at.r))
 
 
 def stacked_a(weights: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
