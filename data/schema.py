@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # importing torch takes seconds, and messages about mistakes 
 
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["video", "audio", "image"]
+MEDIA: dict[str, tuple[Kind, str]] = {  # what columns, options and keywords call a file: its kind, and who perceives it
+    "video": ("video", "vision"), "image": ("image", "vision"), "audio": ("audio", "audio"), "speech": ("audio", "speech"),
+}  # fmt: skip
 IGNORED = -100  # label of a token that bears no loss
 PADDING = -1  # modality id of a padding token
 

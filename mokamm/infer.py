@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from data.schema import UserError
+from data.schema import MEDIA, UserError
 from mokamm.mistakes import is_users, tell
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from mokamm.model import MultimodalLM
 
 # option -> the modality that perceives it
-MODALITIES = {"video": "vision", "image": "vision", "audio": "audio", "speech": "speech"}
 HELP = """\
 /video FILE   /image FILE   /audio FILE   /speech FILE     attach to the next question
 /clear        begin a new conversation
@@ -39,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run (holds config.yaml and final/)")
     parser.add_argument("question", nargs="?", default="", help="may be left out where --speech asks it")
-    for option in MODALITIES:
+    for option in MEDIA:
         parser.add_argument(
             f"--{option}", action="append", default=[], metavar="FILE", help="may be given several times"
         )
@@ -66,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def given_media(args: argparse.Namespace) -> dict[str, list[str]]:
-    return {option: getattr(args, option) for option in MODALITIES if getattr(args, option)}
+    return {option: getattr(args, option) for option in MEDIA if getattr(args, option)}
 
 
 def check(args: argparse.Namespace, interactive: bool) -> RunConfig:
@@ -86,7 +85,7 @@ def check(args: argparse.Namespace, interactive: bool) -> RunConfig:
 
 
 def check_media(option: str, path: str, config: RunConfig) -> None:
-    modality = MODALITIES[option]
+    _, modality = MEDIA[option]
     if modality not in config.model.modalities:
         known = ", ".join(config.model.modalities) or "text only"
         raise UserError(f"--{option}: this run has no modality '{modality}'; it was trained with: {known}")
@@ -166,7 +165,7 @@ def repl(asker: Asker, config: RunConfig, lines: Iterable[str], out: TextIO) -> 
             elif command == "/clear":
                 asker.history.clear()
                 media = {}
-            elif command.removeprefix("/") in MODALITIES and command.startswith("/"):
+            elif command.removeprefix("/") in MEDIA and command.startswith("/"):
                 option, path = command[1:], rest.strip().strip("'\"")
                 check_media(option, path, config)
                 media.setdefault(option, []).append(path)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from data.collate import collate
 from data.media import MediaLoader
-from data.schema import IGNORED, Batch, Kind, Media, MediaBatch, MediaInput, Message, Sample, Text, UserError
+from data.schema import IGNORED, MEDIA, Batch, Media, MediaBatch, MediaInput, Message, Sample, Text, UserError
 from mokamm.adapters import AdapterError, MokaModel, set_routing
 from mokamm.config_sections import EvaluationConfig
 from mokamm.perception import Perception, Sense
@@ -266,9 +266,9 @@ def user_message(
 
 
 def _media(name: str, paths: Paths) -> list[Media]:
-    kind, modality = {"video": ("video", "vision"), "image": ("image", "vision")}.get(name, ("audio", name))
+    kind, modality = MEDIA[name]
     listed = [] if paths is None else [paths] if isinstance(paths, str | Path) else paths
-    return [Media(cast(Kind, kind), str(Path(path).absolute()), modality) for path in listed]
+    return [Media(kind, str(Path(path).absolute()), modality) for path in listed]
 
 
 def _distinct(items: Sequence[MediaInput]) -> tuple[Sequence[MediaInput], list[int] | None]:

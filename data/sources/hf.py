@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from data.schema import Kind, Media, Sample, UserError, nearest
+from data.schema import MEDIA, Media, Sample, UserError, nearest
 from data.sources import alpaca, llava, messages, sharegpt, swift
 from data.sources.conversations import Layout, count_answers, sample_of
 from data.sources.placeholders import path_of
@@ -46,10 +46,7 @@ _LAYOUTS: dict[str, Callable[..., Layout]] = {
     "alpaca": alpaca.layout,
     "swift": swift.layout,
 }
-_MEDIA: dict[str, tuple[Kind, str]] = {
-    "video": ("video", "vision"), "image": ("image", "vision"), "audio": ("audio", "audio"), "speech": ("audio", "speech"),
-}  # fmt: skip
-_COLUMNS = {"question": "question", "answer": "answer", "instruction": "", "id": "id"} | dict.fromkeys(_MEDIA, "")
+_COLUMNS = {"question": "question", "answer": "answer", "instruction": "", "id": "id"} | dict.fromkeys(MEDIA, "")
 
 
 class _Table(Sequence[tuple[dict[str, Any], int]]):
@@ -227,7 +224,7 @@ def _parse_talk(record: tuple[dict[str, Any], int], index: int, layout: Layout) 
 def _parse_columns(record: tuple[dict[str, Any], int], index: int, names: dict[str, str], audio_as: str) -> Sample:
     row, _ = record
     media = []
-    for name, (kind, modality) in (_MEDIA | {"audio": ("audio", audio_as)}).items():
+    for name, (kind, modality) in (MEDIA | {"audio": ("audio", audio_as)}).items():
         value = row.get(names[name]) if names[name] else None
         entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
         media += [Media(kind, path_of(entry, names[name]), modality) for entry in entries]

@@ -304,3 +304,21 @@ class Benchmark(ABC):
             "meta": row.meta,
             "error": row.error,
         }
+
+
+class RightOrWrong(Benchmark):
+    """A benchmark whose rows have one right answer each: 1 of 1, or 0 of 1."""
+
+    @abstractmethod
+    def truth_of(self, row: Row) -> str | None:
+        """The true answer as readings give it; None where the row has none."""
+
+    def right(self, row: Row, reading: Callable[[Row], Any]) -> bool:
+        truth = self.truth_of(row)
+        return truth is not None and reading(row) == truth
+
+    def points(self, row: Row) -> tuple[float, float]:
+        return float(self.right(row, self.reading)), 1.0
+
+    def official(self, rows: Sequence[Row]) -> list[Earned]:
+        return [Earned(row.unit, float(self.right(row, self.official_reading)), 1.0) for row in rows]

@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 
 from data.schema import BadSample, Media, Sample
 from data.sources.rows import text_of
-from eval.benchmarks.base import Benchmark, Earned, Row, majority, share
+from eval.benchmarks.base import RightOrWrong, Row, majority, share
 from eval.benchmarks.choices import LETTERS, choose, listed, official_choice, options_in, true_letter
 from eval.benchmarks.questions import ask, own_media, record_of
 
 INSTRUCTION = "Answer with the option's letter."
 
 
-class MultipleChoice(Benchmark):
+class MultipleChoice(RightOrWrong):
     """categories: keys of `meta` that get a table each."""
 
     name = "multiple_choice"
@@ -93,16 +93,6 @@ class MultipleChoice(Benchmark):
         return None if self.truth_of(row) else f"the true answer is no option's letter: {row.answer[:60]!r}"
 
     # ---- score -------------------------------------------------------------------------------------------------------
-
-    def right(self, row: Row, reading: Callable[[Row], Any]) -> bool:
-        truth = self.truth_of(row)
-        return truth is not None and reading(row) == truth
-
-    def points(self, row: Row) -> tuple[float, float]:
-        return float(self.right(row, self.reading)), 1.0
-
-    def official(self, rows: Sequence[Row]) -> list[Earned]:
-        return [Earned(row.unit, float(self.right(row, self.official_reading)), 1.0) for row in rows]
 
     def details(self, rows: Sequence[Row]) -> dict[str, Any]:
         truths = [truth for truth in map(self.truth_of, rows) if truth]

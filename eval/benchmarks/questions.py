@@ -13,17 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.schema import BadSample, Kind, Media, Message, Sample, Text, UserError
+from data.schema import MEDIA, BadSample, Media, Message, Sample, Text, UserError
 from data.sources.index import array_rows
 from data.sources.rows import read_text, value_of
-
-# key of a row of one's own -> the medium's kind and the encoder that perceives it
-OWN_MEDIA: dict[str, tuple[Kind, str]] = {
-    "image": ("image", "vision"),
-    "video": ("video", "vision"),
-    "audio": ("audio", "audio"),
-    "speech": ("audio", "speech"),
-}
 
 
 def ask(
@@ -48,7 +40,7 @@ def ask(
 def own_media(record: dict[str, Any]) -> list[Media]:
     """The media that a row of one's own names by kind: {"image": path, ...}; a list of paths is several."""
     found = []
-    for key, (kind, modality) in OWN_MEDIA.items():
+    for key, (kind, modality) in MEDIA.items():
         paths = record.get(key) or []
         for path in [paths] if isinstance(paths, str) else paths:
             if not isinstance(path, str):

@@ -16,13 +16,13 @@ from typing import Any
 
 from data.schema import Sample
 from data.sources.rows import text_of
-from eval.benchmarks.base import Benchmark, Earned, Row, majority, normalise, share
+from eval.benchmarks.base import RightOrWrong, Row, majority, normalise, share
 from eval.benchmarks.questions import ask, own_media, record_of
 
 YES_NO = ("yes", "no")
 
 
-class YesNo(Benchmark):
+class YesNo(RightOrWrong):
     name = "yes_no"
     home = "write a jsonl file of your own: see eval/benchmarks/yes_no.py"
     instruction = ""
@@ -44,17 +44,10 @@ class YesNo(Benchmark):
         return "yes" if "yes" in row.prediction.lower() else "no"
 
     def truth_error(self, row: Row) -> str | None:
-        return None if self.parse(row.answer) else f"the true answer is neither yes nor no: {row.answer[:60]!r}"
+        return None if self.truth_of(row) else f"the true answer is neither yes nor no: {row.answer[:60]!r}"
 
-    def points(self, row: Row) -> tuple[float, float]:
-        return float(self.right(row, self.reading)), 1.0
-
-    def right(self, row: Row, reading: Callable[[Row], Any]) -> bool:
-        truth = self.parse(row.answer)
-        return truth is not None and reading(row) == truth
-
-    def official(self, rows: Sequence[Row]) -> list[Earned]:
-        return [Earned(row.unit, float(self.right(row, self.official_reading)), 1.0) for row in rows]
+    def truth_of(self, row: Row) -> str | None:
+        return self.parse(row.answer)
 
     def details(self, rows: Sequence[Row]) -> dict[str, Any]:
         return self.rates(rows, self.reading)
@@ -63,7 +56,7 @@ class YesNo(Benchmark):
         return self.rates(rows, self.official_reading)
 
     def rates(self, rows: Sequence[Row], reading: Callable[[Row], Any]) -> dict[str, Any]:
-        pairs = [(self.parse(row.answer), reading(row)) for row in rows]
+        pairs = [(self.truth_of(row), reading(row)) for row in rows]
         hits = pairs.count(("yes", "yes"))
         said_yes = sum(answer == "yes" for _, answer in pairs)
         are_yes = sum(truth == "yes" for truth, _ in pairs)
