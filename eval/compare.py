@@ -26,6 +26,7 @@ from eval.comparison.plan import FAILED
 from eval.comparison.progress import Progress, look
 from eval.comparison.settings import Comparison, load_comparison
 from eval.comparison.shown import Shown
+from mokamm.arguments import at_least_one
 from mokamm.mistakes import tell
 from mokamm.training.disk import hold, writing
 from mokamm.training.world import make_world
@@ -35,15 +36,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval/compare.py", description="Compare methods, each at its own best rate.")
     parser.add_argument("config", type=Path, help="YAML file, as in configs/compare/")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of runs and report (default: the output_dir)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, which share the cores (1)")
+    parser.add_argument(
+        "--jobs", type=at_least_one, default=1, metavar="N", help="runs at once, which share the cores (1)"
+    )
     parser.add_argument("--methods", metavar="A,B", help="these methods only; the reference must be among them")
     parser.add_argument("--list", action="store_true", help="print the plan and what of it is done, and run nothing")
     parser.add_argument("--report-only", action="store_true", help="write the report of what is there, and run nothing")
     parser.add_argument("--json", action="store_true", help="the results as one JSON object on standard output")
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs must be at least 1; found {args.jobs}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,6 +42,7 @@ from eval.jobs import Job, plan_jobs
 from eval.journal import Journal, check_whole, digest_of, fill, rows_digest
 from eval.printing import print_metrics, stdout_kept_clean
 from eval.ranks import check_alike, join, rank_here, told, world_here
+from mokamm.arguments import at_least_one
 from mokamm.config import RunConfig, find_path, load_run_config
 from mokamm.mistakes import is_users
 from mokamm.names import ROUTED
@@ -76,10 +77,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "benchmark", help="a benchmark's name, or that of an entry of the run's evaluation.benchmarks, or 'all' of them"
     )
     parser.add_argument("run", type=Path, help="folder of a finished run (holds config.yaml and final/)")
-    parser.add_argument("--limit", type=int, help="the first N rows only")
+    parser.add_argument("--limit", type=at_least_one, help="the first N rows only")
     parser.add_argument("--control", metavar="|".join(CONTROLS), help="the same rows with something taken away")
-    parser.add_argument("--batch-size", type=int, help="default: evaluation.batch_size of the run")
-    parser.add_argument("--max-new-tokens", type=int, help="default: evaluation.max_new_tokens of the run")
+    parser.add_argument("--batch-size", type=at_least_one, help="default: evaluation.batch_size of the run")
+    parser.add_argument("--max-new-tokens", type=at_least_one, help="default: evaluation.max_new_tokens of the run")
     parser.add_argument("--path", help="annotation file, instead of the one that the run names")
     parser.add_argument("--media-dir", help="folder of its media (default: that of --path)")
     parser.add_argument(
@@ -90,10 +91,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     # the deepspeed launcher adds it
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for name in ("limit", "batch_size", "max_new_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1; found {value}")
     if args.media_dir and not args.path:
         parser.error("--media-dir goes with --path")
     return args

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mokamm.config import RunConfig, add_config_arguments, load_config
+from mokamm.arguments import above_zero, add_config_arguments, at_least_one
+from mokamm.config import RunConfig, load_config
 from mokamm.mistakes import tell
 
 if TYPE_CHECKING:
@@ -67,18 +68,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="example: mokamm advise configs/text/instruct.yaml adapter.r=64 --ranks 8 --gpu-gb 80",
     )
     add_config_arguments(parser)
-    parser.add_argument("--ranks", type=int, metavar="N", help="processes of the run (default: one for each GPU here)")
     parser.add_argument(
-        "--gpu-gb", type=float, metavar="GB", help="of a GPU that the run will have; default: this machine"
+        "--ranks", type=at_least_one, metavar="N", help="processes of the run (default: one for each GPU here)"
     )
-    parser.add_argument("--nats", type=float, metavar="X", help="information of an answer token (default 1)")
+    parser.add_argument(
+        "--gpu-gb", type=above_zero, metavar="GB", help="of a GPU that the run will have; default: this machine"
+    )
+    parser.add_argument("--nats", type=above_zero, metavar="X", help="information of an answer token (default 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_intermixed_args(argv)
-    for name in ("ranks", "gpu_gb", "nats"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0; found {value}")
-    return args
+    return parser.parse_intermixed_args(argv)
 
 
 # ---- the subjects ----------------------------------------------------------------------------------------------------

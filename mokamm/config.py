@@ -10,7 +10,6 @@ below a second; this module imports neither torch nor transformers.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -130,12 +129,6 @@ class RunConfig(Section):
 def find_path(path: str) -> Path:
     """A local path from the working directory, else from this checkout (where the shipped base and configs are)."""
     return ROOT / path if not Path(path).exists() and (ROOT / path).exists() else Path(path)
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two arguments of every command that reads a configuration."""
-    parser.add_argument("config", help="YAML file, as in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values to use instead of the file's")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from data.sources import SOURCES, is_there
-from mokamm.config import RunConfig, add_config_arguments, find_path, load_config
+from mokamm.arguments import above_zero, add_config_arguments, at_least_one
+from mokamm.config import RunConfig, find_path, load_config
 from mokamm.config_sections import BenchmarkConfig, SourceConfig
 from mokamm.mistakes import is_users, tell
 
@@ -68,14 +69,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_config_arguments(parser)
     parser.add_argument("--shapes", action="store_true", help="the dry run alone, without looking for files")
-    parser.add_argument("--ranks", type=int, default=8, metavar="N", help="processes of the run (8, the paper's batch)")
-    parser.add_argument("--gpu-gb", type=float, default=80.0, metavar="GB", help="of a GPU that the run will have (80)")
+    parser.add_argument(
+        "--ranks", type=at_least_one, default=8, metavar="N", help="processes of the run (8, the paper's batch)"
+    )
+    parser.add_argument(
+        "--gpu-gb", type=above_zero, default=80.0, metavar="GB", help="of a GPU that the run will have (80)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_intermixed_args(argv)
-    for name in ("ranks", "gpu_gb"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0; found {getattr(args, name)}")
-    return args
+    return parser.parse_intermixed_args(argv)
 
 
 # ---- what is there ---------------------------------------------------------------------------------------------------

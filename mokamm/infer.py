@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from data.schema import MEDIA, UserError
+from mokamm.arguments import at_least_one
 from mokamm.mistakes import is_users, tell
 
 if TYPE_CHECKING:
@@ -47,21 +48,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-new-tokens",
-        type=int,
+        type=at_least_one,
         metavar="N",
         help="default: evaluation.max_new_tokens of the run, as it was scored",
     )
-    parser.add_argument("--beams", type=int, default=1, metavar="N", help="beam search with N beams (not streamed)")
+    parser.add_argument(
+        "--beams", type=at_least_one, default=1, metavar="N", help="beam search with N beams (not streamed)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object: question, answer, media, seconds, tokens"
     )
-    args = parser.parse_intermixed_args(argv)  # the question may stand after the options
-    for name in ("max_new_tokens", "beams"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1; found {value}")
-    return args
+    return parser.parse_intermixed_args(argv)  # the question may stand after the options
 
 
 def given_media(args: argparse.Namespace) -> dict[str, list[str]]:

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mokamm.config import ConfigError, RunConfig, add_config_arguments, load_config
+from mokamm.arguments import add_config_arguments
+from mokamm.config import ConfigError, RunConfig, load_config
 from mokamm.mistakes import is_users
 from mokamm.training.launch import leave
 from mokamm.training.stopping import BadStep, Stopped, command_to_go_on

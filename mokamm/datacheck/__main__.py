@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mokamm.config import ConfigError, RunConfig, add_config_arguments, load_config
+from mokamm.arguments import add_config_arguments, at_least_one
+from mokamm.config import ConfigError, RunConfig, load_config
 from mokamm.mistakes import tell
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="mokamm data check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config_arguments(parser)
-    parser.add_argument("--limit", type=int, help="so many rows of each source, evenly spread (default: all)")
+    parser.add_argument("--limit", type=at_least_one, help="so many rows of each source, evenly spread (default: all)")
     parser.add_argument("--workers", type=int, help="processes that decode (default: training.dataloader_num_workers)")
     parser.add_argument("--out", type=Path, help="folder of the files (default: training.output_dir + '-data')")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -38,8 +39,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
-        if args.limit is not None and args.limit < 1:
-            raise ConfigError(f"--limit must be at least 1, found {args.limit}")
         config = load_config(args.config, args.overrides)
         _check_files(config)
         out = args.out or Path(f"{config.training.output_dir.rstrip('/')}-data")

@@ -251,7 +251,8 @@ def test_a_sparse_method_is_counted_as_it_will_be_cut(capsys, folder, world, tmp
         ([TEXT, "adapter.r=0"], "adapter.r (override)"),
         ([TEXT, "model.llm.path=/nowhere/at/all"], "model.llm.path: AutoConfig cannot load '/nowhere/at/all'"),
         ([TEXT, "model.llm.path=BARE", "adapter.target_modules=[q_prj]"], "did you mean 'q_proj'?"),
-        ([TEXT, "--ranks", "0"], "--ranks must be above 0; found 0"),
+        ([TEXT, "--ranks", "0"], "--ranks: must be a whole number of at least 1; found 0"),
+        ([TEXT, "--gpu-gb", "nan"], "--gpu-gb: must be a number above 0; found nan"),
     ],
 )
 def test_mistakes_are_told_in_one_message(capsys, folder, arguments, message):

@@ -241,7 +241,7 @@ def test_mistakes_are_told(config, capsys):
     from mokamm.datacheck.__main__ import main
 
     for arguments, message in (
-        ([str(config), "--limit", "0"], "--limit must be at least 1"),
+        ([str(config), "--limit", "0"], "--limit: must be a whole number of at least 1"),
         ([str(config), "data.max_lenght=3"], "did you mean 'max_length'"),
         ([str(config), "data.train=[{source: swift, path: nothing.jsonl}]"], "no such file: .*nothing.jsonl"),
         (
