@@ -70,7 +70,12 @@ class RunConfig(Section):
         return "none" if self.training.stage == 1 else self.adapter.method
 
     def to_dict(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        tree = self.model_dump(mode="json")
+        if (
+            self.model.llm.chat_date is None
+        ):  # so that digests of configurations stay what they were before there was it
+            del tree["model"]["llm"]["chat_date"]
+        return tree
 
     def dump(self, path: str | Path) -> None:
         """Write the resolved configuration as YAML; `load_config` reads it back."""

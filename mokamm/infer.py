@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from mokamm.config import RunConfig
     from mokamm.model import MultimodalLM
 
-# option -> the modality that perceives it
 HELP = """\
 /video FILE   /image FILE   /audio FILE   /speech FILE     attach to the next question
 /clear        begin a new conversation

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from data.schema import BadSample, Media, Message, Text, UserError
 
 MARK = re.compile("\ue000([0-9]+)\ue001")
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 # for base LLMs, whose tokenizers have no template of their own (model.llm.chat_template: plain)
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}{{ message['role'].upper() + ': ' + message['content'] }}"
@@ -184,11 +185,10 @@ def _template_of(tokenizer: Any) -> str:
 
 
 def _on(day: date | None, template: str) -> str:
-    """The template, printing this day as today. transformers hands templates no functions, hence a macro."""
-    if day is None or "strftime_now" not in template:
+    """The template, for which this day is today wherever it asks by a format that it writes out, as templates do."""
+    if day is None:
         return template
-    written = "".join(f" | replace('%{d}', '{day.strftime(f'%{d}')}')" for d in ("-d", "-m", *"aAbBdejmuwyY"))
-    return "{% macro strftime_now(format) %}{{ format" + written + " }}{% endmacro %}{{ '' }}" + template
+    return CLOCK.sub(lambda call: f"{call[1]}{day.strftime(call[2])}{call[1]}", template)
 
 
 def _control_tokens(tokenizer: Any, template: str) -> re.Pattern[str] | None:

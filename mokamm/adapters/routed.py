@@ -140,7 +140,7 @@ class RoutedLinear(TunerLayer):
             own = base._parameters  # type: ignore[union-attr]
             return nn.functional.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
         names = self._acting()
-        if names and self.siblings.outputs:
+        if names and self in self.siblings.outputs:
             ready = self.siblings.take(self, x, self.context.routing)
             if ready is not None:
                 return ready

@@ -51,7 +51,7 @@ def begin(config: RunConfig, corpus: Corpus, ranks: Ranks) -> Beginning:
     same = {**ranks.shared(lambda: common(config, shape)), "device": ranks.device.type}
     state = checkpoint.read_state(folder, same) if folder else TrainerState(same=same)
     today = ranks.shared(lambda: date.today().isoformat())
-    config.model.llm.chat_date = date.fromisoformat(state.same.setdefault(DAY, today))
+    config.model.llm.chat_date = date.fromisoformat(state.same.setdefault(DAY, same.get(DAY, today)))
     own = folder is not None and folder.resolve().parent == run.resolve()
     if not own:
         state.best = None  # its checkpoint is not in this folder, where the result is taken from

@@ -52,6 +52,7 @@ def calibrate(config: RunConfig, run: Path, ranks: Ranks, train: Callable[[RunCo
                 folder.mkdir(parents=True, exist_ok=True)
         ranks.barrier()
         train(dense, folder, ranks)
+        config.model.llm.chat_date = dense.model.llm.chat_date  # one run, one day
         gc.collect()  # its model, before the second is built
         if ranks.main:
             with writing(path, "make room, then start the same command again: it goes on from here"):

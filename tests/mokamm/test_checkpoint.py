@@ -115,6 +115,11 @@ def test_a_run_keeps_the_day_that_its_prompts_name(toy, whole, tmp_path):
     config.model.llm.chat_date = date(2024, 3, 1)
     with pytest.raises(UserError, match=r"model\.llm\.chat_date: '2024-02-29' there, '2024-03-01' now"):
         begin(config, toy.corpus(tmp_path / "run"), toy.alone())
+    del earlier["same"][DAY]  # as of a version without it
+    state.write_text(json.dumps(earlier))
+    write_manifest(state.parent)
+    begin(config, toy.corpus(tmp_path / "run"), toy.alone())
+    assert config.model.llm.chat_date == date(2024, 3, 1)
 
 
 def test_a_finished_run_trains_no_further(toy, whole, tmp_path):

@@ -329,16 +329,27 @@ def test_a_system_message_stays_in_the_first_turn(make_tokenizer, media_dir):
     assert processor(sample).input_ids.tolist() == merged
 
 
-def test_the_day_that_a_template_prints(make_tokenizer, media_dir):
+@pytest.mark.parametrize(
+    ("call", "printed"),
+    [
+        ('strftime_now("%A, %-d %b %Y")', "Thursday, 29 Feb 2024"),
+        ("strftime_now( '%F %H:%M 100%%' )", "2024-02-29 00:00 100%"),
+        ("strftime_now('%d') + '/' + strftime_now('%m')", "29/02"),
+    ],
+)
+def test_the_day_that_a_template_prints(make_tokenizer, media_dir, call, printed):
     tokenizer = make_tokenizer("chatml")
-    tokenizer.chat_template = "{{ 'Today: ' + strftime_now('%A, %-d %b %Y') + '\\n' }}" + tokenizer.chat_template
+    start = "  {% set today = " + call + " if strftime_now is defined else 'never' %}"
+    tokenizer.chat_template = start + "{{ today + '\\n' }}" + tokenizer.chat_template
     sample = turns("How many objects?", "two")
     text = {
         day: tokenizer.decode(Processor(tokenizer, {}, MediaLoader(media_dir), day=day)(sample).input_ids)
         for day in (None, date(2024, 2, 29))
     }
-    assert text[None] == tokenizer.apply_chat_template(plain(sample, False), tokenize=False).rstrip("\n")
-    assert text[date(2024, 2, 29)].startswith("Today: Thursday, 29 Feb 2024\n")
+    first, rest = tokenizer.apply_chat_template(plain(sample, False), tokenize=False).rstrip("\n").split("\n", 1)
+    assert text[None].split("\n", 1)[1] == rest
+    assert text[date(2024, 2, 29)] == f"{printed}\n{rest}"
+    assert first != printed
 
 
 def test_of_several_templates_the_default_one(make_tokenizer, media_dir):

@@ -389,7 +389,7 @@ class TestSiblings:
             model.base_model.model.model.layers[0].self_attn.k_proj._disable_adapters = True
 
         def hook(model: nn.Module) -> None:
-            model.base_model.model.model.layers[1].self_attn.v_proj.base_layer.register_forward_hook(lambda *_: None)
+            model.base_model.model.model.layers[1].self_attn.k_proj.base_layer.register_forward_hook(lambda *_: None)
 
         def train_base(model: nn.Module) -> None:
             model.base_model.model.model.layers[1].mlp.up_proj.base_layer.requires_grad_(True)
