@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,15 @@ def load_model(
     if shapes_only():
         config.pop("key_mapping", None)
         return model_class(read(model_class.config_class.from_pretrained, path, f"{what} config.json", **config))
-    model, report = read(
-        model_class.from_pretrained, path, f"{what} weights", output_loading_info=True, dtype=torch.float32, **config
-    )
+    with _unreported():
+        model, report = read(
+            model_class.from_pretrained,
+            path,
+            f"{what} weights",
+            output_loading_info=True,
+            dtype=torch.float32,
+            **config,
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         from encoders.base import shorten
@@ -83,6 +90,19 @@ def load_model(
             f"'{path}' is not a whole {what} checkpoint: {len(missing)} weights missing ({shorten(missing)})"
         )
     return model
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Without transformers' table of the weights that are left unread: a line each of a whole text tower or decoder."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def drop_unread_blocks(model: Any, blocks: int, chosen: Collection[int]) -> None:

@@ -46,6 +46,7 @@ from mokamm.arguments import at_least_one
 from mokamm.config import RunConfig, find_path, load_run_config
 from mokamm.mistakes import is_users
 from mokamm.names import ROUTED
+from mokamm.quiet import quiet
 from mokamm.training.disk import replacing, writing
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def check_control(config: RunConfig, control: Control) -> None:
 
 def load_model(run: Path, config: RunConfig, control: Control, base: str | None, device: Any) -> MultimodalLM:
     """The run's model, once for all benchmarks; under the control `base`, without anything that its stage 2 learned."""
+    quiet()
     if control.kind != "base":
         from mokamm.model import MultimodalLM
 

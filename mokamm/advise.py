@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mokamm.arguments import above_zero, add_config_arguments, at_least_one
 from mokamm.config import RunConfig, load_config
 from mokamm.mistakes import tell
+from mokamm.quiet import quiet
 
 if TYPE_CHECKING:
     from mokamm.information import Answers
@@ -297,14 +298,13 @@ def collect(args: argparse.Namespace) -> Case:
     """Everything that is read. Raises UserError, EncoderError or AdapterError."""
     import torch
 
-    from mokamm.infer import quiet
     from mokamm.information import NATS_PER_TOKEN, count_answers
     from mokamm.outline import build_outline
     from mokamm.training.launch import Ranks
     from mokamm.training.rate import total_steps
 
     config = load_config(args.config, args.overrides)
-    quiet()
+    quiet(errors_alone=True)
     outline = build_outline(config)
     answers = count_answers(config, outline.processor)
     gpus = 0 if config.training.use_cpu else torch.cuda.device_count()

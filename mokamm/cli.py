@@ -7,6 +7,7 @@ The programs are started by module name, so that nothing here imports another fl
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 
@@ -52,7 +53,13 @@ def main(argv: list[str] | None = None) -> None:
     before = sys.argv
     sys.argv = [f"mokamm {command}", *arguments[words:]]
     try:
-        runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=False)
+        try:
+            runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=False)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `mokamm advise CONFIG | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written at exit
+        sys.exit(141)  # as a shell has it
     finally:
         sys.argv = before
 

@@ -24,6 +24,7 @@ from mokamm.arguments import above_zero, add_config_arguments, at_least_one
 from mokamm.config import RunConfig, find_path, load_config
 from mokamm.config_sections import BenchmarkConfig, SourceConfig
 from mokamm.mistakes import is_users, tell
+from mokamm.quiet import quiet
 
 if TYPE_CHECKING:
     from mokamm.outline import Outline
@@ -233,12 +234,11 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
     """Parameters by part, tokens of a sample, bytes by ZeRO stage with and without offload; `problems`: what cannot be."""
     import torch
 
-    from mokamm.infer import quiet
     from mokamm.outline import build_outline
     from mokamm.training.forecast import Forecast
     from mokamm.training.launch import Ranks
 
-    quiet()
+    quiet(errors_alone=True)
     outline = build_outline(config, offline=True)
     device = torch.device("cpu" if config.training.use_cpu else "cuda")
     forecast = Forecast.of(outline, config, Ranks(0, 0, ranks, device, grouped=False), gpu_gb * 2**30)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from data.schema import MEDIA, UserError
 from mokamm.arguments import at_least_one
 from mokamm.mistakes import is_users, tell
+from mokamm.quiet import quiet
 
 if TYPE_CHECKING:
     from data.schema import Message
@@ -194,7 +195,7 @@ def _typed_lines() -> Iterable[str]:
 def run(args: argparse.Namespace) -> None:
     interactive = not args.question and not given_media(args) and not args.json and sys.stdin.isatty()
     config = check(args, interactive)
-    quiet()
+    quiet(errors_alone=True)
     from mokamm.model import MultimodalLM
 
     asker = Asker(MultimodalLM.from_run(args.run, args.base, args.device), args)
@@ -215,17 +216,6 @@ def run(args: argparse.Namespace) -> None:
             "tokens": asker.tokens,
         }
         print(json.dumps(result, ensure_ascii=False))
-
-
-def quiet() -> None:
-    """Leave standard output to the answer and standard error to errors."""
-    import warnings
-
-    import transformers
-
-    warnings.simplefilter("ignore", FutureWarning)  # between libraries, nothing that a user can act on
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def main(argv: list[str] | None = None) -> None:

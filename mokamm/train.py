@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from mokamm.arguments import add_config_arguments
 from mokamm.config import ConfigError, RunConfig, load_config
 from mokamm.mistakes import is_users
+from mokamm.quiet import quiet
 from mokamm.training.launch import leave
 from mokamm.training.stopping import BadStep, Stopped, command_to_go_on
 
@@ -67,7 +68,7 @@ def run(config: RunConfig, finishing: bool = True) -> None:
     from mokamm.training import finish, launch, peers, watch, world
     from mokamm.training.disk import writing
 
-    _quiet()
+    quiet()
     watch.check_report_to(config.training.report_to)
     ranks = launch.start(config.training)
     folder = Path(config.training.output_dir)
@@ -123,16 +124,6 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     if ranks.main:
         checkpoint.write_final(folder, best)
     ranks.barrier()
-
-
-def _quiet() -> None:
-    """Keep libraries' progress bars and notes about their own future out of the log."""
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT asks
 
 
 def _summary(config: RunConfig, parts: dict, corpus: tuple, ranks: Ranks) -> str:

@@ -64,6 +64,19 @@ def test_equals_transformers_at_true_lengths(folder, layer: int) -> None:
         assert (features[i, count:] == 0).all()
 
 
+def test_a_whole_whisper_is_read_without_a_word_of_its_decoder(folder, caplog) -> None:
+    from transformers.utils import logging
+
+    logging.enable_propagation()  # to caplog
+    before = logging.get_verbosity()
+    try:
+        WhisperEncoder(folder)
+    finally:
+        logging.disable_propagation()
+    assert not caplog.records
+    assert logging.get_verbosity() == before
+
+
 def test_short_batches_are_cut(folder) -> None:
     encoder = WhisperEncoder(folder)
     short = encoder.encode(torch.randn(2, 16000) * 0.1, torch.tensor([3200, 1600]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,16 @@ def test_a_command_runs_its_program_with_its_arguments():
     done = call("infer", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: mokamm infer") or "--speech" in done.stdout
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """As `mokamm ... | head` does."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mokamm.cli", "data", "make", "--help"],
+        cwd=ROOT, env=buffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert (process.stderr.read(), process.wait()) == ("", 141)
