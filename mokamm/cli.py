@@ -53,15 +53,20 @@ def main(argv: list[str] | None = None) -> None:
     before = sys.argv
     sys.argv = [f"mokamm {command}", *arguments[words:]]
     try:
-        try:
-            runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=False)
-        finally:
-            sys.stdout.flush()
+        run(COMMANDS[command][0])
     except BrokenPipeError:  # `mokamm advise CONFIG | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written at exit
         sys.exit(141)  # as a shell has it
     finally:
         sys.argv = before
+
+
+def run(module: str) -> None:
+    """A program to its end, all of its output written."""
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=False)
+    finally:
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
