@@ -18,8 +18,9 @@ backward) finds them as usual. Both ways
   with dropout, of which they keep the mask; a frozen A keeps no x. Logits, softmax and z are computed again;
 - compute in x's dtype: no float32 copy of x beside a float32 adapter.
 
-Cost beside W x: GEMMs of width M*r (r more where a token is padding) and r, and six small kernels forward. Measured by `eval/speed/adapters.py`. A second
-derivative is refused. Shape legend: N = B*T, D width, R rank, M modalities; `routed_plan.py` has the rank space.
+Cost beside W x: GEMMs of width M*r (r more where a token is padding) and r, and six small kernels forward. Measured by
+`eval/speed/adapters.py`. A second derivative is refused. Shape legend: N = B*T, D width, R rank, M modalities;
+`routed_plan.py` has the rank space.
 """
 
 from __future__ import annotations
