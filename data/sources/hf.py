@@ -1,7 +1,9 @@
 """Hugging Face `datasets`: a folder of save_to_disk, parquet or arrow files, or a data set of the hub.
 
     path: saved/                     a folder that `save_to_disk` wrote
-    path: rows.parquet               a .parquet or .arrow file, or a folder of such
+    path: rows.parquet               a .parquet, .arrow, .jsonl, .json or .csv file
+    path: folder/                    a folder of such, or a downloaded repository: its splits and `subset` are found by
+                                     their names, as on the hub; or of pictures and sounds with a metadata.jsonl or .csv
     path: user/name                  the hub (its cache is used where it was downloaded before)
 
 A row is read by `layout`: that of a conversation format (messages, llava, sharegpt, alpaca, swift), or `columns`: one
@@ -14,8 +16,9 @@ in the epoch is a function of the seed, a resume goes on in the middle. So nothi
 `stream: N` fetches the first N rows of the hub's stream, without downloading the rest, into an Arrow file in the cache
 of `datasets`, and reads them from there.
 
-Media are paths in columns. A column that holds their bytes (what `datasets` makes of pictures and sounds) wants the option
-`extract: FOLDER`: a row's media are written below media_dir/FOLDER, named by their content, when it is first read.
+Media are paths in columns; the absolute paths that `datasets` gives to files of a folder are taken where they lie below
+media_dir. A column that holds bytes (what `datasets` makes of pictures and sounds) wants the option `extract: FOLDER`: a
+row's media are written below media_dir/FOLDER, named by their content, when it is first read.
 
 Cost: conversations are counted in one pass over their columns (about 20 us a row); `columns` needs none.
 """
@@ -46,17 +49,18 @@ _LAYOUTS: dict[str, Callable[..., Layout]] = {
     "alpaca": alpaca.layout,
     "swift": swift.layout,
 }
+_FILES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 _COLUMNS = {"question": "question", "answer": "answer", "instruction": "", "id": "id"} | dict.fromkeys(MEDIA, "")
 
 
 class _Table(Sequence[tuple[dict[str, Any], int]]):
     """(row, turn) of every answer of a `datasets.Dataset`, which is pickled as references to its files.
 
-    extract: (media_dir, folder in it) that bytes of media are written to.
+    extract: the folder below media_dir that bytes of media are written to.
     """
 
-    def __init__(self, table: Any, layout: Layout | None, extract: tuple[Path, str] | None) -> None:
-        self.table, self.extract = table, extract
+    def __init__(self, table: Any, layout: Layout | None, media_dir: Path, extract: str | None) -> None:
+        self.table, self.media_dir, self.extract = table, media_dir, extract
         self.row = None
         if layout is not None:
             light = table.remove_columns([name for name in table.column_names if _is_media(table.features[name])])
@@ -72,21 +76,35 @@ class _Table(Sequence[tuple[dict[str, Any], int]]):
         return {name: self._as_files(value) for name, value in self.table[row].items()}, turn
 
     def _as_files(self, value: Any) -> Any:
-        """Structs of bytes as the paths of files that hold them; anything else as it is."""
+        """Structs of media as paths below media_dir, where their bytes or a file are; anything else as it is."""
         if isinstance(value, list):
             return [self._as_files(entry) for entry in value]
-        if self.extract is None or not isinstance(value, dict) or not isinstance(value.get("bytes"), bytes):
+        if not isinstance(value, dict) or value.keys() != {"bytes", "path"}:
             return value
-        suffix = re.search(r"\.[A-Za-z0-9]{1,5}$", value.get("path") or "")
-        name = hashlib.sha256(value["bytes"]).hexdigest()[:32] + (suffix[0].lower() if suffix else "")
-        base, folder = self.extract
-        target = base / folder / name
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f"{name}.{os.getpid()}")
-            temporary.write_bytes(value["bytes"])
-            temporary.replace(target)
-        return f"{folder}/{name}"
+        if value["bytes"] is None:
+            return _below(self.media_dir, value["path"])
+        return value if self.extract is None else _extracted(value, self.media_dir, self.extract)
+
+
+def _below(media_dir: Path, path: Any) -> Any:
+    """An absolute path below media_dir as one relative to it; anything else as it is."""
+    if not isinstance(path, str) or not os.path.isabs(path):
+        return path
+    relative = os.path.relpath(path, os.path.abspath(media_dir))
+    return path if relative.startswith("..") else relative
+
+
+def _extracted(medium: dict[str, Any], media_dir: Path, folder: str) -> str:
+    """The path below media_dir of a file that holds a medium's bytes, written where it is not there."""
+    suffix = re.search(r"\.[A-Za-z0-9]{1,5}$", medium["path"] or "")
+    name = hashlib.sha256(medium["bytes"]).hexdigest()[:32] + (suffix[0].lower() if suffix else "")
+    target = media_dir / folder / name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{name}.{os.getpid()}")
+        temporary.write_bytes(medium["bytes"])
+        temporary.replace(target)
+    return f"{folder}/{name}"
 
 
 def read(
@@ -113,15 +131,15 @@ def read(
     table = _without_decoding(_opened(path, split, subset, revision, stream))
     if not len(table):
         raise UserError(f"{path}: holds no rows")
-    to = _extraction(extract, media_dir or path.parent)
+    files = media_dir or path.parent, _extraction(extract)
     if layout == "columns":
         names = chosen("columns", columns, _COLUMNS)
         _check_columns(path, table, {**names, "id": ""})
-        return Rows(path, _Table(table, None, to), partial(_parse_columns, names=names, audio_as=audio_as))
+        return Rows(path, _Table(table, None, *files), partial(_parse_columns, names=names, audio_as=audio_as))
     if columns:
         raise UserError(f"data source 'hf': `columns` belongs to layout: columns, found layout: {layout}")
     chosen_layout = _LAYOUTS[layout](audio_as=audio_as)
-    return Rows(path, _Table(table, chosen_layout, to), partial(_parse_talk, layout=chosen_layout))
+    return Rows(path, _Table(table, chosen_layout, *files), partial(_parse_talk, layout=chosen_layout))
 
 
 def _opened(path: Path, split: str | None, subset: str | None, revision: str | None, stream: int | None) -> Any:
@@ -131,35 +149,29 @@ def _opened(path: Path, split: str | None, subset: str | None, revision: str | N
         raise UserError(
             "data source 'hf' needs the package `datasets`: uv sync --extra datasets (or pip install datasets)"
         ) from None
-    kind, files = _files(path)
+    saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
     try:
-        if kind == "saved":
+        if saved:
             found = datasets.load_from_disk(str(path))
         else:
-            wanted = {"data_files": files} if files else {"name": subset, "revision": revision}
-            source = kind or path.as_posix()
-            found = datasets.load_dataset(source, split=split, streaming=stream is not None, **wanted)
+            found = datasets.load_dataset(**_source(path, subset, revision), split=split, streaming=stream is not None)
     except Exception as error:  # of many kinds: no such file, no network, a broken file, an unknown split
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{path}: `datasets` cannot open it ({reason}); expected a folder of save_to_disk, .parquet or .arrow files, "
+            f"{path}: `datasets` cannot open it ({reason}); expected a folder of save_to_disk, {', '.join(_FILES)} files, "
             "or a data set's name on the hub (which needs the network, or a downloaded copy)"
         ) from error
     found = _one_split(path, found, split)
     return found if stream is None else _fetched(found, stream)
 
 
-def _files(path: Path) -> tuple[str, list[str]]:
-    """How `datasets` calls what lies at a path, and its files: ('', []) for nothing local."""
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        return "saved", []
-    for kind in ("parquet", "arrow"):
-        files = [path] if path.suffix == f".{kind}" else sorted(path.rglob(f"*.{kind}")) if path.is_dir() else []
-        if files:
-            return kind, [str(file) for file in files]
-    if path.exists():
-        raise UserError(f"{path}: is neither a folder of save_to_disk nor a .parquet or .arrow file, nor holds such")
-    return "", []
+def _source(path: Path, subset: str | None, revision: str | None) -> dict[str, Any]:
+    """What `load_dataset` is told of one file, a folder, or a name on the hub."""
+    if not path.is_file():
+        return {"path": path.as_posix(), "name": subset, "revision": revision}
+    if (kind := _FILES.get(path.suffix.lower())) is None:
+        raise UserError(f"{path}: is no file that `datasets` reads as a table; known: {', '.join(_FILES)}")
+    return {"path": kind, "data_files": [str(path)]}
 
 
 def _one_split(path: Path, found: Any, split: str | None) -> Any:
@@ -184,12 +196,12 @@ def _each(rows: Any) -> Any:
     yield from rows
 
 
-def _extraction(folder: str | None, media_dir: Path) -> tuple[Path, str] | None:
+def _extraction(folder: str | None) -> str | None:
     if folder is None:
         return None
     if Path(folder).is_absolute() or ".." in Path(folder).parts:
         raise UserError(f"data source 'hf': extract must be a folder below media_dir, found {folder!r}")
-    return media_dir, folder.rstrip("/")
+    return folder.rstrip("/")
 
 
 def _is_media(feature: Any) -> bool:

@@ -109,6 +109,44 @@ def test_several_splits(tmp_path):
         open_source("hf", tmp_path / "both", columns=COLUMNS)
 
 
+def test_a_downloaded_repository_has_the_splits_of_its_files(tmp_path):
+    """Rows of the test split must not train."""
+    folder = tmp_path / "repository" / "data"
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_list(ROWS[:3]).to_parquet(folder / "train-00000-of-00001.parquet")
+    datasets.Dataset.from_list(ROWS[3:]).to_parquet(folder / "test-00000-of-00001.parquet")
+    for split, expected_ids in (("train", ["r0", "r1", "r2"]), ("test", ["r3", "r4"])):
+        rows = open_source("hf", tmp_path / "repository", split=split, columns=COLUMNS)
+        assert [sample.id for sample in rows] == expected_ids
+    with pytest.raises(UserError, match="set the option `split`"):
+        open_source("hf", tmp_path / "repository", columns=COLUMNS)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_tables_in_files_of_text(tmp_path, suffix):
+    table, file = datasets.Dataset.from_list(ROWS), tmp_path / f"rows.{suffix}"
+    table.to_csv(file) if suffix == "csv" else table.to_json(file, lines=suffix == "jsonl")
+    rows = open_source("hf", file, columns=COLUMNS)
+    assert [sample.messages for sample in rows] == [expected(k) for k in range(5)]
+
+
+def test_a_folder_of_pictures_with_their_table(tmp_path):
+    """What `datasets` calls an imagefolder; it names the files by absolute paths."""
+    folder = tmp_path / "media" / "birds"
+    folder.mkdir(parents=True)
+    lines = []
+    for k in range(3):
+        Image.new("RGB", (8, 8), (100 * k, 0, 0)).save(folder / f"{k}.png")
+        lines.append(json.dumps({"file_name": f"{k}.png", "question": "?", "answer": f"a{k}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    rows = open_source("hf", folder, columns={"image": "image"}, media_dir=tmp_path / "media")
+    assert [(sample.answer, sample.media[0].path) for sample in rows] == [(f"a{k}", f"birds/{k}.png") for k in range(3)]
+    assert MediaLoader(tmp_path / "media").frames(rows[2].media[0], 1)[0, 0, 4, 4] == 200
+    outside = open_source("hf", folder, columns={"image": "image"}, media_dir=tmp_path / "elsewhere")
+    with pytest.raises(BadSample, match="is an absolute path"):
+        MediaLoader(tmp_path / "elsewhere").frames(outside[0].media[0], 1)
+
+
 def test_a_stream_is_fetched_in_part_and_read_in_any_order(tmp_path):
     stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
     table = hf._fetched(stream, 3)
@@ -178,9 +216,12 @@ def test_wrong_names(saved, tmp_path):
         open_source("hf", saved, layout="llava", columns=COLUMNS)
     with pytest.raises(BadSample, match="row 0: there is no 'conversations'"):
         open_source("hf", saved, layout="llava")[0]
-    (tmp_path / "text").mkdir()
-    with pytest.raises(UserError, match="is neither a folder of save_to_disk nor"):
-        open_source("hf", tmp_path / "text", columns=COLUMNS)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"cannot open it .*expected a folder of save_to_disk, \.parquet, "):
+        open_source("hf", tmp_path / "empty", columns=COLUMNS)
+    (tmp_path / "rows.xlsx").write_text("x")
+    with pytest.raises(UserError, match=r"rows\.xlsx: is no file that .*known: \.parquet, \.arrow, \.jsonl"):
+        open_source("hf", tmp_path / "rows.xlsx", columns=COLUMNS)
     (tmp_path / "x.parquet").write_text("no parquet")
     with pytest.raises(UserError, match=r"x\.parquet: `datasets` cannot open it"):
         open_source("hf", tmp_path / "x.parquet", columns=COLUMNS)
