@@ -57,10 +57,17 @@ def test_counts() -> None:
 
 
 def test_functions_run_in_turns() -> None:
-    order = []
-    seconds = in_turns({"a": lambda: order.append("a"), "b": lambda: (order.append("b"), time.sleep(0.002))}, repeats=3)
-    assert "".join(order) == "ab" * 4  # one round to warm up
-    assert len(seconds["a"]) == 3
+    """One round to warm up, then rounds of all, of which none always follows the same one."""
+    order: list[str] = []
+    functions = {"a": lambda: order.append("a"), "b": lambda: (order.append("b"), time.sleep(0.002))}
+    seconds = in_turns(functions, repeats=8)
+    rounds = ["".join(order[k : k + 2]) for k in range(0, 18, 2)]
+    assert rounds[0] == "ab"
+    assert set(rounds) == {"ab", "ba"}
+    order.clear()
+    in_turns(functions, repeats=8)
+    assert rounds == ["".join(order[k : k + 2]) for k in range(0, 18, 2)]
+    assert len(seconds["a"]) == 8
     assert min(seconds["b"]) >= 0.002
 
 
