@@ -251,6 +251,8 @@ class Routing:
         self.max_id, self.keys_are_text, self.may_be_padded = other.max_id, other.keys_are_text, other.may_be_padded
 
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        if torch._C._are_functorch_transforms_active():  # what is made under torch.func is of no use after it
+            return make()
         if key not in self._memo:
             # not an inference tensor even where generation asks first: training may use the same routing later
             with torch.inference_mode(False), torch.no_grad():

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mokamm.adapters.peft_bridge import HiraLinear, change_class
+from mokamm.adapters.standing_in import is_bare, under_transform
 
 
 class ModifiedMatmul(torch.autograd.Function):
@@ -68,9 +69,9 @@ class OneMatmulHira(HiraLinear):
         return y if base.bias is None else y + base.bias.to(dtype)
 
     def _one_matmul_does(self, names: list[str]) -> bool:
-        plain = type(self.base_layer) is nn.Linear and not self.base_layer.weight.requires_grad
+        plain = is_bare(self.base_layer, nn.Linear, globally=False) and not self.base_layer.weight.requires_grad
         dropped = any(self.training and isinstance(self.hira_dropout[name], nn.Dropout) for name in names)
-        return bool(names) and plain and not dropped and not self.merged
+        return bool(names) and plain and not dropped and not self.merged and not under_transform()
 
 
 def use_one_matmul(model: nn.Module) -> nn.Module:

@@ -19,7 +19,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from contextlib import contextmanager
+from typing import Any, NoReturn, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftType
@@ -180,10 +181,7 @@ def match_targets(model: nn.Module, config: Any, experts: bool = False) -> dict[
 
 def _matches(model: nn.Module, config: Any, unfit: dict[str, str]) -> dict[str, list[str]]:
     """The linear modules of each target. Raises AdapterError where there are none."""
-    targets, names = config.target_modules, linear_names(model)
-    excluded = getattr(config, "exclude_modules", None) or []
-    patterns = [excluded] if isinstance(excluded, str) else [rf"(.*\.)?{re.escape(e)}" for e in excluded]
-    names = [name for name in names if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+    targets, names = config.target_modules, _not_excluded(config, linear_names(model))
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         output = getattr(model, "get_output_embeddings", None)
         head = output() if callable(output) else None
@@ -203,6 +201,20 @@ def _matches(model: nn.Module, config: Any, unfit: dict[str, str]) -> dict[str, 
                 f"target_modules: '{target}' matches no linear module{_fused_hint(model, target)}{nearest(target, known)}"
             )
     return found
+
+
+def _not_excluded(config: Any, names: list[str]) -> list[str]:
+    """The names that `exclude_modules`, a regex or a list of names, leaves. Raises AdapterError where one matches none."""
+    given = getattr(config, "exclude_modules", None) or []
+    patterns = {given: given} if isinstance(given, str) else {entry: rf"(.*\.)?{re.escape(entry)}" for entry in given}
+    left = names
+    for entry, pattern in patterns.items():
+        excluded = {name for name in names if re.fullmatch(pattern, name)}
+        if not excluded and not config.inference_mode:  # a folder is read as it was written
+            known = {name.rpartition(".")[2] for name in names}
+            raise AdapterError(f"exclude_modules: '{entry}' matches no linear module{nearest(entry, known)}")
+        left = [name for name in left if name not in excluded]
+    return left
 
 
 def _fused_hint(model: nn.Module, target: str) -> str:
@@ -320,6 +332,21 @@ class Tuner(BaseTuner):
 
     def check_config(self, config: Any, names: list[str]) -> None:
         """A method's own checks, with the names of the modules that will be wrapped; before anything is changed."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:  # PEFT would leave it out and use the active adapter for all rows
+            raise AdapterError(
+                f"A {self._kind} adapter cannot be chosen row by row (adapter_names): set_adapter() chooses for a batch."
+            )
+        yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise AdapterError(f"{self._kind} adapters cannot be combined by weights; only PEFT's LORA ones can.")
+
+    @property
+    def _kind(self) -> str:
+        return cast(Any, next(iter(self.peft_config.values()))).peft_type.value
 
     @classmethod
     def to_save(cls, config: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -39,7 +39,6 @@ from typing import Any, NoReturn, cast
 import torch
 from peft import PeftConfig, PeftType
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from mokamm.adapters.checks import check_format, check_lora_options, plain_weight
 from mokamm.adapters.frozen_a import VERSION
@@ -50,9 +49,11 @@ from mokamm.adapters.routed_fold import Fold
 from mokamm.adapters.routed_plan import Settings, plan_of
 from mokamm.adapters.routed_siblings import Siblings, find_siblings
 from mokamm.adapters.sparse_b import dense_weight
+from mokamm.adapters.standing_in import is_bare, under_transform
 from mokamm.routing import AdapterError, Routing, RoutingContext
 
 FORMAT = 1
+FOLDED = "The text path is folded into the weights, where it does not train: unfold_text() first."
 
 
 @dataclass
@@ -135,21 +136,19 @@ class RoutedLinear(TunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.folds and not self.training and self.context.steps_are_text and x.dim() == 3 and x.size(1) == 1:
             base = self._modules["base_layer"]  # W holds the text path; in few calls, so that decoding costs the base's
-            if not _is_bare(base, nn.Linear):
+            if not is_bare(base, nn.Linear):
                 return self.base_layer(x, *args, **kwargs)
             own = base._parameters  # type: ignore[union-attr]
             return nn.functional.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
         names = self._acting()
-        if names and self in self.siblings.outputs:
+        if names and self.siblings.waiting is not None:
             ready = self.siblings.take(self, x, self.context.routing)
             if ready is not None:
                 return ready
         if not names:
             return self.base_layer(x, *args, **kwargs)
         if self.folds and self.training and torch.is_grad_enabled():
-            raise AdapterError(
-                "The text path is folded into the weights, where it does not train: unfold_text() first."
-            )
+            raise AdapterError(FOLDED)
         routing = self.context.look_up(x)
         if self._can_be_fast(names, x, routing):
             return self._fast(names, routing, x, *args, **kwargs)
@@ -157,10 +156,17 @@ class RoutedLinear(TunerLayer):
         for name in names:
             if routing is not None:
                 x_BTD = x if x.dim() == 3 else x.view(*(routing.shape or ()), -1)
-                out = out + self._routed(name, x_BTD, routing).view_as(h)
+                update = self._routed(name, x_BTD, routing)
+                if name in self.folds and self._trains(name):
+                    update = _WithoutDerivative.apply(update)
+                out = out + update.view_as(h)
             elif name not in self.folds:
                 out = out + self._text(name, x)
         return out.to(h.dtype)
+
+    def _trains(self, name: str) -> bool:
+        factors = self.moka_A[name], self.moka_B[name]
+        return torch.is_grad_enabled() and any(w.requires_grad for factor in factors for w in factor.parameters())
 
     def _acting(self) -> list[str]:
         """The adapters that act, in their order."""
@@ -169,8 +175,8 @@ class RoutedLinear(TunerLayer):
     # -- the fast path: routed_fast.py --
 
     def _can_be_fast(self, names: list[str], x: Tensor, routing: Routing | None) -> bool:
-        """Else the plain path: it folds, reads keys that are not text, has sparse B's, and can be fused by a compiler."""
-        if self.folds or torch.compiler.is_compiling() or not x.is_floating_point():
+        """Else the plain path: it folds, reads keys that are not text, has sparse B's, suits compilers and torch.func."""
+        if self.folds or torch.compiler.is_compiling() or under_transform() or not x.is_floating_point():
             return False
         if routing is not None and not routing.keys_are_text:
             return False
@@ -215,9 +221,7 @@ class RoutedLinear(TunerLayer):
         """Whether this layer is a frozen Linear that reads x as it is, A and B; no hook or the like hangs on any."""
         base, A, B = self._modules["base_layer"], self._factor(name, "moka_A"), self._factor(name, "moka_B")
         if not (
-            _is_bare(base, nn.Linear)
-            and _is_bare(A, DownProjection, FrozenDownProjection)
-            and _is_bare(B, UpProjection)
+            is_bare(base, nn.Linear) and is_bare(A, DownProjection, FrozenDownProjection) and is_bare(B, UpProjection)
         ):
             return False
         weight, bias = cast(nn.Linear, base).weight, cast(nn.Linear, base).bias
@@ -312,6 +316,10 @@ class RoutedLinear(TunerLayer):
 
     # -- PEFT's bookkeeping: whatever changes which adapter acts, or its weights, takes the folded one out first --
 
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        self.unfold_text()  # to another dtype, or device
+        return super()._apply(fn, recurse)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unfold_text()
         super()._load_from_state_dict(*args, **kwargs)
@@ -341,12 +349,16 @@ class RoutedLinear(TunerLayer):
         """Nothing to do: nothing is ever merged."""
 
 
-def _is_bare(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is of one of these very classes, and calling it is calling its forward and nothing else."""
-    if module is None or type(module) not in kinds or "forward" in module.__dict__ or _has_any_global_hook():
-        return False
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked
+class _WithoutDerivative(torch.autograd.Function):
+    """A folded layer's update as it is: its derivative by A and B would lack what W holds of them."""
+
+    @staticmethod
+    def forward(ctx: Any, update: Tensor) -> Tensor:
+        return update.view_as(update)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise AdapterError(f"{FOLDED} For gradients of inputs alone: model.requires_grad_(False).")
 
 
 def _seen(x: Tensor) -> torch.dtype:
@@ -369,7 +381,7 @@ class MokaModel(FrozenATuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        find_siblings(model, RoutedLinear)
+        find_siblings(self.model, RoutedLinear)
 
     def new_layer(self, target: nn.Module) -> RoutedLinear:
         return RoutedLinear(target, self.context)
@@ -424,6 +436,8 @@ class MokaModel(FrozenATuner):
     def unload(self) -> nn.Module:
         """The LLM without the adapter, its weights bit-identical to what they were."""
         self.unfold_text()
+        for layer in self.routed_layers():
+            layer.siblings.dissolve()
         return super().unload()
 
     def gradient_checkpointing_enable(

@@ -263,6 +263,50 @@ def test_training_while_folded_is_refused() -> None:
     set_routing(model, Routing.text_only())
     with pytest.raises(AdapterError, match=r"unfold_text\(\) first"):
         model(input_ids=torch.tensor([[3, 4]]))
+    model.eval()  # gradients would miss the text path
+    set_routing(model, Routing(IDS, KEYS))
+    x = torch.randn(2, 8, 16, dtype=torch.float64)
+    expected = model(inputs_embeds=x).logits
+    with pytest.raises(AdapterError, match=r"inputs alone: model\.requires_grad_\(False\)"):
+        expected.sum().backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model(inputs_embeds=x.requires_grad_()).logits.sum().backward()
+    folded, x.grad = x.grad, None
+    model.base_model.unfold_text()
+    model(inputs_embeds=x).logits.sum().backward()
+    torch.testing.assert_close(folded, x.grad)
+
+
+def test_another_dtype_takes_the_folded_text_path_out_first() -> None:
+    model = randomise(get_peft_model(small_llm(torch.float32), MokaConfig(r=3)))
+    model.base_model.fold_text()
+    model.to(torch.bfloat16)
+    assert not model.base_model.folded
+    expected = small_llm(torch.float32).to(torch.bfloat16)
+    with model.disable_adapter():
+        ids = torch.tensor([[3, 4]])
+        assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+def test_what_peft_does_for_lora_alone_is_refused() -> None:
+    model = get_peft_model(small_llm(), MokaConfig(r=3))
+    set_routing(model, Routing.text_only())
+    with pytest.raises(AdapterError, match=r"A MOKA adapter cannot be chosen row by row \(adapter_names\)"):
+        model(input_ids=torch.tensor([[3, 4]]), adapter_names=["default"])
+    with pytest.raises(AdapterError, match="MOKA adapters cannot be combined by weights"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
+@pytest.mark.parametrize("method", ["moka", "lora", "lori_s"])
+def test_an_excluded_name_that_matches_nothing(method) -> None:
+    for entry in (["vproj"], "vproj"):
+        with pytest.raises(
+            AdapterError, match="exclude_modules: 'vproj' matches no linear module; did you mean 'v_proj'"
+        ):
+            wrap(small_llm(), method, ["vision"], {"exclude_modules": entry})
+    model = wrap(small_llm(), method, ["vision"], {"exclude_modules": ["v_proj", "o_proj"]})
+    assert set(target_report(model)) == set(SEVEN) - {"v_proj", "o_proj"}
 
 
 def test_merging_is_refused_with_the_reason() -> None:

@@ -241,3 +241,15 @@ def test_they_train_and_go_on_bit_identically(toy, tmp_path, method):
     assert toy.losses(tmp_path / "halves") == losses
     for (name, a), (_, b) in zip(whole.named_parameters(), halves.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_hooks_and_torch_func_take_pefts_path() -> None:
+    peft, ours = twins(torch.float64)
+    x = torch.randn(2, 7, IN, dtype=torch.float64)
+    layer, calls = ours.base_model.model.linear, []
+    handle = layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(ours(x), peft(x))
+    assert calls == [1]
+    handle.remove()
+    found, wanted = (torch.func.grad(lambda x, m=model: m(x).square().sum())(x) for model in (ours, peft))
+    torch.testing.assert_close(found, wanted)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -344,7 +346,7 @@ class TestSiblings:
             torch.manual_seed(5)
             logits = model(inputs_embeds=x, use_cache=False).logits
             logits.square().sum().backward()
-        assert not any(layer.siblings.outputs for layer in model.base_model.routed_layers())
+        assert not any(layer.siblings.waiting or layer.siblings.children for layer in model.base_model.routed_layers())
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         return {"logits": logits.detach(), "x": x.grad, **found}
 
@@ -407,19 +409,25 @@ class TestSiblings:
                 change(model)
             assert_close(self.gradients(model), self.gradients(model, fast=False), 1e-11)
 
-    def test_another_input_or_a_changed_one_is_computed_anew(self) -> None:
-        model = self.llm().eval()
-        attention = model.base_model.model.model.layers[0].self_attn
+    def parts(self, **options: object) -> tuple[nn.Module, Any, Tensor]:
+        model = self.llm(**options)
         set_routing(model, Routing(self.IDS, self.KEYS))
-        x, other = (torch.randn(2, 8, 16, dtype=torch.float64) for _ in range(2))
+        x = torch.randn(2, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        return model, model.base_model.model.model.layers[0].self_attn, x
+
+    def test_another_input_or_a_changed_one_is_computed_anew(self) -> None:
+        model, attention, x = self.parts()
+        other = torch.randn_like(x)
+        waiting, running = attention.k_proj.siblings, attention.k_proj.siblings._begin
         with torch.no_grad():
             expected = {id(t): attention.k_proj(t) for t in (x, other)}
-            attention.v_proj(x)
+            assert waiting.waiting is None
+            running(attention)
             attention.q_proj(x)
-            assert attention.k_proj.siblings.outputs
+            assert set(waiting.waiting.outputs) == {attention.k_proj, attention.v_proj}
             with model.disable_adapter():
                 assert torch.equal(attention.k_proj(x), attention.k_proj.base_layer(x))
-            assert not attention.k_proj.siblings.outputs
+            assert waiting.waiting is None
             attention.q_proj(x)
             torch.testing.assert_close(attention.k_proj(other), expected[id(other)], rtol=0, atol=1e-12)
             attention.q_proj(x)
@@ -428,25 +436,118 @@ class TestSiblings:
             x.mul_(2)
             changed = attention.k_proj(x)
             assert not torch.allclose(changed, expected[id(x)])
-            for layer in (attention.q_proj, attention.v_proj, attention.q_proj):  # k's turn, its output waiting
-                layer(x)
-            assert attention.k_proj in attention.k_proj.siblings.outputs
+            attention.q_proj(x)
             set_routing(model, Routing(self.IDS.clamp(max=0), self.KEYS))
             assert not torch.allclose(attention.k_proj(x), changed)
+            attention.q_proj(x)
         assert attention.v_proj(x).requires_grad
         attention.q_proj(x)
-        assert attention.k_proj.siblings.outputs
         twin = copy.deepcopy(model)
         own = twin.base_model.model.model.layers[0].self_attn
-        assert set(own.q_proj.siblings.layers) == {own.q_proj, own.k_proj, own.v_proj}
-        assert not own.q_proj.siblings.outputs
+        siblings = own.q_proj.siblings
+        assert siblings is own.k_proj.siblings is not waiting
+        assert siblings.children is siblings.waiting is None
+        siblings._begin(own)
+        assert siblings.others(own.q_proj) == [own.k_proj, own.v_proj]
+
+    def test_layers_called_by_themselves_share_nothing(self) -> None:
+        """Weights, modes and graphs may change between one call and the next."""
+        _, attention, x = self.parts()
+        q, k = attention.q_proj, attention.k_proj
+        before = k(x)
+        q(x)
+        with torch.no_grad():
+            k.moka_B["default"].weight.mul_(2)
+        torch.testing.assert_close(k(x) - k.base_layer(x), 2 * (before - k.base_layer(x)))
+        q(x).sum().backward()
+        k(x).sum().backward()
+        assert all(layer.moka_A["default"].weight.grad is not None for layer in (q, k))
+        assert attention.v_proj.moka_A["default"].weight.grad is None
+        q(x)
+        x.requires_grad_()
+        k(x).sum().backward()
+        assert x.grad is not None
+
+    def test_a_parent_that_fails_or_lost_a_child_leaves_nothing(self) -> None:
+        model, attention, x = self.parts()
+        wrong = attention.o_proj.base_layer.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(inputs_embeds=x)
+        assert attention.q_proj.siblings.waiting is attention.q_proj.siblings.children is None
+        wrong.remove()
+        former, attention.k_proj = attention.k_proj, attention.k_proj.base_layer
+        calls: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(routed, "together", lambda *args: calls.append(len(args[1])) or together(*args))
+            model(inputs_embeds=x)
+        assert calls[0] == 2  # q and v
+        assert former.moka_A["default"].weight.grad is None
+
+    def test_unloading_leaves_no_hook(self) -> None:
+        model, attention, _ = self.parts()
+        model.add_adapter("more", MokaConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        assert len(attention._forward_hooks) == len(attention._forward_pre_hooks) == 1
+        model.unload()
+        assert not attention._forward_hooks
+        assert not attention._forward_pre_hooks
+
+    def test_two_threads_that_run_one_model(self) -> None:
+        model, _, x = self.parts()
+        set_routing(model, Routing.text_only())
+        model.eval()
+        inputs = [torch.randn_like(x) for _ in range(4)]
+        with torch.no_grad():
+            expected = [model(inputs_embeds=one, use_cache=False).logits for one in inputs]
+
+        def ask(one: Tensor) -> list[Tensor]:
+            with torch.no_grad():
+                return [model(inputs_embeds=one, use_cache=False).logits for _ in range(20)]
+
+        with ThreadPoolExecutor(4) as pool:
+            for found, wanted in zip(pool.map(ask, inputs), expected, strict=True):
+                for logits in found:
+                    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-12)
 
     def test_an_attention_that_reads_two_inputs_has_none(self) -> None:
         parts = {name: nn.Linear(4, 4) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
         model = nn.ModuleDict({"cross_attn": nn.ModuleDict(parts), "self_attn": nn.ModuleDict(copy.deepcopy(parts))})
         get_peft_model(model, MokaConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
-        sizes = {
-            name: len(layer.siblings.layers) for name, layer in model.named_modules() if hasattr(layer, "siblings")
-        }
+        sizes = {name: len(layer.siblings.names) for name, layer in model.named_modules() if hasattr(layer, "siblings")}
         assert {name for name, size in sizes.items() if size == 3} == {f"self_attn.{n}_proj" for n in "qkv"}
         assert sizes["cross_attn.q_proj"] == sizes["self_attn.o_proj"] == 0
+
+
+class TestTransforms:
+    """torch.func, forward mode and tracing get plain operators, whose derivatives they know."""
+
+    def parts(self) -> tuple[RoutedLinear, Tensor]:
+        layer = layer_of()
+        layer.context.routing = routing_of(BATCHES["ragged"])
+        return layer, torch.randn(3, 12, WIDTH, dtype=torch.float64)
+
+    def test_torch_func(self) -> None:
+        layer, x = self.parts()
+        y = x.clone().requires_grad_()
+        layer(y).square().sum().backward()
+        torch.testing.assert_close(torch.func.grad(lambda x: layer(x).square().sum())(x), y.grad)
+        tangent = torch.randn_like(x)
+        _, pushed = torch.func.jvp(lambda x: layer(x).square().sum(), (x,), (tangent,))
+        torch.testing.assert_close(pushed, (y.grad * tangent).sum())
+        several = torch.stack([x, 2 * x])
+        torch.testing.assert_close(torch.func.vmap(layer)(several), torch.stack([layer(x), layer(2 * x)]))
+        parameters = {name: p.detach() for name, p in layer.named_parameters()}
+        hessian_vector = torch.func.jvp(
+            torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).square().sum()),
+            (parameters,),
+            (parameters,),
+        )[1]
+        assert all(tensor.isfinite().all() for tensor in hessian_vector.values())
+        copy.deepcopy(layer.context)  # the routing keeps nothing of the transforms
+
+    def test_forward_mode_and_tracing(self) -> None:
+        layer, x = self.parts()
+        with torch.autograd.forward_ad.dual_level():
+            dual = layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+            assert torch.autograd.forward_ad.unpack_dual(dual).tangent is not None
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+        torch.testing.assert_close(traced(2 * x), layer(2 * x))
