@@ -13,6 +13,7 @@ from eval.benchmarks.transcription import Asr
 class MiniworldTranscription(Asr):
     name = "miniworld_transcription"
     measure = "1 - word error rate"
+    lower_is_better = False
     source = "messages"
     home = ""
 

@@ -32,6 +32,7 @@ ENGLISH = ("en", "eng", "english")
 class Asr(Benchmark):
     name = "asr"
     measure = "word error rate, lower is better"
+    lower_is_better = True
     home = "write a manifest of your own: see eval/benchmarks/transcription.py"
     separated_by = ("media",)
 

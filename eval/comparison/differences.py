@@ -39,7 +39,7 @@ BLOCK = 500  # draws held in memory at once
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval. p: of the t test against 0; None where it cannot be told. seeds: as the lesser."""
+    """A mean with its 95 % interval. p: of the t test against 0; None with one unit."""
 
     mean: float
     interval: list[float] | None
@@ -71,7 +71,7 @@ def _estimate(terms: list[tuple[Array, float]], of_U: Array, level: float) -> Es
         parts += [(float(values.var(ddof=1)) / len(values), len(values) - 1) for values in scores]
     variance = sum(part for part, _ in parts)
     if variance <= 0.0:
-        return Estimate(mean, [mean, mean], None, with_seeds)
+        return Estimate(mean, [mean, mean], float(mean == 0.0), with_seeds)  # nothing varies
     freedom = variance**2 / sum(part**2 / df for part, df in parts)
     half = t_quantile(0.5 + level / 2, freedom) * math.sqrt(variance)
     return Estimate(mean, [mean - half, mean + half], t_two_sided(mean / math.sqrt(variance), freedom), with_seeds)

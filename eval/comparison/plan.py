@@ -4,8 +4,9 @@ For each method:   every rate of its grid, with the first `rate_seeds` seeds
                    --best validation--> a rate; where it is the lowest or the highest, the grid grows by one (`extend`)
                    --> the chosen rate with the other seeds --> the test split, once for each run at the chosen rate
 
-A rate is as good as its worst seed's end: where one diverged (a step that could not be used, a loss that is no number)
-or failed, the rate is not chosen.
+A rate is as good as its worst seed's end: where one diverged (a step that could not be used, a loss that is no number),
+the rate is not chosen. Where one failed (a crash, a full disk), none is chosen yet: the next start tries it again, and the
+test split must not be answered at a rate that this could change.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def stand(config: CompareConfig, method: MethodConfig, known: Known) -> Stand:
         todo = [run for rate in rates for seed in few if (run := Run(method.name, rate, seed)) not in known]
         if todo:
             return Stand(rates, todo, later=len(rest))
-        chosen = best_rate(config, method, rates, known)
+        failed = any(known[Run(method.name, rate, seed)].status == FAILED for rate in rates for seed in few)
+        chosen = None if failed else best_rate(config, method, rates, known)
         if chosen is None:
             return Stand(rates, [])
         end = end_of(rates, chosen)

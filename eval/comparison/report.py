@@ -88,7 +88,7 @@ def verdict(gap: Tree | None) -> str:
         return "not tested"
     if p >= 0.05:
         return "not told apart"
-    return "better" if gap["mean"] > 0 else "worse"
+    return "better" if (gap["mean"] > 0) != gap.get("lower_is_better", False) else "worse"
 
 
 def _seeds(method: Tree, found: Tree | None) -> str:

@@ -5,8 +5,8 @@
      "chosen": rate | null, "end": "" | "lowest" | "highest" | "only",
      "trained_parameters", "projector_parameters", "step_seconds", "memory_gb", "checkpoint_bytes", "adapter_bytes",
      "runs": [{"seed", "status", "figures", "scores": {benchmark: share}}],
-     "benchmarks": {name: {"mean", "interval", "seeds": [share], "difference": {"mean", "interval", "p_clips",
-                           "p_methods", "p_clips_holm", "p_methods_holm"} | null}}}]}
+     "benchmarks": {name: {"mean", "interval", "seeds": [share], "difference": {"mean", "lower_is_better", "interval",
+                           "p_clips", "p_methods", "p_clips_holm", "p_methods_holm"} | null}}}]}
 
 Shares lie between 0 and 1. Holm's family is all tests of the comparison: every method but the reference, on every
 benchmark. Figures of a method are those of its runs at the chosen rate: the median of step times, the greatest peak.
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from data.schema import UserError
+from eval.benchmarks import find_benchmark
 from eval.comparison.differences import Array, Estimate, difference, holm, score, sign_flips
 from eval.comparison.plan import FINISHED, Outcome, stand
 from eval.comparison.progress import Progress
@@ -37,7 +38,8 @@ Tree = dict[str, Any]
 class Points:
     """What the runs earned on one benchmark: a table of seeds x units, the same units for all methods."""
 
-    def __init__(self) -> None:
+    def __init__(self, lower_is_better: bool = False) -> None:
+        self.lower_is_better = lower_is_better
         self.units: list[str] = []
         self.of_U: Array = np.zeros(0)
         self.rows: list[tuple[str, float]] = []  # (unit, to be earned) of every row, equal for all runs
@@ -67,7 +69,9 @@ def gather(progress: Progress) -> Tree:
     """Everything that is known, of all methods; a method that is not ready yet has what there is."""
     comparison, config = progress.comparison, progress.comparison.config
     plain = comparison.run_config(comparison.any_run())
-    tables: dict[str, Points] = {name: Points() for name in comparison.benchmarks}
+    tables: dict[str, Points] = {
+        name: Points(find_benchmark(benchmark).lower_is_better) for name, benchmark in comparison.benchmarks.items()
+    }
     earned: dict[tuple[str, str], Array] = {}
     methods = []
     for method in config.methods.values():
@@ -80,7 +84,7 @@ def gather(progress: Progress) -> Tree:
         "run_config": _without_versions(plain.to_dict()),
         "machine": _machine(),
         "reference": config.reference,
-        "benchmarks": {name: _measure(benchmark) for name, benchmark in comparison.benchmarks.items()},
+        "benchmarks": {name: find_benchmark(benchmark).measure for name, benchmark in comparison.benchmarks.items()},
         "methods": methods,
     }
 
@@ -104,12 +108,6 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
-
-
-def _measure(benchmark: str) -> str:
-    from eval.benchmarks import find_benchmark
-
-    return find_benchmark(benchmark).measure
 
 
 # ---- a method --------------------------------------------------------------------------------------------------------
@@ -219,6 +217,7 @@ def _compare(methods: list[Tree], earned: dict[tuple[str, str], Array], tables: 
             estimate: Estimate = difference(own, other, of_U)
             found["difference"] = {
                 "mean": estimate.mean,
+                "lower_is_better": tables[name].lower_is_better,
                 "interval": estimate.interval,
                 "p_clips": sign_flips(own.mean(0) - other.mean(0)),
                 "p_methods": estimate.p if estimate.with_seeds else None,

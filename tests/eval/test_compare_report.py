@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from data.schema import UserError
+from eval.benchmarks import BENCHMARKS
 from eval.comparison.differences import difference, holm, sign_flips
 from eval.comparison.plan import DIVERGED, FINISHED, Outcome
 from eval.comparison.plots import side_by_side
 from eval.comparison.progress import Progress, look
-from eval.comparison.report import page, write_report
+from eval.comparison.report import page, verdict, write_report
 from eval.comparison.results import gather
 from eval.comparison.settings import CompareConfig, Comparison, Run
 from eval.comparison.work import as_of_now, final_validation, read_outcome, settings_of, step_seconds, write_outcome
@@ -118,6 +119,18 @@ def test_tables_say_what_the_tree_says(progress: Progress, tmp_path: Path) -> No
     for name in ("rates.png", "parameters.png"):
         assert f"({name})" in path.read_text()
         assert (path.parent / name).stat().st_size > 10_000
+
+
+def test_fewer_errors_are_better() -> None:
+    for mean, lower, said in (
+        (0.1, False, "better"),
+        (0.1, True, "worse"),
+        (-0.1, True, "better"),
+        (-0.1, False, "worse"),
+    ):
+        assert verdict({"mean": mean, "lower_is_better": lower, "p_methods_holm": 0.01}) == said
+    assert verdict({"mean": 0.1, "lower_is_better": True, "p_methods_holm": 0.2}) == "not told apart"
+    assert {name for name, benchmark in BENCHMARKS.items() if benchmark.lower_is_better} == {"asr", "librispeech"}
 
 
 def test_a_comparison_that_has_not_begun_and_one_in_its_middle_have_a_report_too(

@@ -86,7 +86,10 @@ def test_too_little_to_tell() -> None:
     assert score(np.array([[1.0], [0.0]]), np.ones(1)).interval is None  # one clip
     same = score(np.array([[1.0, 1.0]]), np.ones(2))
     assert same.interval == [1.0, 1.0]
-    assert same.p is None
+    assert same.p == 0.0
+    equal, seeds = np.array([[1.0, 0.0], [1.0, 0.0]]), np.ones(2)
+    assert difference(equal, equal, seeds).p == 1.0
+    assert difference(equal * 0 + 1, equal * 0, seeds).p == 0.0  # all right against all wrong
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
