@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import pickle
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import nn
 from data.media import MediaLimits, MediaLoader
 from data.schema import UserError
 from encoders import build_encoder
-from encoders.base import Encoder
+from encoders.base import Encoder, shorten
 from encoders.cache import FeatureCache
 from mokamm.adapters import OPTIONS, wrap
 from mokamm.config import RunConfig, find_path, load_run_config
@@ -200,14 +201,21 @@ def load_tokenizer(settings: LLMConfig, **options: Any) -> Any:
 
 
 def load_llm(settings: LLMConfig, device: torch.device) -> Any:
-    """The LLM with its weights. Raises UserError for one that cannot be loaded, or that `check_answers` refuses."""
-    llm = from_pretrained(
+    """The LLM with its weights, all of them. Raises UserError for one that is not so, or that `check_answers` refuses."""
+    llm, report = from_pretrained(
         "AutoModelForCausalLM",
         settings,
         dtype=getattr(torch, settings.dtype),
         attn_implementation=settings.attention,
+        output_loading_info=True,
         **quantized(settings, device),
     )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"model.llm.path: '{settings.path}' is not a whole {type(llm).__name__}: {len(missing)} weights are missing "
+            f"({shorten(missing)}), and would be random. Fetch or copy it again; a checkpoint without its output head, or "
+            "of another architecture, is no LLM to begin from"
+        )
     check_answers(llm, settings)
     return llm
 
@@ -233,6 +241,11 @@ def from_pretrained(kind: str, llm: LLMConfig, **options: Any) -> Any:
         return getattr(transformers, kind).from_pretrained(
             path, revision=llm.revision or "main", trust_remote_code=llm.trust_remote_code, **options
         )
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"model.llm.path: a file of '{path}' holds Python objects (possibly code) beside tensors and was not executed; "
+            "take the checkpoint in safetensors"
+        ) from error
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if "attn_implementation" in str(error) and options.get("attn_implementation") != "eager":
             raise UserError(

@@ -165,7 +165,7 @@ def write_lora(folder: AdapterFolder, out: Path, as_experts: list[str]) -> None:
         config = {key: value for key, value in folder.config.items() if key != "auto_mapping"}
     else:
         assert folder.a_hash  # checked while it is computed
-        config = LoraConfig(**{key: folder.config[key] for key in COPIED}).to_dict()
+        config = LoraConfig(**{key: folder.config[key] for key in COPIED if key in folder.config}).to_dict()
         config["target_modules"] = sorted(folder.layers)  # all-linear would mean other modules to PEFT elsewhere
     if as_experts:
         config["target_modules"] = sorted(set(folder.layers) - set(as_experts))
@@ -180,7 +180,7 @@ def write_lora(folder: AdapterFolder, out: Path, as_experts: list[str]) -> None:
 
 def write_lori_s(folder: AdapterFolder, mask: Mask, out: Path) -> None:
     """A LORI_S folder with A stored, since no generator of ours drew it."""
-    config = LoriConfig(**{key: folder.config[key] for key in COPIED}, store_a=True).to_dict()
+    config = LoriConfig(**{key: folder.config[key] for key in COPIED if key in folder.config}, store_a=True).to_dict()
     config["target_modules"] = sorted(folder.layers)
     tensors = {}
     for name, (shape_a, shape_b) in folder.layers.items():

@@ -35,6 +35,9 @@ def published(tmp_path: Path) -> tuple[Path, Path, torch.Tensor]:
         B.weight.data.copy_(dense[name] * kept(mask, name))
     folder = tmp_path / "published"
     model.save_pretrained(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    del settings["exclude_modules"]  # as an older PEFT wrote it
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(38, 16)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

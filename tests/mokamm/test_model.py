@@ -320,6 +320,35 @@ def test_a_folder_without_a_vocabulary_gives_no_empty_tokenizer(tmp_path, kind):
         load_tokenizer(LLMConfig(path=str(tmp_path)))
 
 
+class Code:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_an_llm_that_is_not_whole_is_refused(tmp_path, capsys):
+    """transformers draws what is missing at random, with a warning."""
+    whole = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, tie_word_embeddings=False))
+    cpu, state = torch.device("cpu"), dict(whole.state_dict())
+    for name, left_out, words in (
+        ("headless", {"lm_head.weight"}, r"1 weights are missing \(lm_head\.weight\), and would be random"),
+        ("foreign", set(state), "and [0-9]+ more"),
+    ):
+        others = {f"language.{key}": value.clone() for key, value in state.items()} if left_out == set(state) else {}
+        kept = {key: value for key, value in state.items() if key not in left_out}
+        whole.save_pretrained(tmp_path / name, state_dict=kept | others)
+        with pytest.raises(UserError, match=f"is not a whole LlamaForCausalLM: .*{words}"):
+            load_llm(LLMConfig(path=str(tmp_path / name)), cpu)
+    whole.save_pretrained(tmp_path / "whole")
+    assert load_llm(LLMConfig(path=str(tmp_path / "whole"), dtype="float32"), cpu).lm_head.weight.equal(
+        whole.lm_head.weight
+    )
+    (tmp_path / "whole" / "model.safetensors").unlink()
+    torch.save(state | {"more": Code()}, tmp_path / "whole" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"holds Python objects \(possibly code\) .* not executed; take .* safetensors"):
+        load_llm(LLMConfig(path=str(tmp_path / "whole")), cpu)
+    assert "executed" not in capsys.readouterr().out
+
+
 def test_an_llm_that_cannot_be_used_is_told_before_training(tmp_path):
     sight = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
