@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data.schema import BadSample
-from data.sources.conversations import Layout, Turn, conversation_rows, system_turn
+from data.sources.conversations import Layout, Turn, conversation_rows, with_system
+from data.sources.placeholders import OTHER_NUMBER
 from data.sources.rows import Rows, chosen, describe, text_of
 from data.sources.sharegpt import build, media_columns
 
@@ -37,13 +38,13 @@ def layout(columns: dict[str, str] | None = None, audio_as: str = "audio") -> La
         shape='{"instruction": ..., "input": ..., "output": ...}',
         talk=partial(exchanges, column=column),
         build=partial(build, columns=media_columns(column), audio_as=audio_as),
-        uses=frozenset(column.values()),
+        uses=frozenset({*column.values(), *OTHER_NUMBER}),
     )
 
 
 def exchanges(row: dict[str, Any], column: Mapping[str, str]) -> list[Turn]:
     """The turns of a row that holds one question, its answer, and those before as pairs."""
-    turns = system_turn(row, column["system"])
+    turns: list[Turn] = []
     for k, pair in enumerate(_pairs(row, column["history"])):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadSample(f"'{column['history']}' {k}: must be a pair of question and answer, found {describe(pair)}")
@@ -51,7 +52,8 @@ def exchanges(row: dict[str, Any], column: Mapping[str, str]) -> list[Turn]:
     question = text_of(row, column["prompt"])
     if row.get(column["query"]):
         question = f"{question}\n{text_of(row, column['query'])}"
-    return [*turns, Turn("user", question), Turn("assistant", text_of(row, column["response"]))]
+    turns += [Turn("user", question), Turn("assistant", text_of(row, column["response"]))]
+    return with_system(row, turns, column["system"])
 
 
 def _pairs(row: dict[str, Any], column: str) -> list[Any]:

@@ -79,9 +79,11 @@ def turns_of(
     return turns
 
 
-def system_turn(row: dict[str, Any], column: str = "system") -> list[Turn]:
-    """The system message that a column of its own holds, if there is one."""
-    return [Turn("system", row[column])] if row.get(column) else []
+def with_system(row: dict[str, Any], turns: list[Turn], column: str = "system") -> list[Turn]:
+    """The turns after the system message of a column of its own; one that stands among the turns goes before it."""
+    if not row.get(column) or (turns and turns[0].role == "system"):
+        return turns
+    return [Turn("system", row[column]), *turns]
 
 
 def sample_of(row: Any, index: int, turn: int, name: str, layout: Layout) -> Sample:

@@ -25,6 +25,7 @@ Cost: conversations are counted in one pass over their columns (about 20 us a ro
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -61,9 +62,10 @@ class _Table(Sequence[tuple[dict[str, Any], int]]):
 
     def __init__(self, table: Any, layout: Layout | None, media_dir: Path, extract: str | None) -> None:
         self.table, self.media_dir, self.extract = table, media_dir, extract
+        self.labels = {name: f.names for name, f in table.features.items() if type(f).__name__ == "ClassLabel"}
         self.row = None
         if layout is not None:
-            light = table.remove_columns([name for name in table.column_names if _is_media(table.features[name])])
+            light = table.remove_columns([name for name, feature in table.features.items() if _is_media(feature)])
             counts = array("I", (max(1, count_answers(row, layout)) for row in light))
             self.row = np.repeat(np.arange(len(table)), counts)
 
@@ -73,14 +75,22 @@ class _Table(Sequence[tuple[dict[str, Any], int]]):
     def __getitem__(self, index: Any) -> Any:
         row = int(index if self.row is None else self.row[index])
         turn = 0 if self.row is None else int(index - np.searchsorted(self.row, row))
-        return {name: self._as_files(value) for name, value in self.table[row].items()}, turn
+        return {name: self._named(name, self._as_files(value)) for name, value in self.table[row].items()}, turn
+
+    def _named(self, column: str, value: Any) -> Any:
+        """A class by its name, where a column holds numbers of classes; -1 stands for none."""
+        if column not in self.labels or not isinstance(value, int):
+            return value
+        return self.labels[column][value] if value >= 0 else None
 
     def _as_files(self, value: Any) -> Any:
         """Structs of media as paths below media_dir, where their bytes or a file are; anything else as it is."""
         if isinstance(value, list):
             return [self._as_files(entry) for entry in value]
-        if not isinstance(value, dict) or value.keys() != {"bytes", "path"}:
+        if not isinstance(value, dict):
             return value
+        if value.keys() != {"bytes", "path"}:
+            return {name: self._as_files(entry) for name, entry in value.items()}
         if value["bytes"] is None:
             return _below(self.media_dir, value["path"])
         return value if self.extract is None else _extracted(value, self.media_dir, self.extract)
@@ -128,7 +138,7 @@ def read(
     """
     if layout != "columns" and layout not in _LAYOUTS:
         raise UserError(f"data source 'hf': unknown layout '{layout}'{nearest(layout, ['columns', *_LAYOUTS])}")
-    table = _without_decoding(_opened(path, split, subset, revision, stream))
+    table = _opened(path, split, subset, revision, stream)
     if not len(table):
         raise UserError(f"{path}: holds no rows")
     files = media_dir or path.parent, _extraction(extract)
@@ -155,14 +165,16 @@ def _opened(path: Path, split: str | None, subset: str | None, revision: str | N
             found = datasets.load_from_disk(str(path))
         else:
             found = datasets.load_dataset(**_source(path, subset, revision), split=split, streaming=stream is not None)
+        table = _without_decoding(_one_split(path, found, split))
+        return table if stream is None else _fetched(table, stream)
+    except UserError:
+        raise
     except Exception as error:  # of many kinds: no such file, no network, a broken file, an unknown split
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{path}: `datasets` cannot open it ({reason}); expected a folder of save_to_disk, {', '.join(_FILES)} files, "
             "or a data set's name on the hub (which needs the network, or a downloaded copy)"
         ) from error
-    found = _one_split(path, found, split)
-    return found if stream is None else _fetched(found, stream)
 
 
 def _source(path: Path, subset: str | None, revision: str | None) -> dict[str, Any]:
@@ -210,13 +222,21 @@ def _is_media(feature: Any) -> bool:
 
 
 def _without_decoding(table: Any) -> Any:
-    """Media columns as {"path", "bytes"}: files are decoded by data/media.py, in one way for all formats."""
+    """Media, wherever they stand, as {"path", "bytes"}: files are decoded by data/media.py, in one way for all formats."""
     for column, feature in (table.features or {}).items():
-        if _is_media(feature):
-            inner = getattr(feature, "feature", None)
-            plain = type(inner or feature)(decode=False)
-            table = table.cast_column(column, plain if inner is None else type(feature)(plain))
+        plain = _undecoded(feature)
+        if plain != feature:
+            table = table.cast_column(column, plain)
     return table
+
+
+def _undecoded(feature: Any) -> Any:
+    """A column's type, its media left as they are stored."""
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if hasattr(feature, "feature"):
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+    return dataclasses.replace(feature, decode=False) if hasattr(feature, "decode") else feature
 
 
 def _check_columns(path: Path, table: Any, names: dict[str, str]) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from data.schema import Kind, Message, Role
-from data.sources.conversations import Layout, Turn, conversation_rows, system_turn, turns_of
-from data.sources.placeholders import media_of, place
+from data.sources.conversations import Layout, Turn, conversation_rows, turns_of, with_system
+from data.sources.placeholders import OTHER_NUMBER, media_of, place
 from data.sources.rows import Rows
 
 ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -34,13 +34,13 @@ def layout(audio_as: str = "audio") -> Layout:
         shape='{"image" or "video": path, "conversations": [{"from": "human", "value": ...}, ...]}',
         talk=_talk,
         build=partial(_build, audio_as=audio_as),
-        uses=frozenset({"conversations", "system", *_COLUMNS.values()}),
+        uses=frozenset({"conversations", "system", *OTHER_NUMBER}),
     )
 
 
 def _talk(row: dict[str, Any]) -> list[Turn]:
     turns = turns_of(row, "conversations", "from", "value", {**ROLES, "system": "system"})
-    turns = system_turn(row) + turns
+    turns = with_system(row, turns)
     told = next((k for k, turn in enumerate(turns) if turn.role != "system"), 0)
     unasked = len(turns) > told + 1 and turns[told].role == "assistant"
     return turns[:told] + turns[told + unasked :]

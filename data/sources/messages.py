@@ -5,9 +5,10 @@
                                      {"type": "text", "text": "What is heard?", "question": true}]},
         {"role": "assistant", "content": "A flute."}], "meta": {"any": "thing"}}
 
-Content is a text or a list of parts. A medium has a path (also under its type's name or `url`, as in Hugging Face's chats)
-and, where the default is not meant, `as`: the modality whose encoder perceives it. A text is a text, also where it says
-`<image>`.
+Content is a text or a list of parts. A medium has a path (also under its type's name or `url`, as in Hugging Face's and
+OpenAI's chats: {"type": "image_url", "image_url": {"url": ...}}) and, where the default is not meant, `as`: the modality
+whose encoder perceives it. Where the parts have no path, {"type": "image"}, columns of the row list them in their order:
+`images` (or `image`), `videos`, `audios`. A text is a text, also where it says `<image>`.
 
     text     `question: true` marks the text whose tokens are keys; where none of the turn is marked, all of it is
     video    its picture only                           as vision
@@ -17,15 +18,16 @@ and, where the default is not meant, `as`: the modality whose encoder perceives 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from data.schema import BadSample, Kind, Media, Message, Text, nearest
 from data.sources.conversations import Layout, Turn, conversation_rows, turns_of
+from data.sources.placeholders import COLUMNS, OTHER_NUMBER, media_of, path_of
 from data.sources.rows import Rows, describe, text_of
-
-_KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
 
 
 def read(path: Path, *, audio_as: str = "audio") -> Rows:
@@ -38,16 +40,39 @@ def layout(audio_as: str = "audio") -> Layout:
         name="messages",
         shape='{"messages": [{"role": ..., "content": ...}, ...]}',
         talk=partial(turns_of, column="messages", role_key="role", content_key="content"),
-        build=partial(_build, audio_as=audio_as),
-        uses=frozenset({"messages"}),
+        build=partial(build, audio_as=audio_as),
+        uses=frozenset({"messages", *OTHER_NUMBER}),
     )
 
 
-def _build(row: dict[str, Any], turns: list[Turn], audio_as: str) -> list[Message]:
-    return [_message(turn, audio_as, f"message {k}: ") for k, turn in enumerate(turns)]
+def build(row: dict[str, Any], turns: list[Turn], audio_as: str) -> list[Message]:
+    """Messages of typed content; a part without a path takes the next medium of its kind that the row's columns list."""
+    content = [_parts(turn, f"message {k}: ") for k, turn in enumerate(turns)]
+    media = [part for parts in content for part in parts if part["type"] != "text"]
+    listed: dict[Kind, list[Media]] = {kind: [] for kind in COLUMNS}
+    if not media or any(_path_key(part) is None for part in media):
+        listed = media_of(row, COLUMNS, audio_as)
+    for kind, found in listed.items():
+        places = [part for part in media if _kind(part) == kind and _path_key(part) is None]
+        if places and not found:
+            k = next(k for k, parts in enumerate(content) if any(part is places[0] for part in parts))
+            raise BadSample(
+                f"message {k}: 'path' is missing or empty in {describe(places[0])}; nor has the row {kind}s"
+            )
+        if len(places) != len(found):
+            raise BadSample(
+                f"the messages have {len(places)} parts of type {kind} without a path, but the row names {len(found)} "
+                f"{kind}s; expected one for each"
+            )
+    queues = {kind: iter(found) for kind, found in listed.items()}
+    return [
+        Message(turn.role, tuple(_part(part, turn.role, audio_as, queues, f"message {k}: ") for part in parts))
+        for k, (turn, parts) in enumerate(zip(turns, content, strict=True))
+    ]
 
 
-def _message(turn: Turn, audio_as: str, where: str) -> Message:
+def _parts(turn: Turn, where: str) -> list[dict[str, Any]]:
+    """The parts of a turn, each with a known `type`."""
     content = turn.content
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
@@ -55,22 +80,37 @@ def _message(turn: Turn, audio_as: str, where: str) -> Message:
         raise BadSample(f"{where}'content' must be a text or a list of parts, found {describe(content)}")
     if not content:
         raise BadSample(f"{where}'content' is an empty list; expected text or media")
-    return Message(turn.role, tuple(_part(part, turn.role, audio_as, where) for part in content))
+    for part in content:
+        kind = text_of(part, "type", where=where)
+        if kind != "text" and _kind(part) not in COLUMNS:
+            raise BadSample(f"{where}unknown type '{kind}' of content{nearest(kind, ['text', *COLUMNS])}")
+    return content
 
 
-def _part(part: Any, role: str, audio_as: str, where: str) -> Text | Media:
-    kind = text_of(part, "type", where=where)
+def _kind(part: dict[str, Any]) -> Any:
+    return part["type"].removesuffix("_url")
+
+
+def _path_key(part: dict[str, Any]) -> str | None:
+    """Under which key a medium's path stands."""
+    # in tables such as Arrow's all parts have all columns, so that one without a value is as good as none
+    kind = _kind(part)
+    return next((key for key in ("path", kind, "url", f"{kind}_url") if part.get(key) is not None), None)
+
+
+def _part(
+    part: dict[str, Any], role: str, audio_as: str, queues: Mapping[Kind, Iterator[Media]], where: str
+) -> Text | Media:
+    kind = _kind(part)
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise BadSample(f"{where}a text part wants 'text', found {describe(part)}")
         return Text(part["text"], question=part.get("question") is True)
-    if kind not in _KINDS:
-        raise BadSample(f"{where}unknown type '{kind}' of content{nearest(kind, ['text', *_KINDS])}")
     if role != "user":
         raise BadSample(f"{where}a {kind} may stand in the user's messages only, not in the {role}'s")
-    # in tables such as Arrow's all parts have all columns, so that one without a value is as good as none
-    path = next((key for key in ("path", kind, "url") if part.get(key) is not None), "path")
-    modality = audio_as if kind == "audio" else "vision"
-    if part.get("as") is not None:
-        modality = text_of(part, "as", where=where)
-    return Media(_KINDS[kind], text_of(part, path, where=where), modality)
+    if (key := _path_key(part)) is None:
+        medium = next(queues[kind])
+    else:
+        path = path_of(part[key], key) if isinstance(part[key], dict) else text_of(part, key, where=where)
+        medium = Media(kind, path, audio_as if kind == "audio" else "vision")
+    return medium if part.get("as") is None else replace(medium, modality=text_of(part, "as", where=where))

@@ -17,31 +17,40 @@ from data.sources.conversations import Turn
 from data.sources.rows import describe
 
 KINDS: tuple[Kind, ...] = ("image", "video", "audio")
+COLUMNS: dict[Kind, str] = {"image": "images", "video": "videos", "audio": "audios"}
+OTHER_NUMBER: dict[str, str] = {many: one for one, many in COLUMNS.items()}
+OTHER_NUMBER.update(COLUMNS)
 _PLACEHOLDER = re.compile("<(image|video|audio)>")
 _ELSEWHERE = "(text that only looks like one belongs into the format 'messages')"
 
 
 def media_of(row: dict[str, Any], columns: Mapping[Kind, str], audio_as: str) -> dict[Kind, list[Media]]:
-    """The media that the row's columns list. A column holds a path, {"path": ...}, a list of such, or nothing."""
+    """The media that the row's columns list. A column holds a path, {"path": ...}, a list of such, or nothing.
+
+    Where it is called `image` or `images`, `video` or `videos`, ..., the other of the two names does as well.
+    """
     found: dict[Kind, list[Media]] = {}
     for kind in KINDS:
-        value = row.get(columns[kind])
+        column = columns[kind]
+        if row.get(column) in (None, "", []):
+            column = OTHER_NUMBER.get(column, column)
+        value = row.get(column)
         entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
         modality = audio_as if kind == "audio" else "vision"
-        found[kind] = [Media(kind, path_of(entry, columns[kind]), modality) for entry in entries]
+        found[kind] = [Media(kind, path_of(entry, column), modality) for entry in entries]
     return found
 
 
 def path_of(entry: Any, column: str) -> str:
-    """The path of an entry of a media column; of a struct, as Hugging Face's media features are, its `path`."""
-    path = entry.get("path") if isinstance(entry, dict) else entry
+    """The path of an entry of a media column; of a struct, as Hugging Face's media features are, its `path` (or `url`)."""
+    path = (entry.get("path") or entry.get("url")) if isinstance(entry, dict) else entry
     if isinstance(entry, dict) and entry.get("bytes") is not None:
         raise BadSample(
             f"'{column}' holds the bytes of a medium, and media are read from files: write it below data.media_dir (source "
             "hf: options: {extract: FOLDER} does so), and name it by its path"
         )
     if not isinstance(path, str) or not path:
-        raise BadSample(f"'{column}' must hold paths of media, found {describe(path)}")
+        raise BadSample(f"'{column}' must hold paths of media, found {describe(entry)}")
     return path
 
 

@@ -5,8 +5,9 @@
     {"messages": [{"role": "user", "content": "<audio>What?"}, {"role": "assistant", "content": "Rain."}],
      "audios": ["a.wav"]}
 
-`system` may be a column or the first message. Files with other names: the `columns` and `tags` of LLaMA-Factory's
-dataset_info.json are taken as they are.
+`system` may be a column or the first message, which goes before it. Files with other names: the `columns` and `tags` of
+LLaMA-Factory's dataset_info.json are taken as they are. Tools are not shown to the LLM: their description goes into `meta`,
+and a row with calls of them is bad.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from typing import Any
 
 from data.schema import Kind, Message, Role
 from data.sources import llava
-from data.sources.conversations import Layout, Turn, conversation_rows, system_turn, turns_of
-from data.sources.placeholders import media_of, place
+from data.sources.conversations import Layout, Turn, conversation_rows, turns_of, with_system
+from data.sources.placeholders import OTHER_NUMBER, media_of, place
 from data.sources.rows import Rows, chosen
 
-COLUMNS = {"messages": "", "system": "system", "images": "images", "videos": "videos", "audios": "audios"}
+COLUMNS = {
+    "messages": "", "system": "system", "tools": "tools", "images": "images", "videos": "videos", "audios": "audios",
+}  # fmt: skip
 TAGS = {
     "role_tag": "", "content_tag": "", "user_tag": "human", "assistant_tag": "gpt", "system_tag": "system",
+    "observation_tag": "observation", "function_tag": "function_call",
 }  # fmt: skip
 
 
@@ -33,8 +37,9 @@ def read(
 ) -> Rows:
     """Rows of conversations, one sample an answer.
 
-    columns: the file's names for messages, system, images, videos, audios; tags: for the role's and the content's key
-    and for the user, the assistant and the system. audio_as: the modality that perceives `audios`.
+    columns: the file's names for messages, system, tools, images, videos, audios; tags: for the role's and the content's
+    key and for the user, the assistant, the system, a tool's call and its result. audio_as: the modality that perceives
+    `audios`.
     """
     return conversation_rows(path, layout(columns, tags, audio_as))
 
@@ -49,7 +54,7 @@ def layout(
         shape='{"conversations": [{"from": "human", "value": ...}, ...]} or {"messages": [{"role": ..., "content": ...}]}',
         talk=partial(_talk, column=column, tag=tag),
         build=partial(build, columns=media_columns(column), audio_as=audio_as),
-        uses=frozenset({*column.values(), "conversations", "messages"}),
+        uses=frozenset({*column.values(), "conversations", "messages", *OTHER_NUMBER} - {column["tools"]}),
     )
 
 
@@ -70,4 +75,4 @@ def _talk(row: dict[str, Any], column: Mapping[str, str], tag: Mapping[str, str]
     named: dict[str, Role] = {
         tag["user_tag"]: "user", tag["assistant_tag"]: "assistant", tag["system_tag"]: "system",
     }  # fmt: skip
-    return system_turn(row, column["system"]) + turns_of(row, messages, role, content, {**llava.ROLES, **named})
+    return with_system(row, turns_of(row, messages, role, content, {**llava.ROLES, **named}), column["system"])

@@ -1,12 +1,13 @@
-"""ms-swift's jsonl (a JSON array is read too): conversations in one of three forms, with media columns.
+"""ms-swift's jsonl (a JSON array is read too): conversations in one of four forms, with media columns.
 
     {"messages": [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A cat."}],
      "images": ["a.png"]}
     {"query": "What is said?", "response": "Hello.", "history": [["Earlier?", "Yes."]], "audios": ["a.wav"]}
     {"conversation": [{"human": "Hi", "assistant": "Ho"}]}
+    {"instruction": "Describe it.", "input": "", "output": "A cat."}
 
-`system` may be a column. Where a row has media of a kind and no placeholder of that kind, they stand before the first
-question, as ms-swift puts them.
+Contents of `messages` may be lists of typed parts, as in data/sources/messages.py. `system` may be a column. Where a row
+has media of a kind and no placeholder of that kind, they stand before the first question, as ms-swift puts them.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.schema import BadSample, Kind, Message
+from data.schema import BadSample, Message
+from data.sources import alpaca, messages
 from data.sources.alpaca import exchanges
-from data.sources.conversations import Layout, Turn, conversation_rows, system_turn, turns_of
-from data.sources.placeholders import KINDS, media_of, place
+from data.sources.conversations import Layout, Turn, conversation_rows, turns_of, with_system
+from data.sources.placeholders import COLUMNS, KINDS, OTHER_NUMBER, media_of, place
 from data.sources.rows import Rows, columns_of, text_of
 
-_MEDIA: dict[Kind, str] = {"image": "images", "video": "videos", "audio": "audios"}
 _EXCHANGE = {"prompt": "query", "query": "", "response": "response", "history": "history", "system": "system"}
+_ALPACA = ("instruction", "input", "output")
 
 
 def read(path: Path, *, audio_as: str = "audio") -> Rows:
@@ -36,29 +38,33 @@ def layout(audio_as: str = "audio") -> Layout:
         shape='{"messages": [{"role": ..., "content": ...}, ...]} or {"query": ..., "response": ...}',
         talk=_talk,
         build=partial(_build, audio_as=audio_as),
-        uses=frozenset({"messages", "conversation", "query", "response", "history", "system", *_MEDIA.values()}),
+        uses=frozenset({"messages", "conversation", "query", "response", "history", "system", *_ALPACA, *OTHER_NUMBER}),
     )
 
 
 def _talk(row: dict[str, Any]) -> list[Turn]:
     if "messages" in row:
-        return system_turn(row) + turns_of(row, "messages", "role", "content")
+        return with_system(row, turns_of(row, "messages", "role", "content"))
+    if "output" in row and "instruction" in row:
+        return exchanges(row, alpaca.COLUMNS)
     if "response" in row:
         return exchanges(row, _EXCHANGE)
     if not isinstance(row.get("conversation"), list):
         raise BadSample(f"there is no 'messages', no 'response' and no 'conversation' ({columns_of(row, 'messages')})")
-    turns = system_turn(row)
+    turns: list[Turn] = []
     for k, pair in enumerate(row["conversation"]):
         where = f"exchange {k}: "
         turns += [
             Turn("user", text_of(pair, "human", where=where)),
             Turn("assistant", text_of(pair, "assistant", where=where)),
         ]
-    return turns
+    return with_system(row, turns)
 
 
 def _build(row: dict[str, Any], turns: list[Turn], audio_as: str) -> list[Message]:
-    media = media_of(row, _MEDIA, audio_as)
+    if any(isinstance(turn.content, list) for turn in turns):
+        return messages.build(row, turns, audio_as)
+    media = media_of(row, COLUMNS, audio_as)
     texts = "".join(turn.content for turn in turns if isinstance(turn.content, str))
     front = "".join(f"<{kind}>" * len(media[kind]) for kind in KINDS if f"<{kind}>" not in texts)
     first = next((k for k, turn in enumerate(turns) if turn.role == "user"), None)

@@ -231,3 +231,44 @@ def test_a_name_on_the_hub_without_a_network(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"nobody/nothing: `datasets` cannot open it .*on the hub \(which needs the"):
         open_source("hf", "nobody/nothing", columns=COLUMNS)
+
+
+def test_a_stream_of_pictures_leaves_their_bytes_as_they_are(pictures, tmp_path):
+    single, _ = pictures
+    datasets.load_from_disk(single).to_parquet(tmp_path / "pictures.parquet")
+    options = {"columns": {"image": "image"}, "media_dir": tmp_path, "split": "train"}
+    whole = open_source("hf", tmp_path / "pictures.parquet", extract="whole", **options)
+    some = open_source("hf", tmp_path / "pictures.parquet", extract="some", stream=2, **options)
+    assert len(some) == 2
+    for k in range(2):
+        one, other = (tmp_path / rows[k].media[0].path for rows in (whole, some))
+        assert one.read_bytes() == other.read_bytes()
+        assert one.name == other.name
+
+
+def test_pictures_inside_the_parts_of_messages(tmp_path):
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "red.png")
+    parts = [
+        {"type": "image", "image": str(tmp_path / "red.png"), "text": None},
+        {"type": "text", "image": None, "text": "?"},
+    ]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]}
+    table = datasets.Dataset.from_list([row])
+    part = {"type": datasets.Value("string"), "image": datasets.Image(), "text": datasets.Value("string")}
+    messages = datasets.List({"role": datasets.Value("string"), "content": datasets.List(part)})
+    table.cast(datasets.Features({"messages": messages})).save_to_disk(tmp_path / "nested")
+    rows = open_source("hf", tmp_path / "nested", layout="messages", extract="out", media_dir=tmp_path)
+    assert rows[0].media[0].path.startswith("out/")
+    assert MediaLoader(tmp_path).frames(rows[0].media[0], 1)[0, 0, 4, 4] == 200
+
+
+def test_a_class_is_answered_by_its_name(tmp_path):
+    features = datasets.Features(
+        {"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    rows = [{"question": "?", "answer": k} for k in (1, 0, -1)]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "classes")
+    found = open_source("hf", tmp_path / "classes")
+    assert [found[k].answer for k in range(2)] == ["dog", "cat"]
+    with pytest.raises(BadSample, match="'answer' is missing or empty"):
+        found[2]

@@ -474,3 +474,63 @@ def test_media_of_another_kind_than_declared(tmp_path, write_video):
         loader.frames(film, 2)
     with pytest.raises(MediaError, match=r"p\.png: cannot be read as a media file .*of another kind"):
         loader.windows(sound, 2, 1.0, whole=False)
+
+
+def test_typed_parts_whose_media_stand_in_columns(tmp_path):
+    """As TRL's and ms-swift's data sets for vision have it."""
+    asked = [{"type": "image"}, {"type": "text", "text": "Which is larger?"}, {"type": "image"}]
+    row = {"messages": [*openai(asked, "The first.")], "images": ["a.png", {"path": "b.png", "bytes": None}]}
+    expected = user(image("a.png"), "Which is larger?", image("b.png"))
+    for source in ("messages", "swift"):
+        rows = open_source(source, write(tmp_path / "a.json", [row]))
+        assert rows[0].messages[0] == expected
+        assert rows[0].meta == {}
+    assert "2 parts of type image without a path, but the row names 1 images" in reason(
+        "messages", tmp_path, row | {"images": ["a.png"]}
+    )
+    silent = {"messages": openai("What is it?", "A cat."), "image": "a.png"}
+    assert "0 parts of type image without a path, but the row names 1 images" in reason("messages", tmp_path, silent)
+
+
+def test_typed_parts_as_openai_and_qwen_write_them(tmp_path):
+    asked = [
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "audio", "audio_url": "a.wav"},
+        {"type": "image", "image": {"path": "b.png"}},
+        {"type": "text", "text": "What?"},
+    ]
+    rows = open_source("messages", write(tmp_path / "a.json", [{"messages": openai(asked, "A cat.")}]))
+    assert rows[0].messages[0] == user(image("a.png"), audio("a.wav"), image("b.png"), "What?")
+
+
+def test_a_column_by_its_other_name_is_not_dropped(tmp_path):
+    swift = {"query": "What is it?", "response": "A cat.", "image": "a.png"}
+    assert open_source("swift", write(tmp_path / "a.json", [swift]))[0].messages[0] == user(
+        image("a.png"), "What is it?"
+    )
+    llava = {"conversations": talk("<image>\nWhat is it?", "A cat."), "images": ["a.png"]}
+    assert open_source("llava", write(tmp_path / "b.json", [llava]))[0].messages[0] == user(
+        image("a.png"), "What is it?"
+    )
+
+
+def test_swift_in_alpacas_form_and_structs_with_a_url(tmp_path):
+    row = {"instruction": "What is it?", "input": "", "output": "A cat.", "images": [{"url": "a.png"}]}
+    rows = open_source("swift", write(tmp_path / "a.json", [row]))
+    assert rows[0].messages == (user(image("a.png"), "What is it?"), said("A cat."))
+    assert "'images' must hold paths of media, found an object with keys name" in reason(
+        "swift", tmp_path, row | {"images": [{"name": "a.png"}]}
+    )
+
+
+def test_a_system_message_goes_before_the_column(tmp_path):
+    talked = [{"role": "system", "content": "Be kind."}, *openai("Hi", "Ho")]
+    for source in ("sharegpt", "swift"):
+        rows = open_source(source, write(tmp_path / "a.json", [{"messages": talked, "system": "Be brief."}]))
+        assert rows[0].messages[0].text == "Be kind."
+
+
+def test_sharegpt_knows_the_names_of_tools(tmp_path):
+    columns, tags = {"messages": "conversations", "tools": "tools"}, {"observation_tag": "seen", "function_tag": "call"}
+    path = write(tmp_path / "a.json", [{"conversations": talk("Hi", "Ho"), "tools": "[]"}])
+    assert open_source("sharegpt", path, columns=columns, tags=tags)[0].answer == "Ho"
