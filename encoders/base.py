@@ -10,7 +10,8 @@ Contracts worth knowing:
 - `mask` is True at real patches, which always come first; `encode` zeroes the features under a False mask.
 - `num_tokens` is exact: it equals the mask's sum.
 
-Cost: one forward pass of the frozen network per chunk; the activations of `max_batch` segments are alive at a time.
+Cost: one forward pass of the frozen network per chunk, which frames of several sizes share where preprocessing makes them
+equal; the activations of `max_batch` segments are alive at a time.
 
 Legend: F segments, P patches (of the longest segment in the call), C feature width, S audio samples.
 """
@@ -18,7 +19,7 @@ Legend: F segments, P patches (of the longest segment in the call), C feature wi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,17 +109,48 @@ class Encoder(nn.Module):
         if len(segments) == 0:
             empty = torch.zeros(0, 0, self.width, dtype=self.dtype, device=self.device)
             return Features(empty, empty.new_zeros(0, 0, dtype=torch.bool))
-        size = (segments.shape[-2], segments.shape[-1])
-        longest = self.num_tokens(size if lengths is None else int(lengths.max()))  # before the copy: no device sync
-        segments = segments.to(self.device, non_blocking=True)
-        lengths = None if lengths is None else lengths.to(self.device, non_blocking=True)
-        chunks = [
-            self(*self.preprocess(segments[part], None if lengths is None else lengths[part]))
-            for part in (slice(i, i + self.max_batch) for i in range(0, len(segments), self.max_batch))
+        if lengths is None:
+            return self.encode_frames([segments])[0]
+        longest = self.num_tokens(int(lengths.max()))  # before the copy: no device sync
+        segments, lengths = segments.to(self.device, non_blocking=True), lengths.to(self.device, non_blocking=True)
+        chunks = [self(*self.preprocess(segments[part], lengths[part])) for part in self._parts(segments)]
+        return _joined(chunks, longest)
+
+    @torch.no_grad()
+    def encode_frames(self, lots: Sequence[Tensor]) -> list[Features]:
+        """Lots of frames, each of a size of its own, to what `encode` makes of each.
+
+        Preprocessing gives most of them one size, so that they go through the network together, `max_batch` at a time.
+        """
+        found: list[list[Features]] = [[] for _ in lots]
+        waiting: list[tuple[int, tuple[Tensor, ...]]] = []
+
+        def run() -> None:
+            features, mask = self(*(torch.cat(parts) for parts in zip(*(inputs for _, inputs in waiting), strict=True)))
+            sizes = [len(inputs[0]) for _, inputs in waiting]
+            for (k, _), *part in zip(waiting, features.split(sizes), mask.split(sizes), strict=True):
+                found[k].append(Features(*part))
+            waiting.clear()
+
+        for k, frames in enumerate(lots):
+            self._check(frames, None)
+            on_device = frames.to(self.device, non_blocking=True)
+            for part in self._parts(frames):
+                inputs = self.preprocess(on_device[part], None)
+                count = len(inputs[0]) + sum(len(others[0]) for _, others in waiting)
+                if waiting and (count > self.max_batch or _shapes(inputs) != _shapes(waiting[0][1])):
+                    run()
+                waiting.append((k, inputs))
+        if waiting:
+            run()
+        return [
+            _joined(chunks, self.num_tokens((frames.shape[-2], frames.shape[-1])))
+            for chunks, frames in zip(found, lots, strict=True)
         ]
-        features = torch.cat([chunk.features[:, :longest] for chunk in chunks])
-        mask = torch.cat([chunk.mask[:, :longest] for chunk in chunks])
-        return Features(features.masked_fill(~mask[..., None], 0.0), mask)
+
+    def _parts(self, segments: Tensor) -> list[slice]:
+        """At most `max_batch` of them at a time."""
+        return [slice(i, i + self.max_batch) for i in range(0, len(segments), self.max_batch)]
 
     def _check(self, segments: Tensor, lengths: Tensor | None) -> None:
         expected, found = "", f"found {segments.dtype} {tuple(segments.shape)}"
@@ -144,6 +176,17 @@ class Encoder(nn.Module):
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+
+def _joined(chunks: list[Features], longest: int) -> Features:
+    """Chunks of one call as one, cut to its longest segment, with zeros where there is no patch."""
+    features = torch.cat([chunk.features[:, :longest] for chunk in chunks])
+    mask = torch.cat([chunk.mask[:, :longest] for chunk in chunks])
+    return Features(features.masked_fill(~mask[..., None], 0.0), mask)
+
+
+def _shapes(inputs: tuple[Tensor, ...]) -> list[torch.Size]:
+    return [tensor.shape[1:] for tensor in inputs]
 
 
 def parse_dtype(name: str) -> torch.dtype:

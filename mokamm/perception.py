@@ -5,7 +5,7 @@
 
 It is no nn.Module and stands outside the module that DeepSpeed shards: each rank holds the encoders whole, so the
 number of encoder calls may differ between ranks without any of them waiting for the others.
-Cost: one encoder call a batch and modality (one for each distinct segment shape), without gradient.
+Cost: one encoder call a batch and modality, without gradient; of sounds one for each length of windows.
 
 Axis letters: F segments, P patches, C feature width, S audio samples.
 """
@@ -98,16 +98,21 @@ class Perception:
             for item in media.items:
                 if item.segments is not None:
                     by_shape[tuple(item.segments.shape[1:])].append(item)
-            for items in by_shape.values():
-                self._encode(modality, items)
+            lots = list(by_shape.values())
+            for items, (features, mask) in zip(lots, self._encoded(self.encoders[modality], lots), strict=True):
+                self._hand_out(items, features, mask)
 
-    def _encode(self, modality: str, items: list[MediaInput]) -> None:
-        """One encoder call for the segments of all `items`, which have equal shapes."""
-        segments = torch.cat([item.segments for item in items if item.segments is not None])
-        lengths = None
-        if items[0].lengths is not None:
-            lengths = torch.cat([item.lengths for item in items if item.lengths is not None])
-        features, mask = self.encoders[modality].encode(segments, lengths)
+    def _encoded(self, encoder: Encoder, lots: list[list[MediaInput]]) -> list[Features]:
+        """Of each lot of items, whose segments have equal shapes."""
+        segments = [torch.cat([item.segments for item in items if item.segments is not None]) for items in lots]
+        if encoder.modality_kind == "frames":
+            return encoder.encode_frames(segments)
+        known = [[item.lengths for item in items if item.lengths is not None] for items in lots]
+        lengths = [torch.cat(lot) if lot else None for lot in known]
+        return [encoder.encode(*lot) for lot in zip(segments, lengths, strict=True)]
+
+    def _hand_out(self, items: list[MediaInput], features: Tensor, mask: Tensor) -> None:
+        """Features of the segments of all items, one after another, to the items and into the cache."""
         sizes = [len(item.counts) for item in items]
         parts = zip(features.split(sizes), mask.split(sizes), strict=True)
         for item, (item_features, item_mask) in zip(items, parts, strict=True):

@@ -18,8 +18,7 @@ from data.sources.rows import describe
 
 KINDS: tuple[Kind, ...] = ("image", "video", "audio")
 COLUMNS: dict[Kind, str] = {"image": "images", "video": "videos", "audio": "audios"}
-OTHER_NUMBER: dict[str, str] = {many: one for one, many in COLUMNS.items()}
-OTHER_NUMBER.update(COLUMNS)
+OTHER_NUMBER = {a: b for one, many in COLUMNS.items() for a, b in ((str(one), many), (many, str(one)))}
 _PLACEHOLDER = re.compile("<(image|video|audio)>")
 _ELSEWHERE = "(text that only looks like one belongs into the format 'messages')"
 

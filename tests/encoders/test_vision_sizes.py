@@ -257,3 +257,22 @@ def test_half_precision(written, frames) -> None:
     found = half.encode(frames).features
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), full.encode(frames).features, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+def test_frames_of_several_sizes_share_a_call(written, frames, kind: str, monkeypatch) -> None:
+    encoder = build_encoder(kind, written(kind), max_batch=6)
+    wide = F.interpolate(frames, size=(48, 96))
+    lots = [frames[:3], frames[:1, :, :40, :40], wide[:1], wide[1:]]  # 3 + 1 + 1 + 4
+    alone = [encoder.encode(lot) for lot in lots]
+    calls: list[int] = []
+    plain = type(encoder).forward
+    monkeypatch.setattr(
+        type(encoder), "forward", lambda self, *inputs: calls.append(len(inputs[0])) or plain(self, *inputs)
+    )
+    together = encoder.encode_frames(lots)
+    assert calls == [5, 4]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.features, other.features, rtol=0, atol=1e-5)
+        assert torch.equal(one.mask, other.mask)
+    assert encoder.encode_frames([]) == []
