@@ -45,6 +45,7 @@ OWN = "your own rows: README, Your own data"
 # what a model's folder needs: one of each of these files, the first that is there
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 MODEL = (("config.json",), WEIGHTS)
+ENCODER = (*MODEL, ("preprocessor_config.json", "processor_config.json"))
 TOKENIZER = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
 OPEN_CLIP = (("open_clip_config.json",), ("*.safetensors", "*.bin", "*.pth"))
 
@@ -74,7 +75,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--ranks", type=at_least_one, default=8, metavar="N", help="processes of the run (8, the paper's batch)"
     )
     parser.add_argument(
-        "--gpu-gb", type=above_zero, default=80.0, metavar="GB", help="of a GPU that the run will have (80)"
+        "--gpu-gb", type=above_zero, metavar="GB", help="of a GPU that the run will have (this machine's, else 80)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_intermixed_args(argv)
@@ -122,7 +123,7 @@ def _weights(config: RunConfig) -> Iterator[Finding]:
         if encoder.name == "beats":
             yield _file(part, encoder.path, BEATS.format(path=encoder.path))
             continue
-        needed = OPEN_CLIP if encoder.name == "open_clip" else MODEL
+        needed = OPEN_CLIP if encoder.name == "open_clip" else ENCODER
         yield _hub_or_folder(part, encoder.path.removeprefix("hf-hub:"), None, needed)
 
 
@@ -230,17 +231,22 @@ def _machine(config: RunConfig) -> Iterator[Finding]:
 # ---- the dry run -----------------------------------------------------------------------------------------------------
 
 
-def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
-    """Parameters by part, tokens of a sample, bytes by ZeRO stage with and without offload; `problems`: what cannot be."""
+def dry_run(config: RunConfig, ranks: int, gpu_gb: float | None) -> dict[str, Any]:
+    """Parameters by part, tokens of a sample, bytes by ZeRO stage with and without offload; `problems`: what cannot be.
+
+    gpu_gb: None for this machine's GPU, or 80 where there is none.
+    """
     import torch
 
     from mokamm.outline import build_outline
-    from mokamm.training.forecast import Forecast
+    from mokamm.training.forecast import Forecast, size
     from mokamm.training.launch import Ranks
 
     quiet(errors_alone=True)
     outline = build_outline(config, offline=True)
     device = torch.device("cpu" if config.training.use_cpu else "cuda")
+    if gpu_gb is None:
+        gpu_gb = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 80.0
     forecast = Forecast.of(outline, config, Ranks(0, 0, ranks, device, grouped=False), gpu_gb * 2**30)
     tokens = _tokens(outline, config)
     memory = {}
@@ -255,13 +261,20 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float) -> dict[str, Any]:
             f"data.max_length is {config.data.max_length}, and the media of one sample take {tokens['media']} tokens: no "
             "row fits; raise it, or use fewer segments or projector tokens"
         )
+    gpu_bytes = gpu_gb * 2**30
+    if forecast.network and device.type == "cuda" and (total := forecast.memory().total) > gpu_bytes:
+        fitting = [name for name, found in memory.items() if found["total"] <= gpu_bytes]
+        problems.append(
+            f"as configured, each of {ranks} processes is predicted to take {size(total)} of a GPU of {size(gpu_bytes)}; "
+            + (f"{', '.join(fitting)} would fit" if fitting else "no ZeRO stage would fit: see mokamm advise")
+        )
     return {
         "parameters": _parameters(outline),
         "not_counted": outline.left_out,
         "tokens": tokens,
         "memory": memory,
         "memory_unknown": forecast.unknown,
-        "gpu_bytes": gpu_gb * 2**30,
+        "gpu_bytes": gpu_bytes,
         "ranks": ranks,
         "problems": problems,
     }

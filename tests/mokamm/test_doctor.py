@@ -169,21 +169,23 @@ def with_half_an_index(folder: Path) -> None:
         ("LLM", in_shards, "lacks model-00002-of-00002.safetensors"),
         ("LLM", with_half_an_index, "lacks a readable model.safetensors.index.json"),
         ("vision encoder", without("open_clip_model.safetensors"), "lacks *.safetensors or "),
+        ("speech encoder", without("preprocessor_config.json"), "lacks preprocessor_config.json or "),
     ],
-    ids=["weights", "tokenizer", "shard", "index", "open_clip"],
+    ids=["weights", "tokenizer", "shard", "index", "open_clip", "preprocessor"],
 )
 def test_a_model_that_is_not_whole_is_missing_and_what_lacks_is_named(
     capsys, monkeypatch, tmp_path, part, edit, lacking, cached
 ):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    repository, key = tmp_path / "models--a--b", {"LLM": "llm", "vision encoder": "modalities.vision.encoder"}[part]
+    name, base = part.split()[0], "quickstart" if part == "speech encoder" else "mini/av_text"
+    repository, key = tmp_path / "models--a--b", "llm" if part == "LLM" else f"modalities.{name}.encoder"
     folder = repository / "snapshots" / "0123" if cached else tmp_path / "copy"
-    shutil.copytree(ROOT / "mokamm" / "mini" / ("llm" if part == "LLM" else "vision"), folder)
+    shutil.copytree(ROOT / "mokamm" / "mini" / name.lower(), folder)
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123")
     path = "a/b" if cached else str(folder)
-    config = load_config("configs/mini/av_text.yaml", ["training.use_cpu=true", f"model.{key}.path={path}"])
+    config = load_config(f"configs/{base}.yaml", ["training.use_cpu=true", f"model.{key}.path={path}"])
     assert all(finding.there for finding in doctor.findings(config))
     edit(folder)
     (found,) = [finding for finding in doctor.findings(config) if not finding.there]
@@ -229,6 +231,16 @@ def test_media_that_leave_no_room_are_a_problem(capsys, monkeypatch):
         doctor.main(["configs/mini/av_text.yaml", "adapter.methd=moka"])
     assert end.value.code == 2
     assert "did you mean 'method'" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_too_small_is_a_problem(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = "configs/av_text/llama2_7b/ave.yaml"
+    code, found = examined(capsys, recipe, "--shapes", "--gpu-gb", "2")
+    assert code == 1
+    assert "GB of a GPU of 2.00 GB; no ZeRO stage would fit" in found["problems"][0]
+    code, found = examined(capsys, recipe, "--shapes", "--gpu-gb", "10")  # ZeRO-2 as configured takes 17
+    assert "of a GPU of 10.00 GB; zero3, zero3_offload would fit" in found["problems"][0]
 
 
 def test_recipes_say_what_the_paper_says():
