@@ -8,7 +8,8 @@ assistant. Stretches of text between two media are tokenised in one go, so that 
 `apply_chat_template(..., tokenize=True)` gives it. Where a control token's name (`</s>`, `<|im_end|>`) stands in
 *written* text, the stretch is cut inside that name: the token is not recognised and the name stays text.
 Works with any template that prints each content once; system messages join the first user turn where they are refused or
-printed later. Where a template prints the day (Llama 3.2, SmolLM3), it is that of the run's first step (resume.py).
+printed later. Where a template knows of thoughts (Qwen3's `<think>`), earlier answers go without theirs, and an answer to
+be learned has none. Where a template prints the day (Llama 3.2, SmolLM3), it is that of the run's first step (resume.py).
 Cost: two template renderings a sample, well below a millisecond each.
 """
 
@@ -23,6 +24,7 @@ from typing import Any, Literal
 from data.schema import BadSample, Media, Message, Text, UserError
 
 MARK = re.compile("\ue000([0-9]+)\ue001")
+THOUGHT = ("<think>", "</think>")
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 # for base LLMs, whose tokenizers have no template of their own (model.llm.chat_template: plain)
 PLAIN_TEMPLATE = (
@@ -64,6 +66,7 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self.day = day  # that the template is told; None: today
         self.template = _template_of(tokenizer)
+        self.thinks = THOUGHT[1] in str(self.template)
         self._control = _control_tokens(tokenizer, str(self.template))
         self.takes_system = self._probe_system()
         probe = self.render([Message("user", (Text("?"),)), Message("assistant", (Text("!"),))], "question")
@@ -74,6 +77,8 @@ class ChatRenderer:
 
     def render(self, messages: Sequence[Message], keys: Literal["question", "user"]) -> Rendered:
         """Pieces of the conversation; a final assistant message is the answer. Raises BadSample."""
+        if self.thinks:
+            messages = [*map(_without_thoughts, messages[:-1]), _without_thoughts(messages[-1], learned=True)]
         answer = messages[-1].text.strip() if messages[-1].role == "assistant" else ""
         turns = _turns(messages[:-1] if messages[-1].role == "assistant" else messages, keys)
         if not self.takes_system:
@@ -220,6 +225,22 @@ def _turns(messages: Sequence[Message], keys: Literal["question", "user"]) -> li
         ]
         turns.append((message.role, _stripped(pieces)))
     return turns
+
+
+def _without_thoughts(message: Message, learned: bool = False) -> Message:
+    """An assistant's message without the block of thoughts before it, which a template that knows of such strips, too.
+
+    Raises BadSample where the message is to be learned and its block is not empty.
+    """
+    thoughts, mark, said = message.text.rpartition(THOUGHT[1])
+    if message.role != "assistant" or not mark:
+        return message
+    if learned and thoughts.replace(THOUGHT[0], "").strip():
+        raise BadSample(
+            f"the answer holds thoughts ({''.join(THOUGHT)}): this LLM is asked, in training and later, to answer without, "
+            "and would learn to write them as plain text; take them out of the answer"
+        )
+    return Message("assistant", (Text(said.strip()),))
 
 
 def _stripped(pieces: list[Piece]) -> list[Piece]:

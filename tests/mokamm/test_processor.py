@@ -329,6 +329,25 @@ def test_a_system_message_stays_in_the_first_turn(make_tokenizer, media_dir):
     assert processor(sample).input_ids.tolist() == merged
 
 
+def test_thoughts_of_earlier_answers_are_stripped_and_none_are_learned(make):
+    """As Qwen3's template does it; under any other they are text."""
+    thought = "<think>\nTwo or three?\n</think>\n\n"
+    processor = make("thinking")
+    bare = turns("How many?", "two", "Which?", "a flute")
+    assert processor(turns("How many?", thought + "two", "Which?", "a flute")).input_ids.equal(
+        processor(bare).input_ids
+    )
+    empty = turns("How many?", "two", "Which?", "<think>\n\n</think>\n\na flute")
+    assert processor(empty).input_ids.equal(processor(bare).input_ids)
+    for sample in (turns("How many?", thought + "two"), turns("How many?", "Two? </think> two")):
+        with pytest.raises(BadSample, match=r"the answer holds thoughts \(<think></think>\): .*take them out"):
+            processor(sample)
+    asked = Sample("s", (Message("user", (Text(thought + "What is this?"),)), *turns("", "text").messages[1:]))
+    assert "Two or three?" in processor.tokenizer.decode(processor(asked).input_ids)
+    row = make("chatml")(turns("How many?", thought + "two"))
+    assert thought + "two" in processor.tokenizer.decode(row.input_ids)
+
+
 @pytest.mark.parametrize(
     ("call", "printed"),
     [
