@@ -107,8 +107,7 @@ class Encoder(nn.Module):
         if self.modality_kind == "waveform" and lengths is None:
             lengths = torch.full((len(segments),), segments.shape[1], dtype=torch.int64)
         if len(segments) == 0:
-            empty = torch.zeros(0, 0, self.width, dtype=self.dtype, device=self.device)
-            return Features(empty, empty.new_zeros(0, 0, dtype=torch.bool))
+            return self._nothing()
         if lengths is None:
             return self.encode_frames([segments])[0]
         longest = self.num_tokens(int(lengths.max()))  # before the copy: no device sync
@@ -144,9 +143,13 @@ class Encoder(nn.Module):
         if waiting:
             run()
         return [
-            _joined(chunks, self.num_tokens((frames.shape[-2], frames.shape[-1])))
+            _joined(chunks, self.num_tokens((frames.shape[-2], frames.shape[-1]))) if chunks else self._nothing()
             for chunks, frames in zip(found, lots, strict=True)
         ]
+
+    def _nothing(self) -> Features:
+        empty = torch.zeros(0, 0, self.width, dtype=self.dtype, device=self.device)
+        return Features(empty, empty.new_zeros(0, 0, dtype=torch.bool))
 
     def _parts(self, segments: Tensor) -> list[slice]:
         """At most `max_batch` of them at a time."""

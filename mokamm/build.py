@@ -210,7 +210,8 @@ def load_llm(settings: LLMConfig, device: torch.device) -> Any:
         output_loading_info=True,
         **quantized(settings, device),
     )
-    if missing := sorted(report["missing_keys"]):
+    parameters = {name for name, _ in llm.named_parameters(remove_duplicate=False)}  # buffers are computed
+    if missing := sorted(set(report["missing_keys"]) & parameters):
         raise UserError(
             f"model.llm.path: '{settings.path}' is not a whole {type(llm).__name__}: {len(missing)} weights are missing "
             f"({shorten(missing)}), and would be random. Fetch or copy it again; a checkpoint without its output head, or "

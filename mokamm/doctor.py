@@ -234,7 +234,7 @@ def _machine(config: RunConfig) -> Iterator[Finding]:
 def dry_run(config: RunConfig, ranks: int, gpu_gb: float | None) -> dict[str, Any]:
     """Parameters by part, tokens of a sample, bytes by ZeRO stage with and without offload; `problems`: what cannot be.
 
-    gpu_gb: None for this machine's GPU, or 80 where there is none.
+    gpu_gb: None for this machine's GPU; where there is none, 80 are assumed, and a lack of memory is no problem yet.
     """
     import torch
 
@@ -245,8 +245,9 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float | None) -> dict[str, An
     quiet(errors_alone=True)
     outline = build_outline(config, offline=True)
     device = torch.device("cpu" if config.training.use_cpu else "cuda")
+    known = gpu_gb is not None or torch.cuda.is_available()
     if gpu_gb is None:
-        gpu_gb = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 80.0
+        gpu_gb = torch.cuda.get_device_properties(0).total_memory / 2**30 if known else 80.0
     forecast = Forecast.of(outline, config, Ranks(0, 0, ranks, device, grouped=False), gpu_gb * 2**30)
     tokens = _tokens(outline, config)
     memory = {}
@@ -262,7 +263,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float | None) -> dict[str, An
             "row fits; raise it, or use fewer segments or projector tokens"
         )
     gpu_bytes = gpu_gb * 2**30
-    if forecast.network and device.type == "cuda" and (total := forecast.memory().total) > gpu_bytes:
+    if forecast.network and known and device.type == "cuda" and (total := forecast.memory().total) > gpu_bytes:
         fitting = [name for name, found in memory.items() if found["total"] <= gpu_bytes]
         problems.append(
             f"as configured, each of {ranks} processes is predicted to take {size(total)} of a GPU of {size(gpu_bytes)}; "

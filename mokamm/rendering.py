@@ -233,13 +233,14 @@ def _without_thoughts(message: Message, learned: bool = False) -> Message:
     Raises BadSample where the message is to be learned and its block is not empty.
     """
     thoughts, mark, said = message.text.rpartition(THOUGHT[1])
-    if message.role != "assistant" or not mark:
+    if message.role != "assistant":
         return message
-    if learned and thoughts.replace(THOUGHT[0], "").strip():
+    if learned and (thoughts.replace(THOUGHT[0], "").strip() or THOUGHT[0] in said):
         raise BadSample(
-            f"the answer holds thoughts ({''.join(THOUGHT)}): this LLM is asked, in training and later, to answer without, "
-            "and would learn to write them as plain text; take them out of the answer"
+            f"the answer holds thoughts ({' '.join(THOUGHT)}), whose marks would be learned as plain text; take them out"
         )
+    if not mark:
+        return message
     return Message("assistant", (Text(said.strip()),))
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from data.schema import BadSample
 from data.sources.conversations import Layout, Turn, conversation_rows, with_system
-from data.sources.placeholders import OTHER_NUMBER
 from data.sources.rows import Rows, chosen, describe, text_of
 from data.sources.sharegpt import build, media_columns
 
@@ -38,7 +37,7 @@ def layout(columns: dict[str, str] | None = None, audio_as: str = "audio") -> La
         shape='{"instruction": ..., "input": ..., "output": ...}',
         talk=partial(exchanges, column=column),
         build=partial(build, columns=media_columns(column), audio_as=audio_as),
-        uses=frozenset({*column.values(), *OTHER_NUMBER}),
+        uses=frozenset(column.values()),
     )
 
 

@@ -20,7 +20,8 @@ Media are paths in columns; the absolute paths that `datasets` gives to files of
 media_dir. A column that holds bytes (what `datasets` makes of pictures and sounds) wants the option `extract: FOLDER`: a
 row's media are written below media_dir/FOLDER, named by their content, when it is first read.
 
-Cost: conversations are counted in one pass over their columns (about 20 us a row); `columns` needs none.
+Cost: conversations are counted in one pass over their columns (about 20 us a row); `columns` needs none. Media inside of
+other columns (lists, parts of messages) are copied once into the cache of `datasets`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ _LAYOUTS: dict[str, Callable[..., Layout]] = {
     "swift": swift.layout,
 }
 _FILES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+_MEDIA = ("Image", "Audio", "Video")  # types of columns in `datasets`; others can be decoded, too, such as Json
 _COLUMNS = {"question": "question", "answer": "answer", "instruction": "", "id": "id"} | dict.fromkeys(MEDIA, "")
 
 
@@ -89,11 +91,11 @@ class _Table(Sequence[tuple[dict[str, Any], int]]):
             return [self._as_files(entry) for entry in value]
         if not isinstance(value, dict):
             return value
-        if value.keys() != {"bytes", "path"}:
-            return {name: self._as_files(entry) for name, entry in value.items()}
-        if value["bytes"] is None:
+        if value.keys() == {"bytes", "path"} and value["bytes"] is None:
             return _below(self.media_dir, value["path"])
-        return value if self.extract is None else _extracted(value, self.media_dir, self.extract)
+        if self.extract is not None and value.keys() == {"bytes", "path"} and isinstance(value["bytes"], bytes):
+            return _extracted(value, self.media_dir, self.extract)
+        return {name: self._as_files(entry) for name, entry in value.items()}
 
 
 def _below(media_dir: Path, path: Any) -> Any:
@@ -179,11 +181,37 @@ def _opened(path: Path, split: str | None, subset: str | None, revision: str | N
 
 def _source(path: Path, subset: str | None, revision: str | None) -> dict[str, Any]:
     """What `load_dataset` is told of one file, a folder, or a name on the hub."""
-    if not path.is_file():
-        return {"path": path.as_posix(), "name": subset, "revision": revision}
-    if (kind := _FILES.get(path.suffix.lower())) is None:
-        raise UserError(f"{path}: is no file that `datasets` reads as a table; known: {', '.join(_FILES)}")
-    return {"path": kind, "data_files": [str(path)]}
+    if path.is_file():
+        if (kind := _FILES.get(path.suffix.lower())) is None:
+            raise UserError(f"{path}: is no file that `datasets` reads as a table; known: {', '.join(_FILES)}")
+        if subset is not None:
+            raise UserError(f"{path}: is one file, which has no subset '{subset}'; leave the option out")
+        return {"path": kind, "data_files": [str(path)]}
+    if subset is None and path.is_dir() and (tables := _tables(path)):
+        return tables
+    return {"path": path.as_posix(), "name": subset, "revision": revision}
+
+
+def _tables(folder: Path) -> dict[str, Any]:
+    """The tables of one kind that lie in a folder, by split; none where it describes itself, or its media have a table.
+
+    `datasets` itself would take a folder with more pictures than tables for one of pictures alone.
+    """
+    card = folder / "README.md"
+    if card.is_file() and re.search(r"^(configs|dataset_info):", card.read_text(errors="replace"), re.MULTILINE):
+        return {}
+    there = {file.suffix.lower() for file in folder.rglob("*") if file.stem != "metadata"}
+    return next(({"path": _FILES[s], "data_files": _by_split(folder, s)} for s in _FILES if s in there), {})
+
+
+def _by_split(folder: Path, suffix: str) -> dict[str, list[str]]:
+    """Files by the split that `datasets` reads in their names."""
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    base = str(folder.absolute())
+    found = DataFilesDict.from_patterns(get_data_patterns(base), base, allowed_extensions=[suffix])
+    kept = {str(split): [file for file in files if Path(file).stem != "metadata"] for split, files in found.items()}
+    return {split: files for split, files in kept.items() if files}
 
 
 def _one_split(path: Path, found: Any, split: str | None) -> Any:
@@ -218,7 +246,7 @@ def _extraction(folder: str | None) -> str | None:
 
 def _is_media(feature: Any) -> bool:
     """Whether a column holds media, or lists of them, as `datasets` knows them: pictures, sounds, videos."""
-    return hasattr(getattr(feature, "feature", feature), "decode")
+    return type(getattr(feature, "feature", feature)).__name__ in _MEDIA
 
 
 def _without_decoding(table: Any) -> Any:
@@ -236,7 +264,7 @@ def _undecoded(feature: Any) -> Any:
         return {name: _undecoded(inner) for name, inner in feature.items()}
     if hasattr(feature, "feature"):
         return dataclasses.replace(feature, feature=_undecoded(feature.feature))
-    return dataclasses.replace(feature, decode=False) if hasattr(feature, "decode") else feature
+    return dataclasses.replace(feature, decode=False) if _is_media(feature) else feature
 
 
 def _check_columns(path: Path, table: Any, names: dict[str, str]) -> None:

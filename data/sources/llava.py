@@ -16,7 +16,7 @@ from typing import Any
 
 from data.schema import Kind, Message, Role
 from data.sources.conversations import Layout, Turn, conversation_rows, turns_of, with_system
-from data.sources.placeholders import OTHER_NUMBER, media_of, place
+from data.sources.placeholders import media_of, place
 from data.sources.rows import Rows
 
 ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -34,7 +34,7 @@ def layout(audio_as: str = "audio") -> Layout:
         shape='{"image" or "video": path, "conversations": [{"from": "human", "value": ...}, ...]}',
         talk=_talk,
         build=partial(_build, audio_as=audio_as),
-        uses=frozenset({"conversations", "system", *OTHER_NUMBER}),
+        uses=frozenset({"conversations", "system", *_COLUMNS.values()}),
     )
 
 

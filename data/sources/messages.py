@@ -7,8 +7,8 @@
 
 Content is a text or a list of parts. A medium has a path (also under its type's name or `url`, as in Hugging Face's and
 OpenAI's chats: {"type": "image_url", "image_url": {"url": ...}}) and, where the default is not meant, `as`: the modality
-whose encoder perceives it. Where the parts have no path, {"type": "image"}, columns of the row list them in their order:
-`images` (or `image`), `videos`, `audios`. A text is a text, also where it says `<image>`.
+whose encoder perceives it. Where the parts have no path, {"type": "image"}, columns of the row list them in their order,
+or by the parts' `index`: `images` (or `image`), `videos`, `audios`. A text is a text, also where it says `<image>`.
 
     text     `question: true` marks the text whose tokens are keys; where none of the turn is marked, all of it is
     video    its picture only                           as vision
@@ -18,7 +18,7 @@ whose encoder perceives it. Where the parts have no path, {"type": "image"}, col
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any
 
 from data.schema import BadSample, Kind, Media, Message, Text, nearest
 from data.sources.conversations import Layout, Turn, conversation_rows, turns_of
-from data.sources.placeholders import COLUMNS, OTHER_NUMBER, media_of, path_of
+from data.sources.placeholders import COLUMNS, OTHER_NUMBER, media_of, names_media, path_of
 from data.sources.rows import Rows, describe, text_of
 
 
@@ -41,34 +41,41 @@ def layout(audio_as: str = "audio") -> Layout:
         shape='{"messages": [{"role": ..., "content": ...}, ...]}',
         talk=partial(turns_of, column="messages", role_key="role", content_key="content"),
         build=partial(build, audio_as=audio_as),
-        uses=frozenset({"messages", *OTHER_NUMBER}),
+        uses=frozenset({"messages"}),
     )
 
 
 def build(row: dict[str, Any], turns: list[Turn], audio_as: str) -> list[Message]:
-    """Messages of typed content; a part without a path takes the next medium of its kind that the row's columns list."""
+    """Messages of typed content; a part without a path stands for one of the media that the row's columns list."""
     content = [_parts(turn, f"message {k}: ") for k, turn in enumerate(turns)]
-    media = [part for parts in content for part in parts if part["type"] != "text"]
-    listed: dict[Kind, list[Media]] = {kind: [] for kind in COLUMNS}
-    if not media or any(_path_key(part) is None for part in media):
-        listed = media_of(row, COLUMNS, audio_as)
-    for kind, found in listed.items():
-        places = [part for part in media if _kind(part) == kind and _path_key(part) is None]
-        if places and not found:
-            k = next(k for k, parts in enumerate(content) if any(part is places[0] for part in parts))
-            raise BadSample(
-                f"message {k}: 'path' is missing or empty in {describe(places[0])}; nor has the row {kind}s"
-            )
-        if len(places) != len(found):
-            raise BadSample(
-                f"the messages have {len(places)} parts of type {kind} without a path, but the row names {len(found)} "
-                f"{kind}s; expected one for each"
-            )
-    queues = {kind: iter(found) for kind, found in listed.items()}
+    media = [(f"message {k}: ", part) for k, parts in enumerate(content) for part in parts if part["type"] != "text"]
+    bare = [(where, part) for where, part in media if _path_key(part) is None]
+    listed: dict[int, Media] = {}
+    if bare or (not media and any(names_media(row.get(column)) for column in OTHER_NUMBER)):
+        for kind, found in media_of(row, COLUMNS, audio_as).items():
+            listed |= _listed([(where, part) for where, part in bare if _kind(part) == kind], found, kind)
     return [
-        Message(turn.role, tuple(_part(part, turn.role, audio_as, queues, f"message {k}: ") for part in parts))
+        Message(turn.role, tuple(_part(part, turn.role, audio_as, listed, f"message {k}: ") for part in parts))
         for k, (turn, parts) in enumerate(zip(turns, content, strict=True))
     ]
+
+
+def _listed(places: list[tuple[str, dict[str, Any]]], found: list[Media], kind: Kind) -> dict[int, Media]:
+    """The media of a column for the parts, by identity, that have no path: in their order, or by the parts' `index`."""
+    if places and not found:
+        where, part = places[0]
+        raise BadSample(f"{where}'path' is missing or empty in {describe(part)}; nor has the row {kind}s")
+    numbers: list[Any] = [part.get("index") for _, part in places]
+    if places and all(isinstance(number, int) for number in numbers):
+        if wrong := [number for number in numbers if not 0 <= number < len(found)]:
+            raise BadSample(f"index {wrong[0]} of a part of type {kind}: the row names {len(found)} {kind}s")
+        return {id(part): found[number] for (_, part), number in zip(places, numbers, strict=True)}
+    if len(places) != len(found):
+        raise BadSample(
+            f"the messages have {len(places)} parts of type {kind} without a path, but the row names {len(found)} "
+            f"{kind}s; expected one for each"
+        )
+    return {id(part): medium for (_, part), medium in zip(places, found, strict=True)}
 
 
 def _parts(turn: Turn, where: str) -> list[dict[str, Any]]:
@@ -98,9 +105,7 @@ def _path_key(part: dict[str, Any]) -> str | None:
     return next((key for key in ("path", kind, "url", f"{kind}_url") if part.get(key) is not None), None)
 
 
-def _part(
-    part: dict[str, Any], role: str, audio_as: str, queues: Mapping[Kind, Iterator[Media]], where: str
-) -> Text | Media:
+def _part(part: dict[str, Any], role: str, audio_as: str, listed: Mapping[int, Media], where: str) -> Text | Media:
     kind = _kind(part)
     if kind == "text":
         if not isinstance(part.get("text"), str):
@@ -109,7 +114,7 @@ def _part(
     if role != "user":
         raise BadSample(f"{where}a {kind} may stand in the user's messages only, not in the {role}'s")
     if (key := _path_key(part)) is None:
-        medium = next(queues[kind])
+        medium = listed[id(part)]
     else:
         path = path_of(part[key], key) if isinstance(part[key], dict) else text_of(part, key, where=where)
         medium = Media(kind, path, audio_as if kind == "audio" else "vision")

@@ -31,13 +31,20 @@ def media_of(row: dict[str, Any], columns: Mapping[Kind, str], audio_as: str) ->
     found: dict[Kind, list[Media]] = {}
     for kind in KINDS:
         column = columns[kind]
-        if row.get(column) in (None, "", []):
-            column = OTHER_NUMBER.get(column, column)
+        if row.get(column) in (None, "", []) and names_media(row.get(OTHER_NUMBER.get(column, ""))):
+            column = OTHER_NUMBER[column]
         value = row.get(column)
         entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
         modality = audio_as if kind == "audio" else "vision"
         found[kind] = [Media(kind, path_of(entry, column), modality) for entry in entries]
     return found
+
+
+def names_media(value: Any) -> bool:
+    """Whether a value is likely to name files, and not a clip's number or the like: a name with a suffix, a struct."""
+    if isinstance(value, list):
+        return bool(value) and names_media(value[0])
+    return isinstance(value, dict) or (isinstance(value, str) and re.search(r"\.[A-Za-z0-9]{2,5}$", value) is not None)
 
 
 def path_of(entry: Any, column: str) -> str:

@@ -7,7 +7,7 @@
 
 `system` may be a column or the first message, which goes before it. Files with other names: the `columns` and `tags` of
 LLaMA-Factory's dataset_info.json are taken as they are. Tools are not shown to the LLM: their description goes into `meta`,
-and a row with calls of them is bad.
+and a row in which they are called is bad (the tags of calls and results are accepted and have no effect).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from data.schema import Kind, Message, Role
 from data.sources import llava
 from data.sources.conversations import Layout, Turn, conversation_rows, turns_of, with_system
-from data.sources.placeholders import OTHER_NUMBER, media_of, place
+from data.sources.placeholders import media_of, place
 from data.sources.rows import Rows, chosen
 
 COLUMNS = {
@@ -54,7 +54,7 @@ def layout(
         shape='{"conversations": [{"from": "human", "value": ...}, ...]} or {"messages": [{"role": ..., "content": ...}]}',
         talk=partial(_talk, column=column, tag=tag),
         build=partial(build, columns=media_columns(column), audio_as=audio_as),
-        uses=frozenset({*column.values(), "conversations", "messages", *OTHER_NUMBER} - {column["tools"]}),
+        uses=frozenset({*column.values(), "conversations", "messages"} - {column["tools"]}),
     )
 
 

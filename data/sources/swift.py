@@ -20,7 +20,7 @@ from data.schema import BadSample, Message
 from data.sources import alpaca, messages
 from data.sources.alpaca import exchanges
 from data.sources.conversations import Layout, Turn, conversation_rows, turns_of, with_system
-from data.sources.placeholders import COLUMNS, KINDS, OTHER_NUMBER, media_of, place
+from data.sources.placeholders import COLUMNS, KINDS, media_of, place
 from data.sources.rows import Rows, columns_of, text_of
 
 _EXCHANGE = {"prompt": "query", "query": "", "response": "response", "history": "history", "system": "system"}
@@ -38,7 +38,9 @@ def layout(audio_as: str = "audio") -> Layout:
         shape='{"messages": [{"role": ..., "content": ...}, ...]} or {"query": ..., "response": ...}',
         talk=_talk,
         build=partial(_build, audio_as=audio_as),
-        uses=frozenset({"messages", "conversation", "query", "response", "history", "system", *_ALPACA, *OTHER_NUMBER}),
+        uses=frozenset(
+            {"messages", "conversation", "query", "response", "history", "system", *_ALPACA, *COLUMNS.values()}
+        ),
     )
 
 

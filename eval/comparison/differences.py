@@ -71,7 +71,8 @@ def _estimate(terms: list[tuple[Array, float]], of_U: Array, level: float) -> Es
         parts += [(float(values.var(ddof=1)) / len(values), len(values) - 1) for values in scores]
     variance = sum(part for part, _ in parts)
     if variance <= 0.0:
-        return Estimate(mean, [mean, mean], float(mean == 0.0), with_seeds)  # nothing varies
+        p = 2.0 ** (1 - units) if mean else 1.0  # nothing varies: t would be infinite, this is what sign flips say
+        return Estimate(mean, [mean, mean], p, with_seeds)
     freedom = variance**2 / sum(part**2 / df for part, df in parts)
     half = t_quantile(0.5 + level / 2, freedom) * math.sqrt(variance)
     return Estimate(mean, [mean - half, mean + half], t_two_sided(mean / math.sqrt(variance), freedom), with_seeds)

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from eval.comparison.plan import FAILED
 from eval.comparison.plots import mean_over_seeds, plot_parameters, plot_rates
 
 Tree = dict[str, Any]
@@ -100,7 +101,12 @@ def _seeds(method: Tree, found: Tree | None) -> str:
 def _why(method: Tree) -> str:
     if method["chosen"] is None:
         ended = [run["status"] for rate in method["rates"] for run in rate["runs"]]
-        return f"no rate: {', '.join(f'{ended.count(s)} {s}' for s in sorted(set(ended)))}" if ended else "not run yet"
+        again = "; start again, or take it out" if FAILED in ended else ""
+        return (
+            f"no rate: {', '.join(f'{ended.count(s)} {s}' for s in sorted(set(ended)))}{again}"
+            if ended
+            else "not run yet"
+        )
     return "not finished yet"
 
 

@@ -32,7 +32,7 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from data.schema import listed, nearest
-from eval.benchmarks import find_benchmark
+from eval.benchmarks import BENCHMARKS
 from mokamm.config import RunConfig, find_path, load_config
 from mokamm.config_file import ConfigError, explain, read_yaml
 from mokamm.config_sections import Positive, Section
@@ -242,7 +242,7 @@ def _unfit(plain: RunConfig) -> list[str]:
     if not named:
         problems.append("evaluation.benchmarks is empty: methods are compared by them")
     for entry in plain.evaluation.benchmarks:
-        if not find_benchmark(entry.benchmark).by_rows:
+        if entry.benchmark in BENCHMARKS and not BENCHMARKS[entry.benchmark].by_rows:
             problems.append(
                 f"evaluation.benchmarks: the score of {entry.called} is no sum over its rows, by which methods are "
                 "compared; leave it out, and compare runs with eval/score.py --against"

@@ -17,6 +17,7 @@ A method of ours (`routed.py`) subclasses TunerLayer and Tuner. Costs nothing at
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ from peft.utils import register_peft_method, transformers_weight_conversion
 from torch import Tensor, nn
 
 from mokamm.routing import AdapterError
+
+log = logging.getLogger("mokamm")
 
 PREFIX = "base_model.model."  # of a PeftModel's keys, before the names in the LLM
 
@@ -204,15 +207,15 @@ def _matches(model: nn.Module, config: Any, unfit: dict[str, str]) -> dict[str, 
 
 
 def _not_excluded(config: Any, names: list[str]) -> list[str]:
-    """The names that `exclude_modules`, a regex or a list of names, leaves. Raises AdapterError where one matches none."""
+    """The names that `exclude_modules`, a regex or a list of names, leaves; a warning where one matches none."""
     given = getattr(config, "exclude_modules", None) or []
     patterns = {given: given} if isinstance(given, str) else {entry: rf"(.*\.)?{re.escape(entry)}" for entry in given}
     left = names
     for entry, pattern in patterns.items():
         excluded = {name for name in names if re.fullmatch(pattern, name)}
-        if not excluded and not config.inference_mode:  # a folder is read as it was written
+        if not excluded and not config.inference_mode:
             known = {name.rpartition(".")[2] for name in names}
-            raise AdapterError(f"exclude_modules: '{entry}' matches no linear module{nearest(entry, known)}")
+            log.warning("note: exclude_modules: '%s' matches no linear module%s", entry, nearest(entry, known))
         left = [name for name in left if name not in excluded]
     return left
 

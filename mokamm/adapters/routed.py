@@ -47,7 +47,7 @@ from mokamm.adapters.peft_bridge import TunerLayer, first_match, register_method
 from mokamm.adapters.routed_fast import DownProjection, FrozenDownProjection, UpProjection, together
 from mokamm.adapters.routed_fold import Fold
 from mokamm.adapters.routed_plan import Settings, plan_of
-from mokamm.adapters.routed_siblings import Siblings, find_siblings
+from mokamm.adapters.routed_siblings import Siblings, find_siblings, part_siblings
 from mokamm.adapters.sparse_b import dense_weight
 from mokamm.adapters.standing_in import is_bare, under_transform
 from mokamm.routing import AdapterError, Routing, RoutingContext
@@ -156,12 +156,11 @@ class RoutedLinear(TunerLayer):
         for name in names:
             if routing is not None:
                 x_BTD = x if x.dim() == 3 else x.view(*(routing.shape or ()), -1)
-                update = self._routed(name, x_BTD, routing)
-                if name in self.folds and self._trains(name):
-                    update = _WithoutDerivative.apply(update)
-                out = out + update.view_as(h)
+                out = out + self._routed(name, x_BTD, routing).view_as(h)
             elif name not in self.folds:
                 out = out + self._text(name, x)
+        if self.folds and any(self._trains(name) for name in names) and not torch.compiler.is_compiling():
+            out = _WithoutDerivative.apply(out)
         return out.to(h.dtype)
 
     def _trains(self, name: str) -> bool:
@@ -350,11 +349,17 @@ class RoutedLinear(TunerLayer):
 
 
 class _WithoutDerivative(torch.autograd.Function):
-    """A folded layer's update as it is: its derivative by A and B would lack what W holds of them."""
+    """A folded layer's output as it is: its derivative by A and B would lack what W holds of them."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, update: Tensor) -> Tensor:
-        return update.view_as(update)
+    def forward(out: Tensor) -> Tensor:  # type: ignore[override]
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
@@ -411,7 +416,7 @@ class MokaModel(FrozenATuner):
         return any(layer.folds for layer in self.routed_layers())
 
     def fold_text(self) -> None:
-        """Puts the active adapters' text path into the weights, for inference; changing adapters unfolds it.
+        """Puts the active adapters' text path into the weights, for inference; changing adapters, or `.to()`, unfolds it.
 
         Raises:
             AdapterError: before anything is changed, where a weight is quantized, sharded, or another module's too.
@@ -436,8 +441,7 @@ class MokaModel(FrozenATuner):
     def unload(self) -> nn.Module:
         """The LLM without the adapter, its weights bit-identical to what they were."""
         self.unfold_text()
-        for layer in self.routed_layers():
-            layer.siblings.dissolve()
+        part_siblings(self.model)
         return super().unload()
 
     def gradient_checkpointing_enable(

@@ -34,34 +34,33 @@ class Siblings:
 
     def __init__(self, names: tuple[str, ...] = ()) -> None:
         self.names = names
-        self.hooks: tuple[Any, ...] = ()
         self.children: dict[str, nn.Module | None] | None = None  # of the parent while it runs
+        self.packing: Any = None  # what is done to saved tensors where the parent began
         self.waiting: Waiting | None = None
 
     def watch(self, parent: nn.Module) -> None:
         """Share outputs while this module runs."""
-        self.hooks = (
-            parent.register_forward_pre_hook(self._begin),
-            parent.register_forward_hook(self._end, always_call=True),
-        )
+        parent.register_forward_pre_hook(self._begin)
+        parent.register_forward_hook(self._end, always_call=True)
 
-    def dissolve(self) -> None:
-        """Share nothing any more, and leave no hook behind."""
-        for hook in self.hooks:
-            hook.remove()
-        self.names, self.hooks, self.children, self.waiting = (), (), None, None
+    def leave(self, parent: nn.Module) -> None:
+        """Take the hooks off it."""
+        for hooks in (parent._forward_pre_hooks, parent._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[key]
+                parent._forward_hooks_always_called.pop(key, None)
 
     def _begin(self, parent: nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.children, self.waiting = parent._modules, None
+            self.children, self.packing, self.waiting = parent._modules, _packing(), None
 
     def _end(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self.children = self.waiting = None
 
     def others(self, layer: nn.Module) -> list[Any]:
-        """The siblings of a layer, while their parent runs."""
-        if (children := self.children) is None:
+        """The siblings of a layer, while their parent runs; none in a checkpoint within it, which runs without it again."""
+        if (children := self.children) is None or self.packing != _packing():
             return []
         found = (children.get(name) for name in self.names)
         return [other for other in found if other is not layer and getattr(other, "siblings", None) is self]
@@ -85,7 +84,12 @@ class Siblings:
         self.waiting = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"names": self.names, "hooks": self.hooks, "children": None, "waiting": None}
+        return {"names": self.names, "children": None, "packing": None, "waiting": None}
+
+
+def _packing() -> Any:
+    """The innermost hooks on saved tensors, which checkpoints set."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def find_siblings(model: nn.Module, kind: type[nn.Module]) -> None:
@@ -100,8 +104,16 @@ def find_siblings(model: nn.Module, kind: type[nn.Module]) -> None:
             if len(found) < 2 or (len(known) == 1 and known.pop().names == tuple(found)):
                 continue
             for siblings in known:
-                siblings.dissolve()
+                siblings.leave(parent)
             shared = Siblings(tuple(found))
             shared.watch(parent)
             for child in found.values():
                 child.siblings = shared  # type: ignore[assignment]
+
+
+def part_siblings(model: nn.Module) -> None:
+    """Takes every hook of `find_siblings` off a model again."""
+    for parent in model.modules():
+        for hook in [*parent._forward_pre_hooks.values()]:
+            if isinstance(siblings := getattr(hook, "__self__", None), Siblings):
+                siblings.leave(parent)

@@ -272,3 +272,47 @@ def test_a_class_is_answered_by_its_name(tmp_path):
     assert [found[k].answer for k in range(2)] == ["dog", "cat"]
     with pytest.raises(BadSample, match="'answer' is missing or empty"):
         found[2]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_contents_that_are_texts_here_and_parts_there(tmp_path, suffix):
+    """`datasets` keeps such a column as JSON, which is no medium."""
+    parts = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What?"}]
+    talks = [[("user", "Hi"), ("assistant", "Ho")], [("user", parts), ("assistant", "A cat.")]]
+    rows = [{"messages": [{"role": role, "content": said} for role, said in talk]} for talk in talks]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if suffix == "parquet":
+        file = tmp_path / "rows.parquet"
+        datasets.load_dataset("json", data_files=[str(tmp_path / "rows.jsonl")], split="train").to_parquet(file)
+    read = open_source("hf", file, layout="messages")
+    assert [sample.answer for sample in read] == ["Ho", "A cat."]
+    assert read[0].messages[0].text == "Hi"
+    assert read[1].media == [Media("image", "a.png", "vision")]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_table_among_more_pictures_is_the_table(pictures, tmp_path, suffix):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    if suffix == "parquet":  # the second start finds what the first one has extracted
+        datasets.load_from_disk(pictures[0]).to_parquet(folder / "rows.parquet")
+    else:
+        (folder / "train.jsonl").write_text(json.dumps({"question": "?", "answer": "a0", "image": "0.png"}))
+        (folder / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "a1", "image": "1.png"}))
+        for k in range(3):
+            Image.new("RGB", (8, 8)).save(folder / f"{k}.png")
+    for _ in range(2):
+        rows = open_source("hf", folder, columns={"image": "image"}, media_dir=folder, extract="media", split="train")
+        assert [sample.answer for sample in rows] == ["a0", "a1", "a2"][: 3 if suffix == "parquet" else 1]
+        assert (folder / rows[0].media[0].path).is_file()
+
+
+def test_a_subset_of_a_file_and_a_struct_that_is_no_medium(tmp_path):
+    rows = [{"question": "?", "answer": "a", "about": {"bytes": 12, "path": "x"}}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    assert open_source("hf", tmp_path / "rows.parquet", extract="media")[0].meta == {
+        "about": {"bytes": 12, "path": "x"}
+    }
+    with pytest.raises(UserError, match="is one file, which has no subset 'en'"):
+        open_source("hf", tmp_path / "rows.parquet", subset="en")

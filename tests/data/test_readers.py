@@ -484,10 +484,19 @@ def test_typed_parts_whose_media_stand_in_columns(tmp_path):
     for source in ("messages", "swift"):
         rows = open_source(source, write(tmp_path / "a.json", [row]))
         assert rows[0].messages[0] == expected
-        assert rows[0].meta == {}
+    turned = {
+        "messages": openai([{"type": "image", "index": 1}, *asked[1:2], {"type": "image", "index": 0}], "The second.")
+    }
+    rows = open_source("messages", write(tmp_path / "b.json", [turned | {"images": ["a.png", "b.png"]}]))
+    assert rows[0].messages[0] == user(image("b.png"), "Which is larger?", image("a.png"))
+    assert "index 1 of a part of type image: the row names 1 images" in reason(
+        "messages", tmp_path, turned | {"images": ["a.png"]}
+    )
     assert "2 parts of type image without a path, but the row names 1 images" in reason(
         "messages", tmp_path, row | {"images": ["a.png"]}
     )
+    text = {"messages": openai("What is it?", "A cat."), "video": "v123", "audio": False}  # names, no files
+    assert open_source("messages", write(tmp_path / "c.json", [text]))[0].meta == {"video": "v123", "audio": False}
     silent = {"messages": openai("What is it?", "A cat."), "image": "a.png"}
     assert "0 parts of type image without a path, but the row names 1 images" in reason("messages", tmp_path, silent)
 

@@ -213,7 +213,7 @@ def test_a_run_equals_that_of_the_training_command_and_goes_on_to_the_same(plan:
     assert after == before
     assert "wrong, rate 0.001, seed 0: failed: " in done.stderr
     assert "no_such_layer" in done.stderr
-    assert "| wrong | - | - | 0 | - | - | - | - | no rate: 1 failed |" in done.stdout
+    assert "| wrong | - | - | 0 | - | - | - | - | no rate: 1 failed; start again, or take it out |" in done.stdout
 
 
 def with_a_method_that_fails(plan: Path) -> Path:

@@ -86,10 +86,13 @@ def test_too_little_to_tell() -> None:
     assert score(np.array([[1.0], [0.0]]), np.ones(1)).interval is None  # one clip
     same = score(np.array([[1.0, 1.0]]), np.ones(2))
     assert same.interval == [1.0, 1.0]
-    assert same.p == 0.0
+    assert same.p == 0.5  # of two units, as sign flips have it
     equal, seeds = np.array([[1.0, 0.0], [1.0, 0.0]]), np.ones(2)
     assert difference(equal, equal, seeds).p == 1.0
-    assert difference(equal * 0 + 1, equal * 0, seeds).p == 0.0  # all right against all wrong
+    right = np.ones((2, 8))
+    assert (
+        difference(right, 0 * right, np.ones(8)).p == sign_flips(np.ones(8)) == 2 / 2**8
+    )  # all right against all wrong
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
