@@ -349,6 +349,18 @@ def test_an_llm_that_is_not_whole_is_refused(tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
+def test_a_buffer_that_a_checkpoint_lacks_is_computed(tmp_path, monkeypatch):
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    plain = transformers.LlamaForCausalLM.__init__
+
+    def with_buffer(self, config):
+        plain(self, config)
+        self.register_buffer("mask_bias", torch.ones(3))
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", with_buffer)
+    assert load_llm(LLMConfig(path=str(tmp_path)), torch.device("cpu")).mask_bias.shape == (3,)
+
+
 def test_an_llm_that_cannot_be_used_is_told_before_training(tmp_path):
     sight = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,

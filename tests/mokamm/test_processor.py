@@ -339,9 +339,9 @@ def test_thoughts_of_earlier_answers_are_stripped_and_none_are_learned(make):
     )
     empty = turns("How many?", "two", "Which?", "<think>\n\n</think>\n\na flute")
     assert processor(empty).input_ids.equal(processor(bare).input_ids)
-    for sample in (turns("How many?", thought + "two"), turns("How many?", "Two? </think> two")):
-        with pytest.raises(BadSample, match=r"the answer holds thoughts \(<think></think>\): .*take them out"):
-            processor(sample)
+    for answer in (thought + "two", "Two? </think> two", "<think> Two or"):
+        with pytest.raises(BadSample, match=r"the answer holds thoughts \(<think> </think>\), .*take them out"):
+            processor(turns("How many?", answer))
     asked = Sample("s", (Message("user", (Text(thought + "What is this?"),)), *turns("", "text").messages[1:]))
     assert "Two or three?" in processor.tokenizer.decode(processor(asked).input_ids)
     row = make("chatml")(turns("How many?", thought + "two"))

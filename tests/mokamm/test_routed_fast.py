@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from eval.speed.counting import saved_bytes
-from mokamm.adapters import MokaConfig, RoutedLinear, routed, set_routing
+from mokamm.adapters import AdapterError, MokaConfig, RoutedLinear, routed, set_routing
 from mokamm.adapters.routed_fast import together
 from mokamm.routing import Routing
 
@@ -483,6 +485,39 @@ class TestSiblings:
         assert calls[0] == 2  # q and v
         assert former.moka_A["default"].weight.grad is None
 
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_a_checkpoint_within_the_parent(self, reentrant: bool) -> None:
+        """It runs again without the parent, and must keep the same tensors then."""
+
+        class Inside(nn.ModuleDict):
+            def inner(self, x: Tensor) -> Tensor:
+                return self["q_proj"](x) * self["k_proj"](x) + self["v_proj"](x)
+
+            def forward(self, x: Tensor, checkpointed: bool) -> Tensor:
+                return checkpoint(self.inner, x, use_reentrant=reentrant) if checkpointed else self.inner(x)
+
+        torch.manual_seed(0)
+        parts = Inside({name: nn.Linear(16, 16).double() for name in ("q_proj", "k_proj", "v_proj")})
+        model = get_peft_model(nn.ModuleDict({"attention": parts}), MokaConfig(r=3, target_modules=list(parts)))
+        for name, parameter in model.named_parameters():
+            if "moka_" in name:
+                nn.init.normal_(parameter, std=0.3)
+        set_routing(model, Routing(self.IDS, self.KEYS))
+        attention, found = model.base_model.model["attention"], []
+        for checkpointed in (False, True):
+            x = torch.randn(2, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+            model.zero_grad()
+            attention(x, checkpointed).square().sum().backward()
+            found.append({"x": x.grad} | {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+        assert_close(*found, 1e-11)
+
+    def test_one_layer_copied_alone_brings_nothing_of_its_parent(self) -> None:
+        _, attention, x = self.parts()
+        attention.register_forward_hook(lambda *_: None)
+        attention.lock = threading.Lock()  # which cannot be copied
+        alone = copy.deepcopy(attention.q_proj)
+        torch.testing.assert_close(alone(x), attention.q_proj(x))
+
     def test_unloading_leaves_no_hook(self) -> None:
         model, attention, _ = self.parts()
         model.add_adapter("more", MokaConfig(r=2, target_modules=["q_proj", "v_proj"]))
@@ -543,6 +578,15 @@ class TestTransforms:
         )[1]
         assert all(tensor.isfinite().all() for tensor in hessian_vector.values())
         copy.deepcopy(layer.context)  # the routing keeps nothing of the transforms
+
+    def test_a_folded_layer_under_torch_func(self) -> None:
+        layer, x = self.parts()
+        layer.eval().fold_text()
+        torch.testing.assert_close(
+            torch.func.vmap(layer)(torch.stack([x, 2 * x])), torch.stack([layer(x), layer(2 * x)])
+        )
+        with pytest.raises(AdapterError, match=r"unfold_text\(\) first"):
+            torch.func.grad(lambda x: layer(x).sum())(x)
 
     def test_forward_mode_and_tracing(self) -> None:
         layer, x = self.parts()
