@@ -1,4 +1,4 @@
-"""Hugging Face `datasets`: a folder of save_to_disk, parquet or arrow files, or a data set of the hub.
+"""Hugging Face `datasets`: a folder of save_to_disk, tables in files, or a data set of the hub.
 
     path: saved/                     a folder that `save_to_disk` wrote
     path: rows.parquet               a .parquet, .arrow, .jsonl, .json or .csv file
