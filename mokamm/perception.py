@@ -94,13 +94,17 @@ class Perception:
     def fill(self, batch: Batch) -> None:
         """Encode, in place, every item of the batch that holds segments; afterwards all items hold features."""
         for modality, media in batch["media"].items():
-            by_shape: dict[tuple[int, ...], list[MediaInput]] = defaultdict(list)
-            for item in media.items:
-                if item.segments is not None:
-                    by_shape[tuple(item.segments.shape[1:])].append(item)
-            lots = list(by_shape.values())
-            for items, (features, mask) in zip(lots, self._encoded(self.encoders[modality], lots), strict=True):
-                self._hand_out(items, features, mask)
+            self._encode(modality, [item for item in media.items if item.segments is not None])
+
+    def _encode(self, modality: str, items: list[MediaInput]) -> None:
+        """Segments of one shape are one lot for the encoder."""
+        by_shape: dict[tuple[int, ...], list[MediaInput]] = defaultdict(list)
+        for item in items:
+            assert item.segments is not None
+            by_shape[tuple(item.segments.shape[1:])].append(item)
+        lots = list(by_shape.values())
+        for lot, (features, mask) in zip(lots, self._encoded(self.encoders[modality], lots), strict=True):
+            self._hand_out(lot, features, mask)
 
     def _encoded(self, encoder: Encoder, lots: list[list[MediaInput]]) -> list[Features]:
         """Of each lot of items, whose segments have equal shapes."""
