@@ -18,7 +18,6 @@ from typing import Any
 
 from data.schema import BadSample, Message
 from data.sources import alpaca, messages
-from data.sources.alpaca import exchanges
 from data.sources.conversations import Layout, Turn, conversation_rows, turns_of, with_system
 from data.sources.placeholders import COLUMNS, KINDS, media_of, place
 from data.sources.rows import Rows, columns_of, text_of
@@ -48,9 +47,9 @@ def _talk(row: dict[str, Any]) -> list[Turn]:
     if "messages" in row:
         return with_system(row, turns_of(row, "messages", "role", "content"))
     if "output" in row and "instruction" in row:
-        return exchanges(row, alpaca.COLUMNS)
+        return alpaca.exchanges(row, alpaca.COLUMNS)
     if "response" in row:
-        return exchanges(row, _EXCHANGE)
+        return alpaca.exchanges(row, _EXCHANGE)
     if not isinstance(row.get("conversation"), list):
         raise BadSample(f"there is no 'messages', no 'response' and no 'conversation' ({columns_of(row, 'messages')})")
     turns: list[Turn] = []

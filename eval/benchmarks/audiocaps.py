@@ -32,7 +32,6 @@ REFERENCES = ("references", "captions", "caption", "answer")
 class AudioCaps(Benchmark):
     name = "audiocaps"
     measure = "CIDEr-D, 0 to 10"
-    by_rows = False
     scale: ClassVar[str] = "points"
     separated_by = ("media",)
     home = (

@@ -116,8 +116,7 @@ class Benchmark(ABC):
 
     truth_options: further options where only the true answers are wanted. measure: what `score` is. scale: "share" (0
     to 1) or "points". home: where the data come from and where to put them. separated_by: what a published row must
-    carry to be told from another one ("media", "question"). lower_is_better: the score counts errors. by_rows: the score is
-    the sum of all rows' points over what they are out of, without groups, so that runs can be compared row by row.
+    carry to be told from another one ("media", "question"). lower_is_better: the score counts errors.
     """
 
     name: ClassVar[str]
@@ -129,7 +128,6 @@ class Benchmark(ABC):
     home: ClassVar[str] = ""
     separated_by: ClassVar[tuple[str, ...]] = ("media", "question")
     lower_is_better: ClassVar[bool] = False
-    by_rows: ClassVar[bool] = True
     prompt: Callable[..., Sample]  # (record, index, *, options), where there is no source
 
     # ---- load and prompt ---------------------------------------------------------------------------------------------

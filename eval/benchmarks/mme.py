@@ -46,7 +46,6 @@ class Mme(YesNo):
     name = "mme"
     measure = "perception, points of 2000"
     scale = "points"
-    by_rows = False
     home = (
         "get MME_Benchmark_release_version (github.com/BradyFu/Awesome-Multimodal-Large-Language-Models), unpack it and "
         "name its folder, which holds existence/, count/ and twelve more, as path and as media folder"

@@ -41,7 +41,7 @@ Known = Mapping[Run, Outcome]
 
 @dataclass(frozen=True)
 class Stand:
-    """Where a method stands. rates: its grid so far; chosen: the best rate; None while unknown, or all diverged.
+    """Where a method stands. rates: its grid so far; chosen: the best rate; None while unknown (one failed, say).
 
     todo: trainings that can start now; later: trainings that will follow at least.
     end: at which end of the grid the chosen rate lies ("" inside); runs: those at the chosen rate, by seed.

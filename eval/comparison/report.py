@@ -101,12 +101,10 @@ def _seeds(method: Tree, found: Tree | None) -> str:
 def _why(method: Tree) -> str:
     if method["chosen"] is None:
         ended = [run["status"] for rate in method["rates"] for run in rate["runs"]]
-        again = "; start again, or take it out" if FAILED in ended else ""
-        return (
-            f"no rate: {', '.join(f'{ended.count(s)} {s}' for s in sorted(set(ended)))}{again}"
-            if ended
-            else "not run yet"
-        )
+        if not ended:
+            return "not run yet"
+        counts = ", ".join(f"{ended.count(status)} {status}" for status in sorted(set(ended)))
+        return f"no rate: {counts}" + ("; start again, or take it out" if FAILED in ended else "")
     return "not finished yet"
 
 

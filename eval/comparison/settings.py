@@ -242,9 +242,9 @@ def _unfit(plain: RunConfig) -> list[str]:
     if not named:
         problems.append("evaluation.benchmarks is empty: methods are compared by them")
     for entry in plain.evaluation.benchmarks:
-        if entry.benchmark in BENCHMARKS and not BENCHMARKS[entry.benchmark].by_rows:
+        if entry.benchmark in BENCHMARKS and BENCHMARKS[entry.benchmark].scale != "share":
             problems.append(
-                f"evaluation.benchmarks: the score of {entry.called} is no sum over its rows, by which methods are "
+                f"evaluation.benchmarks: the score of {entry.called} is no share of its rows, by which methods are "
                 "compared; leave it out, and compare runs with eval/score.py --against"
             )
     if len(set(named)) < len(named):

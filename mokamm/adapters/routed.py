@@ -45,7 +45,7 @@ from mokamm.adapters.frozen_a import VERSION
 from mokamm.adapters.frozen_tuner import FrozenATuner, new_a, new_b
 from mokamm.adapters.peft_bridge import TunerLayer, first_match, register_method
 from mokamm.adapters.routed_fast import DownProjection, FrozenDownProjection, UpProjection, together
-from mokamm.adapters.routed_fold import Fold
+from mokamm.adapters.routed_fold import FOLDED, Fold, WithoutDerivative
 from mokamm.adapters.routed_plan import Settings, plan_of
 from mokamm.adapters.routed_siblings import Siblings, find_siblings, part_siblings
 from mokamm.adapters.sparse_b import dense_weight
@@ -53,7 +53,6 @@ from mokamm.adapters.standing_in import is_bare, under_transform
 from mokamm.routing import AdapterError, Routing, RoutingContext
 
 FORMAT = 1
-FOLDED = "The text path is folded into the weights, where it does not train: unfold_text() first."
 
 
 @dataclass
@@ -160,7 +159,7 @@ class RoutedLinear(TunerLayer):
             elif name not in self.folds:
                 out = out + self._text(name, x)
         if self.folds and any(self._trains(name) for name in names) and not torch.compiler.is_compiling():
-            out = _WithoutDerivative.apply(out)
+            out = WithoutDerivative.apply(out)
         return out.to(h.dtype)
 
     def _trains(self, name: str) -> bool:
@@ -348,24 +347,6 @@ class RoutedLinear(TunerLayer):
         """Nothing to do: nothing is ever merged."""
 
 
-class _WithoutDerivative(torch.autograd.Function):
-    """A folded layer's output as it is: its derivative by A and B would lack what W holds of them."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(out: Tensor) -> Tensor:  # type: ignore[override]
-        return out.view_as(out)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing is kept."""
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
-        raise AdapterError(f"{FOLDED} For gradients of inputs alone: model.requires_grad_(False).")
-
-
 def _seen(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer reads x."""
     kind = x.device.type
@@ -386,7 +367,7 @@ class MokaModel(FrozenATuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        find_siblings(self.model, RoutedLinear)
+        find_siblings(model, RoutedLinear)
 
     def new_layer(self, target: nn.Module) -> RoutedLinear:
         return RoutedLinear(target, self.context)

@@ -7,10 +7,14 @@ entries that subtraction would not bring back to the bit are kept beside its fac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from mokamm.routing import AdapterError
+
+FOLDED = "The text path is folded into the weights, where it does not train: unfold_text() first."
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as an element
 
 
@@ -43,6 +47,24 @@ class Fold:
         delta = _update(self.b.to(device), self.a.to(device), weight, self.transposed)
         weight.copy_((weight.to(delta.dtype) - delta).to(weight.dtype))
         weight[tuple(index.to(device) for index in self.index)] = self.value.to(device)
+
+
+class WithoutDerivative(torch.autograd.Function):
+    """A folded layer's output as it is: its derivative by A and B would lack what W holds of them."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out: Tensor) -> Tensor:  # type: ignore[override]
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise AdapterError(f"{FOLDED} For gradients of inputs alone: model.requires_grad_(False).")
 
 
 def _update(b: Tensor, a: Tensor, weight: Tensor, transposed: bool) -> Tensor:

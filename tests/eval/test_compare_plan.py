@@ -88,7 +88,7 @@ def test_overrides_are_written_so_that_they_are_read_back(value: Any) -> None:
                     "evaluation.benchmarks": [{"benchmark": "mme", "path": "tests", "media_dir": "tests"}],
                 }
             },
-            ["the score of mme is no sum over its rows", "eval/score.py --against"],
+            ["the score of mme is no share of its rows", "eval/score.py --against"],
         ),
         (
             {"overrides": {"training.deepspeed": None, "training.resume_from_checkpoint": None}},
