@@ -185,19 +185,16 @@ class Routing:
 
         return self._once(("rows", modalities, blocks, layers), make)
 
-    def key_rows(self, padded: bool = True) -> Tensor:
-        """(B*Q,): where the keys are among the B*T tokens; padded: (B*K,), K columns as in `attention_bias`."""
+    def key_columns(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Positions (B,K) of the keys, K columns as in `attention_bias`, and (K,): 1 where a column may be a key, else 0."""
 
-        def make() -> Tensor:
+        def make() -> tuple[Tensor, Tensor]:
             assert self.key_index is not None
-            assert self.modality_ids is not None
-            B, T = self.modality_ids.shape
-            index_BK = nn.functional.pad(
-                self.key_index, (0, self._columns() - self.key_index.shape[1] if padded else 0)
-            )
-            return (index_BK + T * torch.arange(B, device=index_BK.device)[:, None]).flatten()
+            Q, K = self.most_keys, self._columns()
+            is_key_K = torch.arange(K, device=self.key_index.device) < Q
+            return nn.functional.pad(self.key_index, (0, K - Q)), is_key_K.to(dtype)
 
-        return self._once(("keys", padded), make)
+        return self._once(("keys", dtype), make)
 
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
         """(B,T,K): 0 where a token attends, elsewhere so low that softmax gives 0.
@@ -217,10 +214,15 @@ class Routing:
 
         return self._once(("open", dtype), make)
 
+    @property
+    def most_keys(self) -> int:
+        """Q, those of the longest question; at least 1."""
+        assert self.key_index is not None
+        return self.key_index.shape[1]
+
     def _columns(self) -> int:
         """Q keys and a sink, as a multiple of 8: whole vectors for a softmax, aligned rows for a GEMM."""
-        assert self.key_index is not None
-        return -(-(self.key_index.shape[1] + 1) // 8) * 8
+        return -(-(self.most_keys + 1) // 8) * 8
 
     def _all_keys_are_text(self) -> bool:
         assert self.modality_ids is not None

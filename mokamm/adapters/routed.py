@@ -222,10 +222,11 @@ class RoutedLinear(TunerLayer):
             is_bare(base, nn.Linear) and is_bare(A, DownProjection, FrozenDownProjection) and is_bare(B, UpProjection)
         ):
             return False
-        weight, bias = cast(nn.Linear, base).weight, cast(nn.Linear, base).bias
-        fits = weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        return fits and not trains and type(weight.data) is Tensor
+        own: dict[str, Any] = base._parameters  # type: ignore[union-attr]
+        weight, bias = own.get("weight"), own.get("bias")
+        if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
+            return False
+        return weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
 
     def _dropout(self, name: str) -> float:
         return getattr(self.moka_dropout[name], "p", 0.0) if self.training else 0.0

@@ -92,11 +92,11 @@ class _Together(torch.autograd.Function):
             weights = tuple(weight.to(x.dtype) for weight in weights)
             u, masks = _down(x_ND, a, plan, dropout)
             own = pick(u, plan)
-            z = _by_layer(attended(own, *attention(own, plan), plan), plan)
+            z = attended(own, *attention(own, plan), plan)
             for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-                h = nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-                add_update(_flat(h), z[i], b[i], plan, in_place=True)
-                outs.append(h)
+                h_ND = nn.functional.linear(x_ND, weight, None if bias is None else bias.to(x.dtype))
+                add_update(h_ND, z[i], b[i], plan, in_place=True)
+                outs.append(h_ND.view(*x.shape[:-1], -1))
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.dropout, ctx.shape = plan, dropout, x.shape
         kept = weights if ctx.needs_input_grad[0] else tensors[:L]  # under autocast these are copies
@@ -116,7 +116,7 @@ class _Together(torch.autograd.Function):
         db: list[Tensor | None] = [None] * L
         with _exact(own):
             key_p = attention(own, plan)
-            z, dz = _by_layer(attended(own, *key_p, plan), plan), []
+            z, dz = attended(own, *key_p, plan), []
             for i, g in enumerate(gradients):
                 if g is None:
                     dz.append(torch.zeros_like(z[i]))
@@ -167,7 +167,7 @@ class _Up(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, u: Tensor, weight: Tensor, plan: Plan) -> Tensor:
         with _exact(h):
             own = pick(u, plan)
-            z = attended(own, *attention(own, plan), plan)
+            (z,) = attended(own, *attention(own, plan), plan)
             out = add_update(_flat(h), z, weight, plan, in_place=False).view(h.shape)
         ctx.plan = plan
         ctx.save_for_backward(own, weight)
@@ -181,7 +181,8 @@ class _Up(torch.autograd.Function):
         with _exact(g):
             key_p = attention(own, plan)
             if ctx.needs_input_grad[2]:
-                db = update_backward_b(g_ND, attended(own, *key_p, plan), weight, plan)
+                (z,) = attended(own, *key_p, plan)
+                db = update_backward_b(g_ND, z, weight, plan)
             if ctx.needs_input_grad[1]:
                 dz = update_backward_z(g_ND, weight, plan).to(own.dtype)
                 du = place(attention_backward(dz, own, *key_p, plan), plan)
@@ -192,7 +193,7 @@ def _down(x_ND: Tensor, a: Sequence[Tensor], plan: Plan, dropout: float) -> tupl
     """u of all layers; with dropout, each layer's mask."""
     stacked = stacked_a(a, plan, x_ND.dtype)
     if not dropout:
-        return x_ND @ stacked.t(), []
+        return nn.functional.linear(x_ND, stacked), []
     dropped = [_drop(x_ND, dropout) for _ in a]
     parts = [x @ part.t() for (x, _), part in zip(dropped, stacked.chunk(plan.layers), strict=True)]
     return torch.cat(parts, dim=1), [mask for _, mask in dropped]
@@ -239,10 +240,6 @@ def _down_backward(
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _by_layer(z: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-    return (z,) if plan.layers == 1 else z.chunk(plan.layers)
 
 
 def _exact(x: Tensor) -> AbstractContextManager[Any]:

@@ -6,8 +6,9 @@
 
 L layers that read the same input are one batch of L*B samples. Where a token is padding, A has a block of zeros more, its
 path, so that picking each token's block is one gather of rows without any mask. Keys get one more column, a sink that
-takes all the weight of tokens without attention and is left out of the sum. s is a factor of the sums that make z and du.
-So the number of operators depends on nothing, and none waits for the device.
+takes all the weight of tokens without attention and whose key is zero. s is a factor of the sums that make z and du.
+So the number of operators depends on nothing, and none waits for the device. Views count too: for a small batch, what calls
+cost is what MokA costs.
 
 Shape legend: N = B*T, B batch, T tokens, R rank, M modalities, Q key tokens, K columns (Q, the sink, and padding), L layers.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +46,10 @@ class Plan:
     layers: int = 1
     rows: Tensor | None = None  # (L*N,) the block of each layer and token
     shape: tuple[int, int, int] = (0, 0, 0)  # L*B, T, r
-    key_rows: Tensor | None = None  # (L*B*K,), none where nothing attends
-    own_key_rows: Tensor | None = None  # (L*B*Q,)
-    bias: Tensor | None = None  # (L*B,T,K)
-    keys: int = 0  # Q
+    bias: Tensor | None = None  # (L*B,T,K), none where nothing attends; nor then are the next three
+    key_index: Any = None  # (L*B,R,K), positions of the keys
+    own_key_index: Any = None  # (L*B,R,Q), without the sink and padding
+    is_key: Any = None  # (K,), 1 at the first Q
     blocks: int = 1  # of r columns, that a layer has in u
 
     @property
@@ -71,9 +73,10 @@ def plan_of(at: Settings, routing: Routing | None, dtype: torch.dtype, layers: i
         if not at.attention_weight or at.modalities < 2:
             return Plan(at, layers, rows, shape, blocks=blocks)
         whole = routing.tiled(layers)
-        assert whole.key_index is not None
-        keys, bias = (whole.key_rows(), whole.key_rows(padded=False)), whole.attention_bias(dtype)
-        return Plan(at, layers, rows, shape, *keys, bias, whole.key_index.shape[1], blocks)
+        index, is_key = whole.key_columns(dtype)
+        index = index.unsqueeze(1).expand(-1, at.r, -1)
+        own_index = index[..., : routing.most_keys]
+        return Plan(at, layers, rows, shape, whole.attention_bias(dtype), index, own_index, is_key, blocks)
 
     return routing._once(("plan", at, dtype, layers), make)
 
@@ -96,37 +99,37 @@ def place(own: Tensor, plan: Plan) -> Tensor:
 
 def attention(own: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """The keys (L*B,R,K), laid out so that every GEMM below is wide, and each token's weights (L*B,T,K) of them."""
-    if plan.bias is None or plan.key_rows is None:
+    if plan.bias is None:
         return own, own
-    at = plan.at
-    key_BKR = own.index_select(0, plan.key_rows).view(plan.shape[0], -1, at.r)
-    key_BRK = key_BKR.transpose(1, 2).contiguous()
-    logits_BTK = torch.baddbmm(plan.bias, own.view(plan.shape), key_BRK, alpha=at.logit_scale * at.scaling)
+    at, own_BTR = plan.at, own.view(plan.shape)
+    key_BRK = own_BTR.transpose(1, 2).gather(2, plan.key_index).mul_(plan.is_key)
+    logits_BTK = torch.baddbmm(plan.bias, own_BTR, key_BRK, alpha=at.logit_scale * at.scaling)
     return key_BRK, logits_BTK.softmax(-1)
 
 
-def attended(own: Tensor, key_BRK: Tensor, p_BTK: Tensor, plan: Plan) -> Tensor:
-    """z = s (own + lambda p key)."""
-    s, Q = plan.at.scaling, plan.keys
+def attended(own: Tensor, key_BRK: Tensor, p_BTK: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    """z = s (own + lambda p key) of every layer."""
+    s = plan.at.scaling
     if plan.bias is None:
-        return own * s
-    p_BTQ, key_BQR = p_BTK.narrow(2, 0, Q), key_BRK.narrow(2, 0, Q).transpose(1, 2)
-    z_BTR = torch.baddbmm(own.view(plan.shape), p_BTQ, key_BQR, beta=s, alpha=s * plan.at.attention_weight)
-    return z_BTR.view(-1, plan.at.r)
+        z = own * s
+    else:
+        weight = s * plan.at.attention_weight
+        z = torch.baddbmm(own.view(plan.shape), p_BTK, key_BRK.transpose(1, 2), beta=s, alpha=weight)
+    return z.view(plan.layers, -1, plan.at.r).unbind() if plan.layers > 1 else (z.view(-1, plan.at.r),)
 
 
 def attention_backward(dz: Tensor, own: Tensor, key_BRK: Tensor, p_BTK: Tensor, plan: Plan) -> Tensor:
     """dz -> the gradient of own as a summand, as a query and as a key. dz may be changed in place."""
-    if plan.bias is None or plan.own_key_rows is None:
+    if plan.bias is None:
         return dz.mul_(plan.at.scaling)
     at, s = plan.at, plan.at.scaling
     weight, scale = s * at.attention_weight, s * at.attention_weight * at.logit_scale * s
     own_BRT, dz_BTR = own.view(plan.shape).transpose(1, 2), dz.view(plan.shape)
     dlogits_BTK = torch._softmax_backward_data(torch.bmm(dz_BTR, key_BRK), p_BTK, -1, p_BTK.dtype)
-    down = torch.baddbmm(dz_BTR, dlogits_BTK, key_BRK.transpose(1, 2), beta=s, alpha=scale).view(-1, at.r)
-    p_BTQ, dlogits_BTQ = p_BTK.narrow(2, 0, plan.keys), dlogits_BTK.narrow(2, 0, plan.keys)
-    dkey_BRQ = torch.baddbmm(torch.bmm(own_BRT, dlogits_BTQ), dz_BTR.transpose(1, 2), p_BTQ, beta=scale, alpha=weight)
-    return down.index_add_(0, plan.own_key_rows, dkey_BRQ.transpose(1, 2).contiguous().view(-1, at.r))
+    down_BTR = torch.baddbmm(dz_BTR, dlogits_BTK, key_BRK.transpose(1, 2), beta=s, alpha=scale)
+    dkey_BRK = torch.bmm(own_BRT, dlogits_BTK).baddbmm_(dz_BTR.transpose(1, 2), p_BTK, beta=scale, alpha=weight)
+    down_BTR.transpose(1, 2).scatter_add_(2, plan.own_key_index, dkey_BRK)  # of the first Q columns
+    return down_BTR.view(-1, at.r)
 
 
 def stacked_a(weights: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
@@ -144,7 +147,7 @@ def stacked_a(weights: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Tens
 
 def split_a(da: Tensor, weights: Sequence[Tensor], plan: Plan) -> list[Tensor]:
     """The gradient of `stacked_a` as those of the layers' A."""
-    parts = [da] if plan.layers == 1 else list(da.chunk(plan.layers))
+    parts = [da] if plan.layers == 1 else list(da.view(plan.layers, -1, da.shape[1]).unbind())
     if len(parts[0]) > len(weights[0]):
         parts = [part[: len(weights[0])] for part in parts]
     elif len(parts[0]) < len(weights[0]):

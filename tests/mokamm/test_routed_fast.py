@@ -169,6 +169,19 @@ def test_base_layers_of_other_kinds() -> None:
         assert_close(run(layer, routing, True), run(layer, routing, False), 1e-12)
 
 
+def test_a_weight_that_is_no_parameter() -> None:
+    """Some wrappers put views of one flat tensor in the parameters' places."""
+    routing, layer = routing_of(BATCHES["ragged"]), layer_of(nn.Linear(WIDTH, OUT))
+    expected = run(layer, routing, True)
+    for name in ("weight", "bias"):
+        tensor = getattr(layer.base_layer, name).detach()
+        delattr(layer.base_layer, name)
+        setattr(layer.base_layer, name, tensor)
+    layer.context.routing = routing
+    x = torch.randn(3, 12, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(layer(x), expected["h"], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("trained", [["weight", "bias"], ["bias"]], ids=["all of it", "its bias"])
 def test_a_trained_base_layer(trained: list[str]) -> None:
     routing, layer = routing_of(BATCHES["ragged"]), layer_of(nn.Linear(WIDTH, OUT))
