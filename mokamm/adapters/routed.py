@@ -135,10 +135,10 @@ class RoutedLinear(TunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.folds and not self.training and self.context.steps_are_text and x.dim() == 3 and x.size(1) == 1:
             base = self._modules["base_layer"]  # W holds the text path; in few calls, so that decoding costs the base's
-            if not is_bare(base, nn.Linear):
+            own: dict[str, Any] = base._parameters  # type: ignore[union-attr]
+            if not is_bare(base, nn.Linear) or "weight" not in own or "bias" not in own:
                 return self.base_layer(x, *args, **kwargs)
-            own = base._parameters  # type: ignore[union-attr]
-            return nn.functional.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
+            return nn.functional.linear(x, own["weight"], own["bias"])
         names = self._acting()
         if names and self.siblings.waiting is not None:
             ready = self.siblings.take(self, x, self.context.routing)
@@ -223,8 +223,9 @@ class RoutedLinear(TunerLayer):
         ):
             return False
         own: dict[str, Any] = base._parameters  # type: ignore[union-attr]
-        weight, bias = own.get("weight"), own.get("bias")
-        if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
+        if "bias" not in own or type(weight := own.get("weight")) is not nn.Parameter:
+            return False  # views of a flat tensor, as some wrappers have; or of a class of its own
+        if weight.requires_grad or (own["bias"] is not None and own["bias"].requires_grad):
             return False
         return weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
 

@@ -95,8 +95,7 @@ class _Together(torch.autograd.Function):
             z = attended(own, *attention(own, plan), plan)
             for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
                 h_ND = nn.functional.linear(x_ND, weight, None if bias is None else bias.to(x.dtype))
-                add_update(h_ND, z[i], b[i], plan, in_place=True)
-                outs.append(h_ND.view(*x.shape[:-1], -1))
+                outs.append(_like(x, add_update(h_ND, z[i], b[i], plan, in_place=True)))
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.dropout, ctx.shape = plan, dropout, x.shape
         kept = weights if ctx.needs_input_grad[0] else tensors[:L]  # under autocast these are copies
@@ -168,7 +167,7 @@ class _Up(torch.autograd.Function):
         with _exact(h):
             own = pick(u, plan)
             (z,) = attended(own, *attention(own, plan), plan)
-            out = add_update(_flat(h), z, weight, plan, in_place=False).view(h.shape)
+            out = _like(h, add_update(_flat(h), z, weight, plan, in_place=False))
         ctx.plan = plan
         ctx.save_for_backward(own, weight)
         return out
@@ -240,6 +239,11 @@ def _down_backward(
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _like(x: Tensor, out_ND: Tensor) -> Tensor:
+    """The opposite, and no view to autograd, which would refuse what others do with an output in place."""
+    return torch.ops.aten._unsafe_view(out_ND, (*x.shape[:-1], out_ND.shape[-1]))
 
 
 def _exact(x: Tensor) -> AbstractContextManager[Any]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +46,9 @@ class Plan:
     rows: Tensor | None = None  # (L*N,) the block of each layer and token
     shape: tuple[int, int, int] = (0, 0, 0)  # L*B, T, r
     bias: Tensor | None = None  # (L*B,T,K), none where nothing attends; nor then are the next three
-    key_index: Any = None  # (L*B,R,K), positions of the keys
-    own_key_index: Any = None  # (L*B,R,Q), without the sink and padding
-    is_key: Any = None  # (K,), 1 at the first Q
+    key_index: Tensor | None = None  # (L*B,R,K), positions of the keys
+    own_key_index: Tensor | None = None  # (L*B,R,Q), without the sink and padding
+    is_key: Tensor | None = None  # (K,), 1 at the first Q
     blocks: int = 1  # of r columns, that a layer has in u
 
     @property
@@ -99,7 +98,7 @@ def place(own: Tensor, plan: Plan) -> Tensor:
 
 def attention(own: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """The keys (L*B,R,K), laid out so that every GEMM below is wide, and each token's weights (L*B,T,K) of them."""
-    if plan.bias is None:
+    if plan.bias is None or plan.key_index is None or plan.is_key is None:
         return own, own
     at, own_BTR = plan.at, own.view(plan.shape)
     key_BRK = own_BTR.transpose(1, 2).gather(2, plan.key_index).mul_(plan.is_key)
@@ -120,7 +119,7 @@ def attended(own: Tensor, key_BRK: Tensor, p_BTK: Tensor, plan: Plan) -> tuple[T
 
 def attention_backward(dz: Tensor, own: Tensor, key_BRK: Tensor, p_BTK: Tensor, plan: Plan) -> Tensor:
     """dz -> the gradient of own as a summand, as a query and as a key. dz may be changed in place."""
-    if plan.bias is None:
+    if plan.own_key_index is None:
         return dz.mul_(plan.at.scaling)
     at, s = plan.at, plan.at.scaling
     weight, scale = s * at.attention_weight, s * at.attention_weight * at.logit_scale * s

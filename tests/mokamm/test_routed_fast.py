@@ -169,17 +169,40 @@ def test_base_layers_of_other_kinds() -> None:
         assert_close(run(layer, routing, True), run(layer, routing, False), 1e-12)
 
 
-def test_a_weight_that_is_no_parameter() -> None:
+@pytest.mark.parametrize("views", [["weight", "bias"], ["bias"]], ids=["weight and bias", "bias"])
+def test_a_weight_that_is_no_parameter(views: list[str]) -> None:
     """Some wrappers put views of one flat tensor in the parameters' places."""
     routing, layer = routing_of(BATCHES["ragged"]), layer_of(nn.Linear(WIDTH, OUT))
     expected = run(layer, routing, True)
-    for name in ("weight", "bias"):
+    for name in views:
         tensor = getattr(layer.base_layer, name).detach()
         delattr(layer.base_layer, name)
         setattr(layer.base_layer, name, tensor)
     layer.context.routing = routing
     x = torch.randn(3, 12, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(layer(x), expected["h"], rtol=0, atol=1e-12)
+    layer.context.routing = Routing.text_only()
+    step = layer.eval()(x[:, :1])
+    layer.fold_text()
+    torch.testing.assert_close(layer(x[:, :1]), step, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["one function", "by modules"])
+def test_inputs_without_tokens_or_samples(hook: bool) -> None:
+    layer = layer_of(nn.Linear(WIDTH, OUT))
+    if hook:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    no_sample = Routing(torch.zeros(0, 5, dtype=torch.int64), torch.zeros(0, 5, dtype=torch.bool))
+    text = Routing.text_only()
+    for routing, shape in ((no_sample, (0, 5)), (text, (0, 5)), (text, (2, 0)), (text, (0,))):
+        layer.context.routing = routing
+        x = torch.zeros(*shape, WIDTH, dtype=torch.float64, requires_grad=True)
+        h = layer(x)
+        assert is_fast(h)
+        assert h.shape == (*shape, OUT)
+        h.sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
 
 
 @pytest.mark.parametrize("trained", [["weight", "bias"], ["bias"]], ids=["all of it", "its bias"])
@@ -206,6 +229,21 @@ def test_hooks_see_the_base_layers_own_output_and_gradient() -> None:
     weight = layer.base_layer.weight
     torch.testing.assert_close(seen["h"], x @ weight.T)
     torch.testing.assert_close(seen["dx"], g @ weight)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["without bias", "with bias"])
+@pytest.mark.parametrize("hook", [False, True], ids=["one function", "by modules"])
+def test_an_output_may_be_changed_in_place(hook: bool, bias: bool) -> None:
+    layer, grads = layer_of(nn.Linear(WIDTH, OUT, bias=bias)), []
+    layer.context.routing = routing_of(BATCHES["ragged"])
+    if hook:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    x = torch.randn(3, 12, WIDTH, dtype=torch.float64, requires_grad=True)
+    for change in (lambda h: h.mul_(2).add_(1), lambda h: h.mul(2).add(1)):
+        h = layer(x)
+        assert is_fast(h)
+        grads.append(torch.autograd.grad(change(h).square().sum(), x)[0])
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
 def test_backward_twice_and_what_is_refused() -> None:

@@ -7,7 +7,7 @@
 
 Checkpoints are small ones of the true architectures (checkpoints.py), and lie where the recipes look (scenarios.py).
 Printed for each recipe: trained parameters, steps, mean training loss of the first and last fifth, validation loss,
-seconds, peak memory of the process; then scores. Exit code 1 where a loss does not fall. Cost: 10 to 30 minutes.
+seconds, peak memory of the process; then scores. Exit code 1 where a loss does not fall. Cost: 5 to 30 minutes.
 """
 
 from __future__ import annotations
