@@ -242,7 +242,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _like(x: Tensor, out_ND: Tensor) -> Tensor:
-    """The opposite, and no view to autograd, which would refuse what others do with an output in place."""
+    """Laid out as x is; no view to autograd, which would refuse what others do with an output in place."""
     return torch.ops.aten._unsafe_view(out_ND, (*x.shape[:-1], out_ND.shape[-1]))
 
 
