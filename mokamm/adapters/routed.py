@@ -365,7 +365,7 @@ class MokaModel(FrozenATuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
-        self.context = RoutingContext()
+        self.context, self.parted = RoutingContext(), False
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -386,6 +386,8 @@ class MokaModel(FrozenATuner):
         """The routing of the next forward passes, until the next call; None takes it away."""
         if routing is not None and not isinstance(routing, Routing):
             raise AdapterError(f"set_routing expects a Routing; found {type(routing).__name__}.")
+        if self.parted and not self.folded:  # whatever has unfolded it
+            self._join()
         if routing is not None:
             for name in self.active_adapters:
                 routing.check_modalities(len(cast(MokaConfig, self.peft_config[name]).modalities))
@@ -415,11 +417,19 @@ class MokaModel(FrozenATuner):
                 raise AdapterError("The text path cannot be folded into a weight that another module shares (tied).")
         for layer in layers:
             layer.fold_text()
+        part_siblings(self.model)  # of no use then, and hooks cost 1 % of a small LLM's decoding
+        self.parted = True
 
     def unfold_text(self) -> None:
         """Takes the text path out again; the weights are bit-identical to what they were."""
         for layer in self.routed_layers():
             layer.unfold_text()
+        if self.parted:
+            self._join()
+
+    def _join(self) -> None:
+        find_siblings(self.model, RoutedLinear)
+        self.parted = False
 
     def unload(self) -> nn.Module:
         """The LLM without the adapter, its weights bit-identical to what they were."""

@@ -112,8 +112,11 @@ def find_siblings(model: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def part_siblings(model: nn.Module) -> None:
-    """Takes every hook of `find_siblings` off a model again."""
+    """Undoes `find_siblings`: no hook is left in the model."""
     for parent in model.modules():
         for hook in [*parent._forward_pre_hooks.values()]:
             if isinstance(siblings := getattr(hook, "__self__", None), Siblings):
                 siblings.leave(parent)
+                for child in parent.children():
+                    if getattr(child, "siblings", None) is siblings:
+                        child.siblings = Siblings()  # type: ignore[assignment]

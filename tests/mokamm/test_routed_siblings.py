@@ -255,6 +255,23 @@ class TestSiblings:
                 for logits in found:
                     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-12)
 
+    def test_a_folded_model_has_no_hooks_and_an_unfolded_one_shares_again(self) -> None:
+        model = self.llm()
+        base, layers = model.base_model, list(model.base_model.routed_layers())
+        before = self.gradients(model)
+
+        def hooks() -> int:
+            return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in base.model.modules())
+
+        shared = hooks()
+        assert shared and {len(layer.siblings.names) for layer in layers} == {0, 2, 3}
+        for unfold in (base.unfold_text, partial(base.set_adapter, "default"), partial(base.to, torch.float64)):
+            base.fold_text()
+            assert hooks() == 0 and not any(layer.siblings.names for layer in layers)
+            unfold()
+            assert_close(self.gradients(model), before, 1e-12)  # the routing is set, at the latest, before training
+            assert hooks() == shared and {len(layer.siblings.names) for layer in layers} == {0, 2, 3}
+
     def test_an_attention_that_reads_two_inputs_has_none(self) -> None:
         parts = {name: nn.Linear(4, 4) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
         model = nn.ModuleDict({"cross_attn": nn.ModuleDict(parts), "self_attn": nn.ModuleDict(copy.deepcopy(parts))})
