@@ -264,13 +264,16 @@ class TestSiblings:
             return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in base.model.modules())
 
         shared = hooks()
-        assert shared and {len(layer.siblings.names) for layer in layers} == {0, 2, 3}
+        assert shared
+        assert {len(layer.siblings.names) for layer in layers} == {0, 2, 3}
         for unfold in (base.unfold_text, partial(base.set_adapter, "default"), partial(base.to, torch.float64)):
             base.fold_text()
-            assert hooks() == 0 and not any(layer.siblings.names for layer in layers)
+            assert hooks() == 0
+            assert not any(layer.siblings.names for layer in layers)
             unfold()
             assert_close(self.gradients(model), before, 1e-12)  # the routing is set, at the latest, before training
-            assert hooks() == shared and {len(layer.siblings.names) for layer in layers} == {0, 2, 3}
+            assert hooks() == shared
+            assert {len(layer.siblings.names) for layer in layers} == {0, 2, 3}
 
     def test_an_attention_that_reads_two_inputs_has_none(self) -> None:
         parts = {name: nn.Linear(4, 4) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
