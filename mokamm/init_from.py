@@ -25,6 +25,7 @@ from mokamm.model import MultimodalLM
 from mokamm.names import LORI
 from mokamm.weights import (
     ADAPTER,
+    LLM,
     MANIFEST,
     PROJECTORS,
     WeightsError,
@@ -47,6 +48,7 @@ def load_init(model: MultimodalLM, folders: str | Path | Sequence[str | Path]) -
     where: dict[str, Path] = {}  # modality -> file
     folders = [folders] if isinstance(folders, str | Path) else folders
     for folder in map(weights_folder, folders):
+        _check_llm(folder, getattr(model, "config", None))
         found = _projectors_in(folder)
         for name in sorted({key.split(".", 1)[0] for key in found}):
             if name not in model.projectors:
@@ -75,6 +77,16 @@ def adapter_among(folders: Sequence[str | Path]) -> Path | None:
 def weights_folder(named: str | Path) -> Path:
     folder = find_path(str(named))
     return folder / "final" if (folder / "final" / PROJECTORS).is_file() else folder
+
+
+def _check_llm(folder: Path, config: RunConfig | None) -> None:
+    """Raises UserError where a folder holds a whole LLM that the run does not begin from."""
+    trained = folder / LLM
+    if trained.is_dir() and config and find_path(config.model.llm.path).resolve() != trained.resolve():
+        raise UserError(
+            f"training.init_from: {folder} holds an LLM that was trained whole, and its projectors belong to it: begin from "
+            f"it, too, with model.llm.path={trained}"
+        )
 
 
 def _projectors_in(folder: Path) -> dict[str, torch.Tensor]:

@@ -98,7 +98,7 @@ class MultimodalLM(nn.Module):
             projector = cast(Projector, module)
             if name in batch["media"]:
                 self._project(projector, batch["media"][name], index, vectors)
-            elif self.training and torch.is_grad_enabled():
+            elif (self.training and torch.is_grad_enabled()) or _is_sharded(projector):
                 idle.append(_idle(projector, self.device))
         if vectors:
             values = torch.cat([v.to(flat.dtype) for v in vectors])
@@ -297,6 +297,11 @@ def _stack(items: Sequence[MediaInput], device: torch.device) -> tuple[Tensor, T
     features_NPC = torch.cat([pad(f.to(device), (0, 0, 0, longest - f.shape[1])) for f in features])
     mask_NP = torch.cat([pad(m.to(device), (0, longest - m.shape[1])) for m in masks])
     return features_NPC, mask_NP
+
+
+def _is_sharded(projector: Projector) -> bool:
+    """Whether ZeRO-3 gathers its weights from all ranks when it is called, so that all must call it, in validation too."""
+    return any(hasattr(parameter, "ds_id") for parameter in projector.parameters())
 
 
 def _idle(projector: Projector, device: torch.device) -> Tensor:

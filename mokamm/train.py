@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not is_users(error):
             raise
         _tell(error)
+        if "same command" in str(error) and config.training.resume_from_checkpoint != "auto":
+            print("note: it does so with training.resume_from_checkpoint=auto", file=sys.stderr, flush=True)
         sys.stdout.flush()
         code = getattr(error, "exit_code", 2)
         os._exit(code) if _in_group() else sys.exit(code)  # peers may wait in a collective: do not wait for them
@@ -88,6 +90,7 @@ def run(config: RunConfig, finishing: bool = True) -> None:
         raise
     launch.stop(ranks)
     if ranks.main and finishing:
+        launch.free_memory()  # the evaluation is a process of its own, on the same GPU
         with writing(folder, f"{folder / 'final'} is whole: make room, then start the same command again"):
             finish.finish(config, folder)
 
@@ -100,6 +103,7 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     from mokamm.training.disk import writing
     from mokamm.training.forecast import Forecast, explained
     from mokamm.training.loop import fit
+    from mokamm.training.optimization import moving
     from mokamm.training.resume import begin
 
     if two_phase.needs_mask(config):
@@ -109,6 +113,7 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     parts = trainable_parts(model)
     corpus = build_corpus(config, model.processor)
     chosen = rate.resolve(config, model.llm.config, len(corpus.train), ranks.world)
+    parts = moving(config.training, parts)
     beginning = begin(config, corpus, ranks)
     model.processor.renderer.day = config.model.llm.chat_date
     forecast = Forecast.of(model, config, ranks)

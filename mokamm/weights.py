@@ -88,7 +88,7 @@ def _file_problem(path: Path, size: int, digest: str) -> str | None:
 def fingerprint(folder: Path) -> str:
     """sha256 over names, sizes and the first and last MiB of a folder's weight files: quick also for large ones."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with open(path, "rb") as file:
             digest.update(file.read(2**20))
@@ -126,14 +126,18 @@ def is_adapter(llm: nn.Module) -> bool:
 
 def saved_tensors(model: Any) -> list[tuple[str, Tensor]]:
     """What a set of weights holds: every projector; of the LLM what is trained, or the whole of its adapter, of which
-    some may be frozen (LoRI's A) or no parameter (its masks)."""
+    some may be frozen (LoRI's A) or no parameter (its masks; an LLM's buffers, such as the bias of DeepSeek's routers)."""
     from mokamm.adapters.peft_bridge import saved_keys
 
-    adapter = {f"llm.{key}" for key in saved_keys(model.llm)} if is_adapter(model.llm) else set()
+    if is_adapter(model.llm):
+        own = {f"llm.{key}" for key in saved_keys(model.llm)}
+    else:
+        trained = any(p.requires_grad for p in model.llm.parameters())
+        own = {f"llm.{key}" for key in model.llm.state_dict()} if trained else set()
     parameters: list[tuple[str, Tensor]] = [
-        (n, p) for n, p in model.named_parameters() if p.requires_grad or n.startswith("projectors.") or n in adapter
+        (n, p) for n, p in model.named_parameters() if p.requires_grad or n.startswith("projectors.") or n in own
     ]
-    return parameters + [(n, t) for n, t in model.named_buffers() if n in adapter]
+    return parameters + [(n, t) for n, t in model.named_buffers() if n in own]
 
 
 def save_weights(model: Any, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
@@ -157,7 +161,8 @@ def save_weights(model: Any, folder: str | Path, state: dict[str, Tensor] | None
         (folder / ADAPTER / "README.md").unlink(missing_ok=True)  # PEFT's template; the run has a model card
         _sort_modules(folder / ADAPTER / "adapter_config.json")
     elif llm:
-        model.llm.save_pretrained(folder / LLM, state_dict=llm)
+        # by the module's own names, which `load_weights` reads: the hub's part what it has fused (experts)
+        model.llm.save_pretrained(folder / LLM, state_dict=llm, save_original_format=False)
         tokenizer = getattr(model.processor, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / LLM)

@@ -29,6 +29,7 @@ from mokamm.training.watch import named
 
 MEMORY = 50  # steps whose mean loss a spike is measured by
 FEWEST = 10  # no step is a spike before so many
+LEAST = 1e-3  # mean loss: of rows learned by heart any other loss would be a spike
 PATIENCE = 10  # bad steps in a row end the run under `skip` too: it is not the rows
 
 
@@ -52,7 +53,7 @@ class BadSteps:
             return True
         (loss,) = self.ranks.sum([float(torch.stack(losses).double().sum())])
         self.loss, recent = loss / max(answers, 1.0), self.state.recent
-        ratio = self.loss / (sum(recent) / len(recent)) if len(recent) >= FEWEST else 0.0
+        ratio = self.loss / max(sum(recent) / len(recent), LEAST) if len(recent) >= FEWEST else 0.0
         if ratio > self.training.loss_spike:
             self.spike = f"a loss of {self.loss:.4g}, {ratio:.3g} times the mean of the last {len(recent)} steps"
         return not self.spike

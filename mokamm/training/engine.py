@@ -7,6 +7,7 @@
                                      all ranks; where it is not finite no update is made, on any of them
     engine.gather(parameters)        whole parameters inside, where ZeRO-3 shards them
     engine.state() / load_state()    optimizer state of this rank, loadable by torch.load(weights_only=True)
+    engine.close()                   gives up what would keep the model in memory
 
 Weights are not in the engine's state: they are written as safetensors (mokamm/weights.py) and loaded before the engine
 is built. DeepSpeed's own checkpoints would hold them a second time, as a pickle, and the frozen ones with them.
@@ -19,6 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +43,7 @@ class Engine(Protocol):
     def gather(self, parameters: Iterable[Tensor]) -> AbstractContextManager[Any]: ...
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 def build_engine(model: nn.Module, groups: list[dict[str, Any]], training: TrainingConfig, ranks: Ranks) -> Engine:
@@ -98,6 +101,9 @@ class PlainEngine:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
+
+    def close(self) -> None:
+        """Nothing to do: it goes with its last reference."""
 
 
 class DeepSpeedEngine:
@@ -171,6 +177,13 @@ class DeepSpeedEngine:
         by_rank = [whole if rank == self.rank else {} for rank in range(self.world)]
         self.optimizer.load_state_dict(by_rank, load_optimizer_states=True, load_from_fp32_weights=True)
 
+    def close(self) -> None:
+        """Hooks of DeepSpeed's hold the engine, and it the model. While there is a process group.
+
+        Under ZeRO-3 its own parts hold each other beyond that: this rank's share of the weights stays.
+        """
+        self.engine.destroy()
+
 
 NOT_SAVED = ("loss_scaler", "param_slice_mappings")  # objects that the next start builds anew, equal
 
@@ -223,6 +236,7 @@ def deepspeed_config(training: TrainingConfig, ranks: Ranks, trained: int) -> di
                 f"{path}: '{section}' is set there; mokamm sets it from the training section (learning_rate, ...); "
                 f"remove it"
             )
+    _check_precision(config, path)
     micro, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
@@ -253,6 +267,21 @@ def deepspeed_config(training: TrainingConfig, ranks: Ranks, trained: int) -> di
         raise UserError(listed(f"{path} does not fit this run:", problems))
     config["steps_per_print"] = 10**9
     return config
+
+
+def _check_precision(config: dict[str, Any], path: Path) -> None:
+    """Raises UserError for what DeepSpeed's optimizers, or training.on_nan, cannot do."""
+    if (config.get("fp16") or {}).get("enabled") is True:
+        raise UserError(
+            f"{path}: 'fp16.enabled' is true; its first steps overflow while it seeks the scale of the loss, and here a "
+            "gradient that is not finite is a bad step. Train with training.bf16=true, or in float32"
+        )
+    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    if (config.get("data_types") or {}).get("grad_accum_dtype") and stage in (0, 1):
+        raise UserError(
+            f"{path}: 'data_types.grad_accum_dtype' is set; DeepSpeed then has optimizers of another kind in ZeRO-0 and 1, "
+            "which say nothing of the gradients' norm. Leave it out, or take ZeRO-2"
+        )
 
 
 def _put(config: dict[str, Any], dotted: str, value: Any) -> None:

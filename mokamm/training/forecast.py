@@ -84,6 +84,10 @@ class Forecast:
     def total(self) -> float:
         return self.memory().total + self.libraries
 
+    def building(self) -> float:
+        """Bytes of all weights, which each process has on its GPU before ZeRO-3 shards them."""
+        return sum(w.elements * w.bytes_each for w in self.weights) + self.libraries
+
     def zero_stages(self) -> tuple[int, ...]:
         """Those of ZeRO that the run may have: ZeRO-3 cannot shard a quantized LLM (mokamm/quantization.py)."""
         return (1, 2) if self.config.model.llm.quantization else (1, 2, 3)
@@ -112,6 +116,8 @@ class Forecast:
             lines.append(f"{'> ' if stage == s.stage else '  '}{name:14}{cells}{host}")
         if self.libraries:
             lines.append(f"  Python and its libraries take {size(self.libraries)} beside it")
+        if s.stage == 3 and self.building() > self.total():
+            lines.append(f"  while the model is built, each process has all of its weights: {size(self.building())}")
         if self.capacity and self.total() > self.capacity:
             lines += [f"note: that is more than the {size(self.capacity)} there are; what would help most:"]
             lines += self.advice()
@@ -168,7 +174,9 @@ class Forecast:
             yield f"data.max_length={s.length // 2}", {"length": s.length // 2}
         if self.network.attention == "eager":
             yield "model.llm.attention=sdpa", {"attention": "sdpa"}
-        if not s.bf16:
+        if s.stage is None and self.config.method == "full":
+            pass  # plain PyTorch would update 16-bit weights
+        elif not s.bf16:
             yield "training.bf16=true model.llm.dtype=bfloat16", {"bf16": True, "weight_bytes": 2}
         elif self.network.weight_bytes == 4 and s.stage is None:
             yield "model.llm.dtype=bfloat16", {"weight_bytes": 2}
@@ -363,11 +371,17 @@ def _message(forecast: Forecast | None, validating: bool, error: BaseException) 
     if forecast.network is None:
         rows = f"training.per_device_{'eval' if validating else 'train'}_batch_size"
         return f"{head} A smaller {rows} or data.max_length helps, and training.gradient_checkpointing=true"
-    rows = f"{s.batch} rows of {s.length} tokens"
-    head += f" Predicted for {rows}: {size(forecast.total())} for each process; there are {size(forecast.capacity)}."
+    predicted = forecast.total()
+    batch, usable = s.batch, "gradient_checkpointing=true"
+    if validating:
+        batch, usable = forecast.config.training.eval_batch_size, "per_device_eval_batch_size"
+        found = forecast.memory(batch=batch)
+        predicted = found.total - found.activations + forecast.libraries
+    rows = f"{batch} rows of {s.length} tokens"
+    head += f" Predicted for {rows}: {size(predicted)} for each process; there are {size(forecast.capacity)}."
     lines = [head, "What would help most, by prediction:", *forecast.advice(validating)]
     lines += [
         "Add them to the command line, or write them into the YAML. Checkpoints of this run stay usable with "
-        "training.gradient_checkpointing=true; with the others begin anew (another training.output_dir)"
+        f"training.{usable}; with the others begin anew (another training.output_dir)"
     ]
     return "\n".join(lines)

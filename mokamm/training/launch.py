@@ -8,6 +8,7 @@ it.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
@@ -192,9 +193,19 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def free_memory() -> None:
+    """What nothing names any more goes, and a GPU's share of it to whoever asks next, another process too."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def plain_environment() -> dict[str, str]:
     """This process's environment without the launcher's variables, for a subprocess of its own."""
-    return {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and k != "DS_ACCELERATOR"}
+    own = {*LAUNCHER_VARIABLES, "DS_ACCELERATOR", *(["OMP_NUM_THREADS"] if _threads_are_torchruns() else [])}
+    return {k: v for k, v in os.environ.items() if k not in own}
 
 
 def _alone() -> None:
@@ -211,10 +222,14 @@ def _threads() -> None:
     """
     import torch
 
-    if "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if "OMP_NUM_THREADS" in os.environ and not _threads_are_torchruns():
         return
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+
+
+def _threads_are_torchruns() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
 
 
 def _hosts(world: int) -> tuple[tuple[str, str], ...]:

@@ -92,6 +92,7 @@ def fit(
             loop.run(stop_after or shape.total_steps)
         finally:
             loop.close()
+    engine.close()
     best = state.best if training.load_best_model_at_end else None
     return Path(training.output_dir) / f"checkpoint-{int(best['step']) if best else state.step}"
 

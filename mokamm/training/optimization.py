@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mokamm.config_sections import TrainingConfig
 
 Schedule = Callable[[int], float]
+Parts = dict[str, "list[tuple[str, Parameter]]"]
 
 
 def base_rates(training: TrainingConfig, parts: Iterable[str]) -> dict[str, float]:
@@ -28,19 +29,27 @@ def base_rates(training: TrainingConfig, parts: Iterable[str]) -> dict[str, floa
     return {part: projector if part == "projector" else common for part in parts}
 
 
-def parameter_groups(training: TrainingConfig, parts: dict[str, list[tuple[str, Parameter]]]) -> list[dict[str, Any]]:
+def moving(training: TrainingConfig, parts: Parts) -> Parts:
+    """The parts whose rate is not 0; the others are frozen."""
+    rates = base_rates(training, parts)
+    for part in parts:
+        if rates[part] == 0.0:
+            for _, parameter in parts[part]:
+                parameter.requires_grad_(False)
+    return {part: named for part, named in parts.items() if rates[part] != 0.0}
+
+
+def parameter_groups(training: TrainingConfig, parts: Parts) -> list[dict[str, Any]]:
     """Optimizer groups, each with its `part`. A part of rate 0 is frozen. Biases and norms (1-D) are not decayed."""
     groups: list[dict[str, Any]] = []
+    parts = moving(training, parts)
     for part, rate in base_rates(training, parts).items():
         trained = [p for _, p in parts[part] if p.requires_grad]
-        if rate == 0.0:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            continue
         if training.weight_decay == 0.0:
             split = [(trained, 0.0)]
         else:
-            matrices, vectors = [p for p in trained if dims(p) > 1], [p for p in trained if dims(p) <= 1]
+            matrices = [p for n, p in parts[part] if p.requires_grad and _is_matrix(n, p)]
+            vectors = [p for n, p in parts[part] if p.requires_grad and not _is_matrix(n, p)]
             split = [(matrices, training.weight_decay), (vectors, 0.0)]
         groups += [
             {"params": members, "lr": rate, "base_lr": rate, "part": part, "weight_decay": decay}
@@ -61,6 +70,11 @@ def dims(parameter: Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def _is_matrix(name: str, parameter: Parameter) -> bool:
+    """Also the kept entries of a LoRI-S's B, which stand in one dimension."""
+    return dims(parameter) > 1 or name.endswith("_B.default.values")
+
+
 def optimizer_arguments(training: TrainingConfig) -> dict[str, Any]:
     return {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
 
@@ -71,8 +85,9 @@ def schedule(training: TrainingConfig, total_steps: int) -> Schedule:
     from transformers import get_scheduler
 
     probe: torch.optim.Optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    curve = get_scheduler(training.lr_scheduler_type, probe, warmup_steps(training, total_steps), total_steps)
-    return curve.lr_lambdas[0]
+    warmup, kind = warmup_steps(training, total_steps), training.lr_scheduler_type
+    name = "constant_with_warmup" if kind == "constant" and warmup else kind  # their "constant" warms nothing up
+    return get_scheduler(name, probe, warmup, total_steps).lr_lambdas[0]
 
 
 def warmup_steps(training: TrainingConfig, total_steps: int) -> int:

@@ -12,7 +12,6 @@ comparison of methods counts it. The result is that of three commands: lori_d, `
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections.abc import Callable
@@ -40,7 +39,7 @@ def needs_mask(config: RunConfig) -> bool:
 
 def calibrate(config: RunConfig, run: Path, ranks: Ranks, train: Callable[[RunConfig, Path, Ranks], None]) -> None:
     """Phase 1, as far as it is missing; then the config names its mask. On every rank."""
-    from mokamm.training.launch import seed_everything
+    from mokamm.training.launch import free_memory, seed_everything
 
     dense, path = phase_one(config), run / MASK
     folder, fresh = Path(dense.training.output_dir), config.training.resume_from_checkpoint is None
@@ -53,7 +52,7 @@ def calibrate(config: RunConfig, run: Path, ranks: Ranks, train: Callable[[RunCo
         ranks.barrier()
         train(dense, folder, ranks)
         config.model.llm.chat_date = dense.model.llm.chat_date  # one run, one day
-        gc.collect()  # its model, before the second is built
+        free_memory()  # of its model, before the second is built
         if ranks.main:
             with writing(path, "make room, then start the same command again: it goes on from here"):
                 write_mask(cut(folder, config.adapter.sparsity or SPARSITY), path, origin)

@@ -209,6 +209,11 @@ def test_single_mistakes(write, change, expected):
         load_config(path)
         with pytest.raises(ConfigError, match="one precision"):
             load_config(path, ["training.deepspeed=configs/deepspeed/zero2.json"])
+        with pytest.raises(ConfigError, match="16-bit weights, which small steps do not change"):
+            load_config(path, ["adapter.method=full"])
+        load_config(
+            path, ["adapter.method=full", "training.deepspeed=configs/deepspeed/zero2.json", "training.bf16=true"]
+        )
         return
     with pytest.raises(ConfigError) as error:
         load_config(path)

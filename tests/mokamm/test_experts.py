@@ -9,12 +9,21 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    GPTNeoXConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from mokamm.adapters import AdapterError, RoutedLinear, peft_bridge, set_routing, target_report, wrap
 from mokamm.adapters.peft_bridge import linear_names, transformers_weight_conversion, tuner_layers
 from mokamm.convert import main as convert
 from mokamm.routing import Routing
+from mokamm.weights import load_weights, save_weights
 from tests.mokamm.toy_lori import cut, factors, kept, random_b
 
 SHAPE = {
@@ -50,6 +59,42 @@ def randomise(model: nn.Module) -> nn.Module:
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS).logits
+
+
+class Whole(nn.Module):
+    """What of a MultimodalLM `mokamm.weights` asks for."""
+
+    def __init__(self, llm: nn.Module) -> None:
+        super().__init__()
+        self.llm, self.projectors, self.processor = llm, nn.ModuleDict(), None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *CONFIGS.values(),
+        Glm4MoeConfig(
+            **SHAPE, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1
+        ),
+        GPTNeoXConfig(**{key: value for key, value in SHAPE.items() if "key_value" not in key and key != "head_dim"}),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_whole_llm_is_saved_as_it_is_loaded_here_and_by_transformers(config, tmp_path):
+    """Fused experts, a router's buffer, and an output layer that the hub knows by another name."""
+    llm = AutoModelForCausalLM.from_config(config)
+    for number, buffer in enumerate(llm.buffers()):
+        if buffer.is_floating_point() and buffer.shape == (4,):
+            buffer.fill_(number + 1.0)  # Glm4-MoE's bias of the router
+    save_weights(Whole(llm), tmp_path)
+    other = Whole(AutoModelForCausalLM.from_config(config))
+    load_weights(other, tmp_path)
+    reloaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "llm", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    for name, tensor in llm.state_dict().items():
+        assert torch.equal(other.llm.state_dict()[name], tensor), name
+        assert torch.equal(reloaded.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -291,6 +291,16 @@ def test_the_base_must_be_the_one_that_the_run_was_trained_on(finished, base, tm
     assert "is not the one that the run was trained on" in caplog.text
 
 
+def test_the_fingerprint_follows_weights_in_any_format(tmp_path):
+    from mokamm.weights import fingerprint
+
+    found = set()
+    for name, content in (("pytorch_model.bin", b"a"), ("pytorch_model.bin", b"b"), ("model.safetensors", b"c")):
+        (tmp_path / name).write_bytes(content)
+        found.add(fingerprint(tmp_path))
+    assert len(found) == 3
+
+
 def test_the_fingerprint_of_a_shipped_base_is_found_from_anywhere(model, monkeypatch, tmp_path):
     from mokamm.config import RunConfig
     from mokamm.training.finish import versions

@@ -403,6 +403,18 @@ def test_in_a_validation_its_own_batch_size_is_advised():
     assert "per_device_eval_batch_size=32" in advised
     assert "train_batch_size" not in advised
     assert "checkpointing" not in advised  # nothing is kept for a backward pass
+    with pytest.raises(UserError) as error, explained(forecast_of(config, vocabulary=256_000), validating=True):
+        raise MemoryError
+    assert "Predicted for 64 rows" in str(error.value)
+    assert "stay usable with training.per_device_eval_batch_size" in str(error.value)
+
+
+def test_a_full_run_without_deepspeed_is_not_told_to_take_16_bit_weights():
+    def advised(method):
+        return "".join(typed for typed, _ in forecast_of(configured(method))._changes(4, False))
+
+    assert "bfloat16" in advised("lora")
+    assert "bfloat16" not in advised("full")
 
 
 def test_on_one_cpu_process_no_sharding_or_offloading_is_advised():

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from data.collate import collate
 from data.schema import IGNORED, Message, Text, UserError
 from mokamm.build import load_llm, load_tokenizer, trainable_parts
+from mokamm.config import RunConfig
 from mokamm.config_sections import LLMConfig
 from mokamm.init_from import load_init
 from mokamm.model import user_message
@@ -270,6 +271,23 @@ def test_init_from_takes_every_key(make_model, tmp_path, caplog):
     load_init(model, tmp_path)
     assert all(torch.equal(value, state[key]) for key, value in model.projectors.state_dict().items())
     assert "projector for 'speech', which this config does not use" in caplog.text
+
+
+def test_init_from_a_whole_llm_wants_that_llm(make_model, tmp_path):
+    model = make_model("none")
+    save_file(projector_state(model), tmp_path / "projectors.safetensors")
+    (tmp_path / "llm").mkdir()
+    model.config = RunConfig.model_validate(
+        {
+            "model": {"llm": {"path": "other"}},
+            "data": {"train": [{"source": "messages", "path": "x"}]},
+            "training": {"output_dir": "x"},
+        }
+    )
+    with pytest.raises(UserError, match=rf"begin from it, too, with model.llm.path={tmp_path}/llm"):
+        load_init(model, tmp_path)
+    model.config.model.llm.path = str(tmp_path / "llm")
+    load_init(model, tmp_path)
 
 
 def test_init_from_two_folders_one_for_each_projector(make_model, tmp_path):

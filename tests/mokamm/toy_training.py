@@ -5,6 +5,7 @@ deepspeed --num_gpus 2 tests/mokamm/toy_training.py FOLDER zero2 zero3     full,
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import sys
@@ -163,9 +164,11 @@ def main(folder: Path, stages: list[str]) -> None:
         again(folder / stage / "whole", dropout=0.2, max_steps=5, eval_steps=3)
         again(folder / stage / "halved", dropout=0.2, max_steps=5, eval_steps=3, stop_after=4)
         again(folder / stage / "halved", dropout=0.2, max_steps=5, eval_steps=3)
+        launch.free_memory()
+        alive = sum(isinstance(thing, ToyLM) for thing in gc.get_objects())
         if ranks.main:
             found = {name: losses(folder / stage / name) for name in ("exact", "coto", "whole", "halved")}
-            (folder / f"{stage}.json").write_text(json.dumps({"ranks": ranks.world, **found}))
+            (folder / f"{stage}.json").write_text(json.dumps({"ranks": ranks.world, "alive": alive, **found}))
     launch.stop(ranks)
 
 

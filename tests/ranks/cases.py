@@ -81,8 +81,8 @@ def launch(command: list[str], cases: list[Case], folder: Path, timeout: float =
     return done.stdout
 
 
-def losses(run: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"]
+def losses(run: Path, kind: str = "train") -> list[float]:
+    return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == kind]
 
 
 def weights(run: Path, part: str = "final") -> dict[str, str]:

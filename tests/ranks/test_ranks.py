@@ -59,6 +59,22 @@ def test_ranks_of_different_modalities_agree_with_one_rank_under_zero_2_and_3(ro
         assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_validation_of_rows_that_differ_by_rank_agrees_with_one_rank_where_projectors_are_sharded(rows, tmp_path):
+    zero3 = json.loads((ROOT / "configs/deepspeed/zero3.json").read_text())
+    zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(zero3))
+    validation = [{"source": "messages", "path": "mixed.jsonl", "limit": 9}]
+    common = {**settings(rows, tmp_path, max_steps=2, eval_steps=1), "data.validation": validation}
+    launch([sys.executable, "-m", "tests.ranks.cases"], [Case("one", common)], tmp_path)
+    own = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "deepspeed": str(tmp_path / "zero3.json")}
+    sharded = {**common, **{f"training.{key}": value for key, value in own.items()}}
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "tests.ranks.cases"]
+    launch(command, [Case("sharded", sharded)], tmp_path)
+    expected = losses(tmp_path / "one", "validation")
+    assert len(set(expected)) == 2
+    assert losses(tmp_path / "sharded", "validation") == pytest.approx(expected, rel=1e-5)
+
+
 # ---- a rank that is missing ------------------------------------------------------------------------------------------
 
 
