@@ -142,6 +142,8 @@ def text_of(row: Any, key: str, *, where: str = "") -> str:
     value = row.get(key)
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
+    if value is not None and not isinstance(value, str | list | dict):
+        raise BadSample(f"{where}'{key}' must be a text, found a {type(value).__name__}: {value}; write it as a text")
     if not isinstance(value, str) or not value.strip():
         raise BadSample(
             f"{where}'{key}' is missing or empty; expected a text, found {value!r} ({columns_of(row, key)})"
