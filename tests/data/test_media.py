@@ -212,6 +212,28 @@ def test_a_track_that_starts_later_is_moved_to_its_time(tmp_path, write_video, n
     np.testing.assert_allclose(heard[8000:24_000], sound, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "pcm_s16le"), ("a.mp4", "aac")])
+def test_silence_stands_for_packets_that_were_dropped(tmp_path, write_video, noise, name, codec):
+    write_video(tmp_path / "whole.mkv", [0] * 40, sound=noise(4.0), sound_codec=codec)
+
+    def heard(lost):
+        with av.open(str(tmp_path / "whole.mkv")) as source, av.open(str(tmp_path / name), "w") as target:
+            streams = {s.index: target.add_stream_from_template(s) for s in source.streams}
+            for packet in source.demux():
+                time = packet.pts and packet.pts * packet.time_base
+                if packet.size and not (packet.stream.type == "audio" and lost(time)):
+                    packet.stream = streams[packet.stream.index]
+                    target.mux(packet)
+        windows = MediaLoader(tmp_path).windows(audio(name), 5, 1.0, whole=True)
+        return windows.samples.flatten()[: int(windows.lengths.sum())].numpy()
+
+    whole, found = heard(lambda time: False), heard(lambda time: 1 < time < 2)
+    assert len(found) == len(whole)
+    for kept in (slice(0, 15_000), slice(35_000, 63_000)):  # packets of 64 ms, and AAC's decoder remembers one
+        np.testing.assert_allclose(found[kept], whole[kept], atol=2e-4)
+    assert not found[18_000:32_000].any()
+
+
 def test_windows_that_hold_the_whole_sound(tmp_path, noise):
     sound = noise(2.5)
     soundfile.write(tmp_path / "a.wav", sound, 16_000, subtype="FLOAT")
