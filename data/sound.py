@@ -82,10 +82,10 @@ def _decoded_sound(
         if frame.pts is not None:
             time = frame.pts * frame.time_base
             begin = time - Fraction(count, rate) if begin is None else begin
-            if _DELAY < time - begin - Fraction(count, rate) and time - begin < duration:
-                lost = round((time - begin) * rate) - count
-                pieces.append(np.zeros(lost, dtype=np.float32))
-                count += lost
+            late = time - begin - Fraction(count, rate)
+            if late > _DELAY and time - begin < duration:
+                pieces.append(np.zeros(round(late * rate), dtype=np.float32))
+                count += len(pieces[-1])
         pieces.append(_mono(frame))
         count += frame.samples
         if count > limits.max_seconds * rate and count > _CODEC_PADDING * rate:

@@ -61,7 +61,7 @@ def count_answers(row: Any, layout: Layout) -> int:
 def turns_of(
     row: dict[str, Any], column: str, role_key: str, content_key: str, roles: Mapping[str, Role] = ROLES
 ) -> list[Turn]:
-    """The turns of a column that lists messages."""
+    """The turns of a column that lists messages, without an empty system message before them."""
     if column not in row:
         raise BadSample(f"there is no '{column}' ({columns_of(row, column)})")
     messages = row[column]
@@ -76,7 +76,8 @@ def turns_of(
         if content_key not in message:
             raise BadSample(f"{where}'{content_key}' is missing ({columns_of(message, content_key)})")
         turns.append(Turn(roles[role], message[content_key]))
-    return turns
+    blank = turns and turns[0].role == "system" and isinstance(turns[0].content, str) and not turns[0].content.strip()
+    return turns[1:] if blank else turns
 
 
 def with_system(row: dict[str, Any], turns: list[Turn], column: str = "system") -> list[Turn]:

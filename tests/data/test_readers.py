@@ -539,6 +539,18 @@ def test_a_system_message_goes_before_the_column(tmp_path):
         assert rows[0].messages[0].text == "Be kind."
 
 
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_empty_system_message_is_none(tmp_path, empty):
+    asked = [{"role": "system", "content": empty}, *openai("Hi", "Ho")]
+    told = {"conversations": [{"from": "system", "value": empty}, *talk("Hi", "Ho")]}
+    for source, row in (("messages", {"messages": asked}), ("swift", {"messages": asked}), ("sharegpt", told),
+                        ("llava", told)):  # fmt: skip
+        rows = open_source(source, write(tmp_path / "a.json", [row]))
+        assert rows[0].messages == (user("Hi"), said("Ho"))
+    rows = open_source("llava", write(tmp_path / "a.json", [told | {"system": "Be brief."}]))
+    assert rows[0].messages[0].text == "Be brief."
+
+
 def test_sharegpt_knows_the_names_of_tools(tmp_path):
     columns, tags = {"messages": "conversations", "tools": "tools"}, {"observation_tag": "seen", "function_tag": "call"}
     path = write(tmp_path / "a.json", [{"conversations": talk("Hi", "Ho"), "tools": "[]"}])
