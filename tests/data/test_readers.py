@@ -263,9 +263,45 @@ def test_swift_as_published(tmp_path):
     assert rows[4].messages == (Message("system", (Text("Be brief."),)), user("Hi"), said("Ho"))
 
 
+def test_swift_puts_missing_placeholders_in_front(tmp_path):
+    row = {
+        "messages": openai("What?", "A.", "And in <image>?", "B."),
+        "images": ["a.jpg", "b.jpg"],
+        "audios": ["a.wav"],
+    }
+    rows = open_source("swift", write(tmp_path / "a.json", [row]))
+    assert rows[1].messages == (
+        told(image("a.jpg"), audio("a.wav"), "What?"), said("A."), user("And in ", image("b.jpg"), "?"), said("B."),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("switch", [{"loss": False}, {"weight": 0}])
+def test_an_answer_kept_out_of_the_loss_is_history_only(tmp_path, switch):
+    talked, written = openai("1?", "wrong", "2?", "two", "3?", "three"), talk("1?", "wrong", "2?", "two")
+    for message, key in ((m, "value" if "value" in m else "content") for m in talked + written):
+        message |= switch if message[key] == "wrong" else {"loss": None, "weight": 1}
+    for source, row, answers in (
+        ("swift", {"messages": talked}, ["two", "three"]),
+        ("messages", {"messages": talked}, ["two", "three"]),
+        ("sharegpt", {"conversations": written}, ["two"]),
+    ):
+        rows = open_source(source, write(tmp_path / "a.json", [row, {"id": "x"} | row]))
+        assert [sample.answer for sample in rows] == answers * 2
+        assert rows[0].messages[:3] == (told("1?"), said("wrong"), user("2?"))
+    talked[3] |= switch
+    talked[5] |= switch
+    assert "none of its messages is the assistant's and bears loss" in reason("swift", tmp_path, {"messages": talked})
+
+
 def test_swift_broken_rows(tmp_path):
-    row = {"messages": openai("<image>Which?", "The left."), "images": ["a.jpg", "b.jpg"]}
-    assert "the texts hold 1 <image>, but the row names 2 images" in reason("swift", tmp_path, row)
+    row = {"messages": openai("<image><image>Which?", "The left."), "images": ["a.jpg"]}
+    assert "the texts hold 2 <image>, but the row names 1 images" in reason("swift", tmp_path, row)
+    boxes = {"messages": openai("Find the <ref-object>.", "<bbox>"), "objects": {"ref": ["x"], "bbox": [[1, 2]]}}
+    assert "<ref-object> stands for an entry of 'objects'" in reason("swift", tmp_path, boxes)
+    boxes["messages"] = openai([{"type": "text", "text": "Find it."}], "<bbox>")
+    assert "<bbox> stands for an entry of 'objects'" in reason("swift", tmp_path, boxes)
+    del boxes["objects"]
+    assert open_source("swift", write(tmp_path / "a.json", [boxes]))[0].answer == "<bbox>"
     assert "none of its messages is the assistant's" in reason("swift", tmp_path, {"messages": openai("Hi")})
     assert "there is no 'messages', no 'response' and no 'conversation'" in reason("swift", tmp_path, {"text": "x"})
     alone = {"messages": [{"role": "assistant", "content": "I love music"}]}
