@@ -26,11 +26,11 @@ from data.headers import MediaLimits, check_complete, check_seconds, extent, ope
 from data.schema import MediaError
 
 SAMPLE_RATE = 16_000
+CODEC_PADDING = Fraction(1, 10)  # s; up to so much more than there should be is a codec's last block, and cut away
 _PHASES = (1000, 4000)  # filters of a resampler, at most; the second number where the first is off by _PITCH or more
 _PITCH = 1e-5
 _RATES = (1_000, 1_000_000)  # Hz; a header that claims another is damaged
 _DELAY = Fraction(1, 20)  # s; sound that comes later than this after the picture, or the sound before, follows silence
-_CODEC_PADDING = Fraction(1, 10)  # s; up to so much more than the header says is a codec's last block, and cut away
 _UNDECODABLE = Fraction(1, 50)  # share of packets; so many are skipped: stray bytes, tags behind the sound
 _WAV_UNKNOWN = 0x7FFFF000  # programs that write to a pipe claim sizes from here on
 
@@ -46,9 +46,9 @@ def sound_track(path: Path, limits: MediaLimits) -> Tensor:
         sound, rate, delay = _decoded_sound(container, stream, path, duration, limits)
     if exact:
         check_complete(path, Fraction(len(sound), rate), duration, max(Fraction(1, 10), duration / 50))
-        if len(sound) - duration * rate < _CODEC_PADDING * rate:
+        if len(sound) - duration * rate < CODEC_PADDING * rate:
             sound = sound[: round(duration * rate)]
-    check_seconds(path, delay + Fraction(len(sound), rate) - _CODEC_PADDING, limits)
+    check_seconds(path, delay + Fraction(len(sound), rate) - CODEC_PADDING, limits)
     samples = torch.from_numpy(np.concatenate([np.zeros(round(delay * rate), dtype=np.float32), sound]))
     _check_finite(samples, path)
     return _resample(samples, rate)
@@ -88,8 +88,8 @@ def _decoded_sound(
                 count += len(pieces[-1])
         pieces.append(_mono(frame))
         count += frame.samples
-        if count > limits.max_seconds * rate and count > _CODEC_PADDING * rate:
-            check_seconds(path, Fraction(count, rate) - _CODEC_PADDING, limits)
+        if count > limits.max_seconds * rate and count > CODEC_PADDING * rate:
+            check_seconds(path, Fraction(count, rate) - CODEC_PADDING, limits)
     if not count:
         raise MediaError(f"{path}: holds no sound samples (a recording of zero length?); record or export it again")
     return np.concatenate(pieces), rate, delay

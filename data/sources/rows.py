@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.schema import BadSample, Media, Message, Sample, Text, UserError, nearest
+from data.schema import BadSample, Media, Message, Sample, Text, UserError, local_path, nearest
 
 Parse = Callable[[Any, int], Sample]
 
@@ -54,17 +54,19 @@ class Rows:
 
 
 def without_prefix(sample: Sample, prefixes: Iterable[str]) -> Sample:
-    """The sample with the first prefix that fits a medium's path taken off it; whole folders only.
+    """The sample with the first prefix that fits a medium's path taken off it; whole folders only. URLs of files count
+    as their paths.
 
     What remains is relative, and is checked against media_dir like any other path (`..`, links).
     """
-    folders = [prefix.rstrip("/") + "/" for prefix in prefixes]
-    if not any(media.path.startswith(tuple(folders)) for media in sample.media):
+    folders = [local_path(prefix).rstrip("/") + "/" for prefix in prefixes]
+    if not any(local_path(media.path).startswith(tuple(folders)) for media in sample.media):
         return sample
 
     def stripped(part: Text | Media) -> Text | Media:
-        found = next((f for f in folders if isinstance(part, Media) and part.path.startswith(f)), None)
-        return replace(part, path=part.path[len(found) :].lstrip("/")) if isinstance(part, Media) and found else part
+        path = local_path(part.path) if isinstance(part, Media) else ""
+        found = next((folder for folder in folders if path.startswith(folder)), None)
+        return replace(part, path=path[len(found) :].lstrip("/")) if isinstance(part, Media) and found else part
 
     messages = tuple(replace(m, content=tuple(stripped(part) for part in m.content)) for m in sample.messages)
     return replace(sample, messages=messages)

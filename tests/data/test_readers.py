@@ -357,8 +357,14 @@ def test_audiocaps_as_published(tmp_path):
     named = open_source("audiocaps", path, file="train/Y{youtube_id}_{start_time}.flac", prompt="What?")
     assert named[1].messages[0] == user(audio("train/Y_9mgOkzm-xg_30.flac"), "What?")
     assert pickle.loads(pickle.dumps(named))[1] == named[1]
+    padded = open_source("audiocaps", path, file="{youtube_id}_{start_time:06d}.wav")
+    assert padded[1].media == [audio("_9mgOkzm-xg_000030.wav")]
     with pytest.raises(UserError, match="file: unknown column 'youtubeid'; did you mean 'youtube_id'"):
         open_source("audiocaps", path, file="{youtubeid}.wav")
+    with pytest.raises(UserError, match=r"file: '06z' in '\{start_time:06z\}' is no format of a whole number"):
+        open_source("audiocaps", path, file="{start_time:06z}.wav")
+    with pytest.raises(BadSample, match="'youtube_id' must be a whole number to be written as '06d', found 'r1nic"):
+        open_source("audiocaps", path, file="{youtube_id:06d}.wav")[0]
 
 
 def test_audiocaps_broken_files_and_rows(tmp_path):
@@ -455,6 +461,9 @@ def test_strip_prefix_is_safe(tmp_path):
         with pytest.raises(MediaError, match=message):
             loader.resolve(medium)
     assert [sample.media[0].path for sample in rows.head(1)] == ["a.wav"]
+    path = jsonl(tmp_path / "b.jsonl", {"source": "file:///old/media/a%20b.wav", "target": "x"})
+    for prefix in ("/old/media", "file:///old/media/"):
+        assert open_source("slam", path, strip_prefix=prefix)[0].media[0].path == "a b.wav"
 
 
 def test_every_source_takes_strip_prefix_and_tells_unknown_options(tmp_path):
