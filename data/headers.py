@@ -24,8 +24,8 @@ from data.schema import MediaError, NoTrack, OverLimit
 
 # FFmpeg's containers that hold media and nothing else: playlists and scripts (hls, concat, ...) could open other files.
 CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,wav,w64,flac,mp3,aac,aiff,au,caf,amr,gif,h264,"
-    "hevc,m4v"
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,wav,w64,flac,mp3,aac,aiff,au,caf,amr,nistsphere,"
+    "gif,h264,hevc,m4v"
 )
 MAX_ASPECT = 100  # longer side to shorter; encoders scale the shorter side up, and a strip would become a huge picture
 _GUESSED_DURATION = {"mp3", "aac", "amr", "mpegts", "mpeg"}  # FFmpeg estimates these from the bit rate

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from data.headers import MediaLimits, check_file
 from data.pictures import picture
-from data.schema import Media, MediaError, MissingMedia, NoTrack, OverLimit, RefusedMedia
-from data.sound import SAMPLE_RATE, sound_track
+from data.schema import Media, MediaError, MissingMedia, NoTrack, OverLimit, RefusedMedia, local_path
+from data.sound import CODEC_PADDING, SAMPLE_RATE, sound_track
 from data.video import video_frames
 
 __all__ = ["SAMPLE_RATE", "MediaLimits", "MediaLoader", "Windows", "cut_windows"]
@@ -58,7 +58,7 @@ class MediaLoader:
 
         Raises RefusedMedia for one outside media_dir, a URL, or one that cannot be reached, and MissingMedia.
         """
-        name = media.path
+        name = local_path(media.path)
         if _URL.match(name):
             raise RefusedMedia(
                 f"{name!r} is a URL; media are read from local files only: download it into data.media_dir"
@@ -158,9 +158,11 @@ def cut_windows(samples_S: Tensor, segments: int, seconds: float, whole: bool, p
 
     Up to segments * seconds: ceil(duration / seconds) consecutive windows, the last zero padded. Longer: `segments`
     windows, each centred in one of as many equal parts of the sound; with `whole`, OverLimit, because speech must be
-    heard to its end.
+    heard to its end, but for what may be a codec's padding.
     """
     size = round(seconds * SAMPLE_RATE)
+    if whole and len(samples_S) - segments * size < CODEC_PADDING * SAMPLE_RATE:
+        samples_S = samples_S[: segments * size]
     total = len(samples_S)
     if total <= segments * size:
         count = -(-total // size)

@@ -17,7 +17,8 @@ from torch import Tensor
 from data.headers import MediaLimits, check_pixels, reading
 from data.schema import MediaError, OverLimit
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not EPS: Pillow would run Ghostscript
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # not EPS: Pillow would run Ghostscript
+_SIXTEEN_BITS = {("I", "PNG"), ("I", "PPM")}  # what Pillow opens as 32 bits though the format has 16 at most
 # by EXIF's orientation
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,7 +59,7 @@ def _eight_bits(image: Image.Image, name: Path | str) -> Image.Image:
     if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
         return image
     values = np.asarray(image)
-    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 0xFFFF:
+    if not image.mode.startswith("I;16") and (image.mode, image.format) not in _SIXTEEN_BITS:
         raise MediaError(
             f"{name}: its values ({values.dtype}, {values.min()} to {values.max()}) have no white that is known; save it "
             "with 8 or 16 bits a channel"

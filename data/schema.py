@@ -13,6 +13,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from urllib.parse import unquote
 
 if TYPE_CHECKING:  # importing torch takes seconds, and messages about mistakes should not wait for it
     from torch import Tensor
@@ -36,6 +37,11 @@ class BadSample(UserError):
 
 class MediaError(BadSample):
     """A media file is missing, outside the allowed folder, over a limit, or cannot be decoded."""
+
+
+def local_path(name: str) -> str:
+    """The path of a file's URL (RFC 8089: file:///a%20b is /a b); any other name as it is."""
+    return unquote(name[7:]) if name[:8].lower() == "file:///" else name
 
 
 def listed(title: str, problems: Sequence[str], most: int | None = None) -> str:

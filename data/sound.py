@@ -4,12 +4,15 @@ Channels are averaged, then resampled by `torchaudio.functional.resample`. It is
 is a plain windowed-sinc convolution: linear, without state or latency, of exact length ceil(n * 16000 / rate), the
 identity at 16 kHz; FFmpeg's mixes channels with other weights for integer than for float formats and buffers its edges.
 
-Cost: one sequential decode on one thread; memory: the track. S: samples.
+Samples keep their time: where a frame's timestamp says that sound before it is lost (a recorder that dropped packets, a
+packet that cannot be decoded), silence stands for it. Cost: one sequential decode on one thread; memory: the track.
+S: samples.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,12 @@ from data.headers import MediaLimits, check_complete, check_seconds, extent, ope
 from data.schema import MediaError
 
 SAMPLE_RATE = 16_000
+CODEC_PADDING = Fraction(1, 10)  # s; up to so much more than there should be is a codec's last block, and cut away
 _PHASES = (1000, 4000)  # filters of a resampler, at most; the second number where the first is off by _PITCH or more
 _PITCH = 1e-5
 _RATES = (1_000, 1_000_000)  # Hz; a header that claims another is damaged
-_DELAY = Fraction(1, 20)  # s; a sound track that starts later than this after the picture is padded with silence
-_CODEC_PADDING = Fraction(1, 10)  # s; up to so much more than the header says is a codec's last block, and cut away
+_DELAY = Fraction(1, 20)  # s; sound that comes later than this after the picture, or the sound before, follows silence
+_UNDECODABLE = Fraction(1, 50)  # share of packets; so many are skipped: stray bytes, tags behind the sound
 _WAV_UNKNOWN = 0x7FFFF000  # programs that write to a pipe claim sizes from here on
 
 
@@ -39,12 +43,12 @@ def sound_track(path: Path, limits: MediaLimits) -> Tensor:
         check_seconds(path, duration, limits)
         if container.format.name == "wav":
             _check_wav(path)
-        sound, rate, delay = _decoded_sound(container, stream, path, limits)
+        sound, rate, delay = _decoded_sound(container, stream, path, duration, limits)
     if exact:
         check_complete(path, Fraction(len(sound), rate), duration, max(Fraction(1, 10), duration / 50))
-        if len(sound) - duration * rate < _CODEC_PADDING * rate:
+        if len(sound) - duration * rate < CODEC_PADDING * rate:
             sound = sound[: round(duration * rate)]
-    check_seconds(path, delay + Fraction(len(sound), rate) - _CODEC_PADDING, limits)
+    check_seconds(path, delay + Fraction(len(sound), rate) - CODEC_PADDING, limits)
     samples = torch.from_numpy(np.concatenate([np.zeros(round(delay * rate), dtype=np.float32), sound]))
     _check_finite(samples, path)
     return _resample(samples, rate)
@@ -62,23 +66,49 @@ def mono_sound(samples: np.ndarray, rate: int, name: Path | str, limits: MediaLi
     return _resample(track, rate)
 
 
-def _decoded_sound(container: Any, stream: Any, path: Path, limits: MediaLimits) -> tuple[np.ndarray, int, Fraction]:
+def _decoded_sound(
+    container: Any, stream: Any, path: Path, duration: Fraction, limits: MediaLimits
+) -> tuple[np.ndarray, int, Fraction]:
     """(mono samples (S,), their rate, the delay of the first in seconds)."""
     pieces: list[np.ndarray] = []
     count, rate, delay = 0, 0, Fraction(0)
-    for frame in container.decode(stream):
+    begin: Fraction | None = None  # the time of sample 0
+    for frame in _frames(container, stream, path):
         if not pieces:
             rate, delay = frame.sample_rate, _delay(container, frame)
             _check_rate(path, rate)
         if frame.sample_rate != rate:
             raise MediaError(f"{path}: its sampling rate changes in mid-file; convert it: ffmpeg -i IN -ar 16000 OUT")
+        if frame.pts is not None:
+            time = frame.pts * frame.time_base
+            begin = time - Fraction(count, rate) if begin is None else begin
+            late = time - begin - Fraction(count, rate)
+            if late > _DELAY and time - begin < duration:
+                pieces.append(np.zeros(round(late * rate), dtype=np.float32))
+                count += len(pieces[-1])
         pieces.append(_mono(frame))
         count += frame.samples
-        if count > limits.max_seconds * rate and count > _CODEC_PADDING * rate:
-            check_seconds(path, Fraction(count, rate) - _CODEC_PADDING, limits)
+        if count > limits.max_seconds * rate and count > CODEC_PADDING * rate:
+            check_seconds(path, Fraction(count, rate) - CODEC_PADDING, limits)
     if not count:
         raise MediaError(f"{path}: holds no sound samples (a recording of zero length?); record or export it again")
     return np.concatenate(pieces), rate, delay
+
+
+def _frames(container: Any, stream: Any, path: Path) -> Iterator[Any]:
+    """The decoded frames; packets that cannot be decoded are left out. MediaError where they are more than a few."""
+    total, bad = 0, 0
+    for packet in container.demux(stream):
+        total += 1
+        try:
+            yield from packet.decode()
+        except av.error.InvalidDataError as error:
+            bad, reason = bad + 1, error.strerror
+    if bad > _UNDECODABLE * total:
+        raise MediaError(
+            f"{path}: {bad} of its {total} packets of sound cannot be decoded ({reason}): the file was cut off or is "
+            "damaged; fetch it again or convert it with ffmpeg"
+        )
 
 
 def _mono(frame: Any) -> np.ndarray:

@@ -30,7 +30,7 @@ from torch import Tensor
 from encoders.base import EncoderError, Features
 
 SUFFIX, TEMPORARY = ".safetensors", ".tmp"
-VERSION = 1  # of the code from file to features: a change of decoding or preprocessing that alters them raises it
+VERSION = 2  # of the code from file to features: a change of decoding or preprocessing that alters them raises it
 TOTAL_DIGITS = 20  # size of the lock file, which is counted too
 
 

@@ -41,6 +41,8 @@ PLAIN = {
     "bias": "none",
     "lora_bias": False,
     "target_parameters": None,  # fused experts: their A and B are no matrices of one layer
+    "modules_to_save": [],  # whole modules, and rows of embeddings, that were trained beside A and B
+    "trainable_token_indices": [],
 }
 
 
@@ -114,6 +116,8 @@ class AdapterFolder:
         odd = [key for key, plain in PLAIN.items() if config.get(key, plain) not in (plain, None)]
         if odd:
             raise UserError(f"{self.folder} is no plain LoRA: its config sets {', '.join(odd)}")
+        if embeddings := [key for key in self.other if ".lora_embedding_" in key]:
+            raise UserError(f"{self.folder} is no plain LoRA: it adapts embeddings, by {', '.join(embeddings)}")
         absent = [
             f"{name} has no {factor}"
             for name, parts in self.keys.items()

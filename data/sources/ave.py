@@ -5,7 +5,8 @@
 
 A JSON array of {"category", "video_id", "start", "end"} is read too, and MokA's own names {"event", "vid",
 "start_time", "end_time"}, with video_path and audio_path as in music_avqa.py where a row has them. The model is asked
-one fixed question and answers in one fixed form, made by `format_event` and read back by `parse_event`.
+one fixed question and answers in one fixed form, made by `format_event` and read back by `parse_event`. That form has no
+answer for an event of no length, so that such a row is bad; the published files have one, for training (VWi2ENBuTbw).
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 
 `talk` only finds the turns, so that a file can be indexed without making messages; `build` makes text and media of
 their contents. A conversation of n answers is n samples: the k-th has the turns before as plain history, and bears its
-loss on answer k only, so that what is wrong after an answer does not lose it. Columns that the layout does not use are
-kept in `meta`.
+loss on answer k only, so that what is wrong after an answer does not lose it. An answer that is kept out of the loss, by
+"loss": false (ms-swift) or "weight": 0 (OpenAI), is history of the later ones and no sample. Columns that the layout does
+not use are kept in `meta`.
 """
 
 from __future__ import annotations
@@ -24,17 +25,23 @@ ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assi
 
 
 class Turn(NamedTuple):
-    """What one of the roles says: a text, or parts in the layout's own form."""
+    """What one of the roles says: a text, or parts in the layout's own form. learned: False of an answer without loss."""
 
     role: Role
     content: Any
+    learned: bool = True
+
+    @property
+    def is_answer(self) -> bool:
+        return self.role == "assistant" and self.learned
 
 
 @dataclass(frozen=True)
 class Layout:
     """How a format writes a conversation. Its functions are modules' own or partials of them: it is pickled.
 
-    shape: what a row looks like, for messages. uses: columns that do not go into `meta`. Both functions raise BadSample.
+    build: a message for each turn. shape: what a row looks like, for messages. uses: columns that do not go into `meta`.
+    Both functions raise BadSample.
     """
 
     name: str
@@ -51,9 +58,9 @@ def conversation_rows(path: Path, layout: Layout) -> Rows:
 
 
 def count_answers(row: Any, layout: Layout) -> int:
-    """Answers of a row; 0 of one that is no conversation."""
+    """Answers of a row that bear loss; 0 of one that is no conversation."""
     try:
-        return sum(turn.role == "assistant" for turn in layout.talk(row)) if isinstance(row, dict) else 0
+        return sum(turn.is_answer for turn in layout.talk(row)) if isinstance(row, dict) else 0
     except BadSample:
         return 0
 
@@ -61,7 +68,7 @@ def count_answers(row: Any, layout: Layout) -> int:
 def turns_of(
     row: dict[str, Any], column: str, role_key: str, content_key: str, roles: Mapping[str, Role] = ROLES
 ) -> list[Turn]:
-    """The turns of a column that lists messages."""
+    """The turns of a column that lists messages, without an empty system message before them."""
     if column not in row:
         raise BadSample(f"there is no '{column}' ({columns_of(row, column)})")
     messages = row[column]
@@ -75,8 +82,10 @@ def turns_of(
             raise BadSample(f"{where}unknown role '{role}'{nearest(role, roles)}")
         if content_key not in message:
             raise BadSample(f"{where}'{content_key}' is missing ({columns_of(message, content_key)})")
-        turns.append(Turn(roles[role], message[content_key]))
-    return turns
+        learned = message.get("loss") != 0 and message.get("weight") != 0  # False, 0, 0.0; tables have None for neither
+        turns.append(Turn(roles[role], message[content_key], learned))
+    blank = turns and turns[0].role == "system" and isinstance(turns[0].content, str) and not turns[0].content.strip()
+    return turns[1:] if blank else turns
 
 
 def with_system(row: dict[str, Any], turns: list[Turn], column: str = "system") -> list[Turn]:
@@ -90,10 +99,11 @@ def sample_of(row: Any, index: int, turn: int, name: str, layout: Layout) -> Sam
     """The sample of the row's answer `turn`. name: its id where the row has none."""
     if not isinstance(row, dict):
         raise BadSample(f"expected {layout.shape}, found {describe(row)}")
-    messages = layout.build(row, layout.talk(row))
-    answers = [k for k, message in enumerate(messages) if message.role == "assistant"]
+    turns = layout.talk(row)
+    messages = layout.build(row, turns)
+    answers = [k for k, turn in enumerate(turns) if turn.is_answer]
     if not answers:
-        raise BadSample("the row has no answer: none of its messages is the assistant's")
+        raise BadSample("the row has no answer: none of its messages is the assistant's and bears loss")
     kept = messages[: answers[turn] + 1]
     _check_order(kept)
     kept = [_plain(m) for m in kept[:-2]] + [_with_question(m) for m in kept[-2:-1]] + kept[-1:]

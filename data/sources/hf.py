@@ -10,6 +10,11 @@ A row is read by `layout`: that of a conversation format (messages, llava, share
 question and one answer a row, with media, from the columns that `columns` names:
 
     options: {columns: {question: prompt, answer: label, image: file, instruction: task}}
+    options: {columns: {answer: text, speech: audio}, prompt: Transcribe speech to text.}    no question of its own
+
+Cells of a csv file are texts, as they stand there ("007", "None"). In other tables columns have types: numbers are taken as
+`datasets` gives them (7 beside 7.5 in a jsonl is 7.0), booleans and dates are refused: write answers as texts. So it is
+with csv files of the hub and a `metadata.csv`, which `datasets` itself finds.
 
 The rows are memory mapped: they cost no memory, and are read in any order. A run needs that, and their number: a place
 in the epoch is a function of the seed, a resume goes on in the middle. So nothing is trained from an endless stream;
@@ -130,13 +135,14 @@ def read(
     columns: dict[str, str] | None = None,
     stream: int | None = None,
     extract: str | None = None,
+    prompt: str | None = None,
     audio_as: str = "audio",
 ) -> Rows:
     """Rows of a data set, one sample an answer.
 
     split: needed where there are several; subset, revision: the hub's configuration and version; layout, columns, stream,
-    extract: see above; audio_as: the modality that perceives sounds which do not say theirs. UserError: no such data set,
-    split or column, the package `datasets` is not there.
+    extract: see above; prompt: the question where a row of `columns` has none; audio_as: the modality that perceives sounds
+    which do not say theirs. UserError: no such data set, split or column, the package `datasets` is not there.
     """
     if layout != "columns" and layout not in _LAYOUTS:
         raise UserError(f"data source 'hf': unknown layout '{layout}'{nearest(layout, ['columns', *_LAYOUTS])}")
@@ -146,10 +152,14 @@ def read(
     files = media_dir or path.parent, _extraction(extract)
     if layout == "columns":
         names = chosen("columns", columns, _COLUMNS)
-        _check_columns(path, table, {**names, "id": ""})
-        return Rows(path, _Table(table, None, *files), partial(_parse_columns, names=names, audio_as=audio_as))
-    if columns:
-        raise UserError(f"data source 'hf': `columns` belongs to layout: columns, found layout: {layout}")
+        if prompt and "question" not in {**(columns or {}), **table.features}:
+            names["question"] = ""
+        _check_columns(path, table, {**names, "id": ""}, prompt)
+        parse = partial(_parse_columns, names=names, prompt=prompt, audio_as=audio_as)
+        return Rows(path, _Table(table, None, *files), parse)
+    if columns or prompt:
+        given = "columns" if columns else "prompt"
+        raise UserError(f"data source 'hf': `{given}` belongs to layout: columns, found layout: {layout}")
     chosen_layout = _LAYOUTS[layout](audio_as=audio_as)
     return Rows(path, _Table(table, chosen_layout, *files), partial(_parse_talk, layout=chosen_layout))
 
@@ -186,7 +196,7 @@ def _source(path: Path, subset: str | None, revision: str | None) -> dict[str, A
             raise UserError(f"{path}: is no file that `datasets` reads as a table; known: {', '.join(_FILES)}")
         if subset is not None:
             raise UserError(f"{path}: is one file, which has no subset '{subset}'; leave the option out")
-        return {"path": kind, "data_files": [str(path)]}
+        return {"path": kind, "data_files": [str(path)], **_as_texts(kind, path)}
     if subset is None and path.is_dir() and (tables := _tables(path)):
         return tables
     return {"path": path.as_posix(), "name": subset, "revision": revision}
@@ -201,7 +211,22 @@ def _tables(folder: Path) -> dict[str, Any]:
     if card.is_file() and re.search(r"^(configs|dataset_info):", card.read_text(errors="replace"), re.MULTILINE):
         return {}
     there = {file.suffix.lower() for file in folder.rglob("*") if file.stem != "metadata"}
-    return next(({"path": _FILES[s], "data_files": _by_split(folder, s)} for s in _FILES if s in there), {})
+    suffix = next((suffix for suffix in _FILES if suffix in there), None)
+    if suffix is None:
+        return {}
+    files = _by_split(folder, suffix)
+    return {"path": _FILES[suffix], "data_files": files, **_as_texts(_FILES[suffix], next(iter(files.values()))[0])}
+
+
+def _as_texts(kind: str, file: str | Path) -> dict[str, Any]:
+    """What makes `datasets` leave a csv's cells as they stand: else "007" becomes 7, and "None" nothing."""
+    if kind != "csv":
+        return {}
+    import pandas
+    from datasets import Features, Value
+
+    names = pandas.read_csv(file, nrows=0).columns  # by the parser that `datasets` uses, which renames double ones
+    return {"keep_default_na": False, "features": Features({name: Value("string") for name in names})}
 
 
 def _by_split(folder: Path, suffix: str) -> dict[str, list[str]]:
@@ -267,12 +292,18 @@ def _undecoded(feature: Any) -> Any:
     return dataclasses.replace(feature, decode=False) if _is_media(feature) else feature
 
 
-def _check_columns(path: Path, table: Any, names: dict[str, str]) -> None:
+def _check_columns(path: Path, table: Any, names: dict[str, str], prompt: str | None) -> None:
+    if not names["answer"] or not (names["question"] or prompt):
+        raise UserError(
+            f"{path}: a row wants a question and an answer; set options: {{columns: {{question: ..., answer: ...}}}}, or "
+            "{prompt: TEXT} where all rows ask the same"
+        )
     for known, column in names.items():
         if column and column not in table.column_names:
             raise UserError(
                 f"{path}: has no column '{column}' ({columns_of(dict.fromkeys(table.column_names), column)}); set "
                 f"options: {{columns: {{{known}: ...}}}}"
+                + (", or {prompt: TEXT} where all rows ask the same" if known == "question" else "")
             )
 
 
@@ -281,7 +312,9 @@ def _parse_talk(record: tuple[dict[str, Any], int], index: int, layout: Layout) 
     return sample_of(row, index, turn, str(index), layout)
 
 
-def _parse_columns(record: tuple[dict[str, Any], int], index: int, names: dict[str, str], audio_as: str) -> Sample:
+def _parse_columns(
+    record: tuple[dict[str, Any], int], index: int, names: dict[str, str], prompt: str | None, audio_as: str
+) -> Sample:
     row, _ = record
     media = []
     for name, (kind, modality) in (MEDIA | {"audio": ("audio", audio_as)}).items():
@@ -289,9 +322,11 @@ def _parse_columns(record: tuple[dict[str, Any], int], index: int, names: dict[s
         entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
         media += [Media(kind, path_of(entry, names[name]), modality) for entry in entries]
     instruction = text_of(row, names["instruction"]) if names["instruction"] else None
+    asked = row.get(names["question"]) if names["question"] else None
+    question = prompt if prompt and (asked is None or not str(asked).strip()) else text_of(row, names["question"])
     return Sample(
-        id=str(index if row.get(names["id"]) is None else row[names["id"]]),
-        messages=ask(media, text_of(row, names["question"]), text_of(row, names["answer"]), instruction),
+        id=str(index if row.get(names["id"]) in (None, "") else row[names["id"]]),
+        messages=ask(media, question, text_of(row, names["answer"]), instruction),
         source="hf",
         row=index,
         meta={key: value for key, value in row.items() if key not in names.values()},

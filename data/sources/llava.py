@@ -50,6 +50,7 @@ def _build(row: dict[str, Any], turns: list[Turn], audio_as: str) -> list[Messag
     media = media_of(row, _COLUMNS, audio_as)
     if media["video"] and not media["image"]:
         turns = [
-            Turn(role, text.replace("<image>", "<video>") if isinstance(text, str) else text) for role, text in turns
+            turn._replace(content=turn.content.replace("<image>", "<video>")) if isinstance(turn.content, str) else turn
+            for turn in turns
         ]
     return place(turns, media)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.schema import BadSample, Media, Message, Sample, Text, UserError, nearest
+from data.schema import BadSample, Media, Message, Sample, Text, UserError, local_path, nearest
 
 Parse = Callable[[Any, int], Sample]
 
@@ -54,17 +54,19 @@ class Rows:
 
 
 def without_prefix(sample: Sample, prefixes: Iterable[str]) -> Sample:
-    """The sample with the first prefix that fits a medium's path taken off it; whole folders only.
+    """The sample with the first prefix that fits a medium's path taken off it; whole folders only. URLs of files count
+    as their paths.
 
     What remains is relative, and is checked against media_dir like any other path (`..`, links).
     """
-    folders = [prefix.rstrip("/") + "/" for prefix in prefixes]
-    if not any(media.path.startswith(tuple(folders)) for media in sample.media):
+    folders = [local_path(prefix).rstrip("/") + "/" for prefix in prefixes]
+    if not any(local_path(media.path).startswith(tuple(folders)) for media in sample.media):
         return sample
 
     def stripped(part: Text | Media) -> Text | Media:
-        found = next((f for f in folders if isinstance(part, Media) and part.path.startswith(f)), None)
-        return replace(part, path=part.path[len(found) :].lstrip("/")) if isinstance(part, Media) and found else part
+        path = local_path(part.path) if isinstance(part, Media) else ""
+        found = next((folder for folder in folders if path.startswith(folder)), None)
+        return replace(part, path=path[len(found) :].lstrip("/")) if isinstance(part, Media) and found else part
 
     messages = tuple(replace(m, content=tuple(stripped(part) for part in m.content)) for m in sample.messages)
     return replace(sample, messages=messages)
@@ -142,6 +144,8 @@ def text_of(row: Any, key: str, *, where: str = "") -> str:
     value = row.get(key)
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
+    if value is not None and not isinstance(value, str | list | dict):
+        raise BadSample(f"{where}'{key}' must be a text, found a {type(value).__name__}: {value}; write it as a text")
     if not isinstance(value, str) or not value.strip():
         raise BadSample(
             f"{where}'{key}' is missing or empty; expected a text, found {value!r} ({columns_of(row, key)})"

@@ -9,10 +9,12 @@ import zlib
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
-from data.media import MediaLoader
+from data.media import MediaLimits, MediaLoader
 from data.schema import Media, MediaError, NoTrack
+from data.sound import sound_track
 
 
 def frames(folder, name, kind="video"):
@@ -54,6 +56,25 @@ def test_sound_cut_in_the_middle(tmp_path, noise, write_video):
         cut(tmp_path / name, 0.6)
         with pytest.raises(MediaError, match=rf"{name}.*cut off"):
             windows(tmp_path, name)
+
+
+def test_stray_bytes_in_a_recording(tmp_path, noise):
+    """Behind the sound they cost nothing, in its middle a moment; where they are more than a few, the file is bad."""
+    stray = b"\0" * 3000
+    soundfile.write(tmp_path / "a.mp3", noise(3), 16_000)
+    whole = sound_track(tmp_path / "a.mp3", MediaLimits())
+    data = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(data + stray)
+    behind = sound_track(tmp_path / "a.mp3", MediaLimits())
+    assert torch.equal(behind[: len(whole)], whole)
+    assert len(behind) - len(whole) < 1600
+    middle = len(data) // 2
+    (tmp_path / "a.mp3").write_bytes(data[:middle] + stray + data[middle:])
+    assert abs(len(sound_track(tmp_path / "a.mp3", MediaLimits())) - len(whole)) < 3200
+    soundfile.write(tmp_path / "a.mp3", noise(0.5), 16_000)
+    (tmp_path / "a.mp3").write_bytes((tmp_path / "a.mp3").read_bytes() + stray)
+    with pytest.raises(MediaError, match=r"a\.mp3: 1 of its \d\d packets of sound cannot be decoded .*is damaged"):
+        windows(tmp_path, "a.mp3")
 
 
 def test_damaged_bytes_in_the_middle(tmp_path, write_video):

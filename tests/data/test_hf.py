@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import pickle
 
@@ -128,6 +129,49 @@ def test_tables_in_files_of_text(tmp_path, suffix):
     table.to_csv(file) if suffix == "csv" else table.to_json(file, lines=suffix == "jsonl")
     rows = open_source("hf", file, columns=COLUMNS)
     assert [sample.messages for sample in rows] == [expected(k) for k in range(5)]
+
+
+@pytest.mark.parametrize("stream", [None, 9])
+@pytest.mark.parametrize("place", ["rows.csv", "folder/train.csv"])
+def test_cells_of_csv_stay_the_texts_that_they_are(tmp_path, place, stream):
+    answers = ["007", "1", "None", "NA", "True", "1.50", "two\nlines"]
+    file = tmp_path / place
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w", encoding="utf-8-sig", newline="") as opened:
+        csv.writer(opened).writerows([["question", "", "answer", "id"], *(["?", "x", a, "07"] for a in answers), ["?"]])
+    rows = open_source("hf", file if stream or "/" not in place else file.parent, stream=stream, split="train")
+    assert [rows[k].answer for k in range(7)] == answers
+    assert rows[0].id == "07"
+    with pytest.raises(BadSample, match="'answer' is missing or empty"):
+        rows[7]
+
+
+def test_a_boolean_or_a_date_is_no_answer(tmp_path):
+    rows = [{"question": "?", "answer": True}, {"question": "?", "answer": False}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(BadSample, match="'answer' must be a text, found a bool: False; write it as a text"):
+        open_source("hf", tmp_path / "rows.parquet")[1]
+
+
+def test_a_prompt_where_rows_have_no_question(tmp_path):
+    file = tmp_path / "speech.jsonl"
+    file.write_text('{"audio": "a.wav", "text": "Hello."}\n')
+    columns = {"speech": "audio", "answer": "text"}
+    (spoken,) = open_source("hf", file, columns=columns, prompt="Transcribe.")
+    content = (Media("audio", "a.wav", "speech"), Text("Transcribe.", question=True))
+    assert spoken.messages == (Message("user", content), Message("assistant", (Text("Hello."),)))
+    with pytest.raises(UserError, match=r"no column 'question' .*or \{prompt: TEXT\}"):
+        open_source("hf", file, columns=columns)
+    with pytest.raises(UserError, match=r"no column 'asked'"):
+        open_source("hf", file, columns=columns | {"question": "asked"}, prompt="Transcribe.")
+    for given in ({"columns": columns | {"question": ""}}, {"columns": {"answer": ""}, "prompt": "Transcribe."}):
+        with pytest.raises(UserError, match=r"a row wants a question and an answer; .* or \{prompt: TEXT\}"):
+            open_source("hf", file, **given)
+    with pytest.raises(UserError, match="`prompt` belongs to layout: columns"):
+        open_source("hf", file, layout="swift", prompt="Transcribe.")
+    file.write_text("".join(json.dumps({"question": q, "answer": "a"}) + "\n" for q in ("Who?", " ", None)))
+    rows = open_source("hf", file, prompt="What?")
+    assert [sample.messages[0].text for sample in rows] == ["Who?", "What?", "What?"]
 
 
 def test_a_folder_of_pictures_with_their_table(tmp_path):

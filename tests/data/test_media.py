@@ -131,15 +131,24 @@ def test_grey_and_16_bit_images(tmp_path):
 def test_16_bits_in_formats_that_pillow_opens_as_wider_ones(tmp_path):
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     (tmp_path / "a.pgm").write_bytes(b"P5 8 8 65535\n" + ramp.astype(">u2").tobytes())
-    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "a.tif")
-    for name in ("a.pgm", "a.tif"):
+    (tmp_path / "b.pgm").write_bytes(b"P5 8 8 4095\n" + (ramp >> 4).astype(">u2").tobytes())
+    Image.fromarray(ramp).save(tmp_path / "a.tif")
+    for name in ("a.pgm", "b.pgm", "a.tif"):
         got = MediaLoader(tmp_path).frames(image(name), 1)[0, 0]
         assert torch.equal(got, torch.from_numpy((ramp >> 8).astype(np.uint8))), name
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
-    Image.fromarray(ramp.astype(np.int32) * 1000).save(tmp_path / "wide.tif")
-    for name in ("float.tif", "wide.tif"):
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "wide.tif")
+    Image.fromarray(ramp.astype(np.int32) >> 8).save(tmp_path / "dark.tif")
+    for name in ("float.tif", "wide.tif", "dark.tif"):
         with pytest.raises(MediaError, match="no white that is known"):
             MediaLoader(tmp_path).frames(image(name), 1)
+
+
+def test_avif(tmp_path):
+    Image.new("RGB", (16, 8), (200, 40, 40)).save(tmp_path / "a.avif")
+    got = MediaLoader(tmp_path).frames(image("a.avif"), 1)
+    assert got.shape == (1, 3, 8, 16)
+    assert (got[0, :, 4, 8] - torch.tensor([200, 40, 40]).float()).abs().max() < 8
 
 
 def test_a_damaged_exif_entry_beside_the_orientation(tmp_path):
@@ -212,6 +221,28 @@ def test_a_track_that_starts_later_is_moved_to_its_time(tmp_path, write_video, n
     np.testing.assert_allclose(heard[8000:24_000], sound, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "pcm_s16le"), ("a.mp4", "aac")])
+def test_silence_stands_for_packets_that_were_dropped(tmp_path, write_video, noise, name, codec):
+    write_video(tmp_path / "whole.mkv", [0] * 40, sound=noise(4.0), sound_codec=codec)
+
+    def heard(lost):
+        with av.open(str(tmp_path / "whole.mkv")) as source, av.open(str(tmp_path / name), "w") as target:
+            streams = {s.index: target.add_stream_from_template(s) for s in source.streams}
+            for packet in source.demux():
+                time = packet.pts and packet.pts * packet.time_base
+                if packet.size and not (packet.stream.type == "audio" and lost(time)):
+                    packet.stream = streams[packet.stream.index]
+                    target.mux(packet)
+        windows = MediaLoader(tmp_path).windows(audio(name), 5, 1.0, whole=True)
+        return windows.samples.flatten()[: int(windows.lengths.sum())].numpy()
+
+    whole, found = heard(lambda time: False), heard(lambda time: 1 < time < 2)
+    assert len(found) == len(whole)
+    for kept in (slice(0, 15_000), slice(35_000, 63_000)):  # packets of 64 ms, and AAC's decoder remembers one
+        np.testing.assert_allclose(found[kept], whole[kept], atol=2e-4)
+    assert not found[18_000:32_000].any()
+
+
 def test_windows_that_hold_the_whole_sound(tmp_path, noise):
     sound = noise(2.5)
     soundfile.write(tmp_path / "a.wav", sound, 16_000, subtype="FLOAT")
@@ -238,6 +269,24 @@ def test_speech_is_heard_to_its_end_or_refused(tmp_path, noise):
     assert loader.windows(audio("talk.wav"), 3, 1.0, whole=True).lengths.tolist() == [16_000, 16_000, 1_600]
     with pytest.raises(OverLimit, match=r"talk\.wav: lasts 2\.10 s, longer than the 2 x 1 s .* raise `segments`"):
         loader.windows(audio("talk.wav"), 2, 1.0, whole=True)
+
+
+def test_the_padding_of_a_codec_behind_speech_that_fills_its_windows_is_cut(noise):
+    sound = torch.from_numpy(noise(2.05))
+    windows = cut_windows(sound, 2, 1.0, whole=True)
+    assert windows.lengths.tolist() == [16_000, 16_000]
+    assert torch.equal(windows.samples.flatten(), sound[:32_000])
+
+
+def test_nist_sphere(tmp_path, noise):
+    """A recording as TIMIT, WSJ and Switchboard have it: a text of 1024 bytes, then PCM."""
+    fields = ("sample_count -i 8000", "sample_n_bytes -i 2", "channel_count -i 1", "sample_byte_format -s2 01",
+              "sample_rate -i 16000", "sample_coding -s3 pcm")  # fmt: skip
+    head = "\n".join(["NIST_1A", "   1024", *fields, "end_head\n"]).ljust(1024).encode()
+    pcm = (noise(0.5) * 32767).astype("<i2")
+    (tmp_path / "a.sph").write_bytes(head + pcm.tobytes())
+    heard = MediaLoader(tmp_path).windows(audio("a.sph"), 1, 0.5, whole=True)
+    np.testing.assert_allclose(heard.samples[0].numpy(), pcm / 32768, atol=1e-6)
 
 
 @pytest.mark.parametrize("total", [1, 15_999, 16_000, 16_001, 47_999, 48_000, 48_001, 100_003])
@@ -283,8 +332,19 @@ def test_paths_stay_inside_media_dir(tmp_path):
         assert free.frames(image(name), 1).shape == (1, 3, 4, 4)
 
 
+def test_a_file_url_is_the_path_in_it(tmp_path):
+    (tmp_path / "a b%.mp4").write_bytes(b"x")
+    url = f"file://{tmp_path}/a%20b%25.mp4"
+    assert MediaLoader(None, allow_outside=True).resolve(video(url)) == tmp_path / "a b%.mp4"
+    for name in (url, url.replace("file:", "FILE:")):
+        with pytest.raises(MediaError, match=rf"'{tmp_path}/a b%.mp4' is an absolute path"):
+            MediaLoader(tmp_path).resolve(video(name))
+    with pytest.raises(MediaError, match="names no file"):
+        MediaLoader(tmp_path).resolve(video("file:///a%00b"))
+
+
 @pytest.mark.parametrize(
-    "name", ["https://host/a.mp4", "FILE:///etc/passwd", "file:a.mp4", "data:video/mp4;base64,AA", "s3://b/a"]
+    "name", ["https://host/a.mp4", "file://host/etc/passwd", "file:a.mp4", "data:video/mp4;base64,AA", "s3://b/a"]
 )
 def test_urls_are_never_read(tmp_path, name):
     for allow in (False, True):

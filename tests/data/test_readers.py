@@ -263,9 +263,45 @@ def test_swift_as_published(tmp_path):
     assert rows[4].messages == (Message("system", (Text("Be brief."),)), user("Hi"), said("Ho"))
 
 
+def test_swift_puts_missing_placeholders_in_front(tmp_path):
+    row = {
+        "messages": openai("What?", "A.", "And in <image>?", "B."),
+        "images": ["a.jpg", "b.jpg"],
+        "audios": ["a.wav"],
+    }
+    rows = open_source("swift", write(tmp_path / "a.json", [row]))
+    assert rows[1].messages == (
+        told(image("a.jpg"), audio("a.wav"), "What?"), said("A."), user("And in ", image("b.jpg"), "?"), said("B."),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("switch", [{"loss": False}, {"weight": 0}])
+def test_an_answer_kept_out_of_the_loss_is_history_only(tmp_path, switch):
+    talked, written = openai("1?", "wrong", "2?", "two", "3?", "three"), talk("1?", "wrong", "2?", "two")
+    for message, key in ((m, "value" if "value" in m else "content") for m in talked + written):
+        message |= switch if message[key] == "wrong" else {"loss": None, "weight": 1}
+    for source, row, answers in (
+        ("swift", {"messages": talked}, ["two", "three"]),
+        ("messages", {"messages": talked}, ["two", "three"]),
+        ("sharegpt", {"conversations": written}, ["two"]),
+    ):
+        rows = open_source(source, write(tmp_path / "a.json", [row, {"id": "x"} | row]))
+        assert [sample.answer for sample in rows] == answers * 2
+        assert rows[0].messages[:3] == (told("1?"), said("wrong"), user("2?"))
+    talked[3] |= switch
+    talked[5] |= switch
+    assert "none of its messages is the assistant's and bears loss" in reason("swift", tmp_path, {"messages": talked})
+
+
 def test_swift_broken_rows(tmp_path):
-    row = {"messages": openai("<image>Which?", "The left."), "images": ["a.jpg", "b.jpg"]}
-    assert "the texts hold 1 <image>, but the row names 2 images" in reason("swift", tmp_path, row)
+    row = {"messages": openai("<image><image>Which?", "The left."), "images": ["a.jpg"]}
+    assert "the texts hold 2 <image>, but the row names 1 images" in reason("swift", tmp_path, row)
+    boxes = {"messages": openai("Find the <ref-object>.", "<bbox>"), "objects": {"ref": ["x"], "bbox": [[1, 2]]}}
+    assert "<ref-object> stands for an entry of 'objects'" in reason("swift", tmp_path, boxes)
+    boxes["messages"] = openai([{"type": "text", "text": "Find it."}], "<bbox>")
+    assert "<bbox> stands for an entry of 'objects'" in reason("swift", tmp_path, boxes)
+    del boxes["objects"]
+    assert open_source("swift", write(tmp_path / "a.json", [boxes]))[0].answer == "<bbox>"
     assert "none of its messages is the assistant's" in reason("swift", tmp_path, {"messages": openai("Hi")})
     assert "there is no 'messages', no 'response' and no 'conversation'" in reason("swift", tmp_path, {"text": "x"})
     alone = {"messages": [{"role": "assistant", "content": "I love music"}]}
@@ -321,8 +357,14 @@ def test_audiocaps_as_published(tmp_path):
     named = open_source("audiocaps", path, file="train/Y{youtube_id}_{start_time}.flac", prompt="What?")
     assert named[1].messages[0] == user(audio("train/Y_9mgOkzm-xg_30.flac"), "What?")
     assert pickle.loads(pickle.dumps(named))[1] == named[1]
+    padded = open_source("audiocaps", path, file="{youtube_id}_{start_time:06d}.wav")
+    assert padded[1].media == [audio("_9mgOkzm-xg_000030.wav")]
     with pytest.raises(UserError, match="file: unknown column 'youtubeid'; did you mean 'youtube_id'"):
         open_source("audiocaps", path, file="{youtubeid}.wav")
+    with pytest.raises(UserError, match=r"file: '06z' in '\{start_time:06z\}' is no format of a whole number"):
+        open_source("audiocaps", path, file="{start_time:06z}.wav")
+    with pytest.raises(BadSample, match="'youtube_id' must be a whole number to be written as '06d', found 'r1nic"):
+        open_source("audiocaps", path, file="{youtube_id:06d}.wav")[0]
 
 
 def test_audiocaps_broken_files_and_rows(tmp_path):
@@ -419,6 +461,9 @@ def test_strip_prefix_is_safe(tmp_path):
         with pytest.raises(MediaError, match=message):
             loader.resolve(medium)
     assert [sample.media[0].path for sample in rows.head(1)] == ["a.wav"]
+    path = jsonl(tmp_path / "b.jsonl", {"source": "file:///old/media/a%20b.wav", "target": "x"})
+    for prefix in ("/old/media", "file:///old/media/"):
+        assert open_source("slam", path, strip_prefix=prefix)[0].media[0].path == "a b.wav"
 
 
 def test_every_source_takes_strip_prefix_and_tells_unknown_options(tmp_path):
@@ -537,6 +582,18 @@ def test_a_system_message_goes_before_the_column(tmp_path):
     for source in ("sharegpt", "swift"):
         rows = open_source(source, write(tmp_path / "a.json", [{"messages": talked, "system": "Be brief."}]))
         assert rows[0].messages[0].text == "Be kind."
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_empty_system_message_is_none(tmp_path, empty):
+    asked = [{"role": "system", "content": empty}, *openai("Hi", "Ho")]
+    told = {"conversations": [{"from": "system", "value": empty}, *talk("Hi", "Ho")]}
+    for source, row in (("messages", {"messages": asked}), ("swift", {"messages": asked}), ("sharegpt", told),
+                        ("llava", told)):  # fmt: skip
+        rows = open_source(source, write(tmp_path / "a.json", [row]))
+        assert rows[0].messages == (user("Hi"), said("Ho"))
+    rows = open_source("llava", write(tmp_path / "a.json", [told | {"system": "Be brief."}]))
+    assert rows[0].messages[0].text == "Be brief."
 
 
 def test_sharegpt_knows_the_names_of_tools(tmp_path):

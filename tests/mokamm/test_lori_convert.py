@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,27 @@ def test_published_folders_and_masks(published: tuple, tmp_path: Path, capsys: p
     assert main([str(folder), str(tmp_path / "c"), "--mask", str(pickled)]) == 0
     own = wrap(small_llm(), "lori_s", ["text"], {**OPTIONS, "target_modules": ["q_proj", "up_proj"]})
     own.base_model.set_mask(mask)  # a published mask says nothing about A
+
+
+@pytest.mark.parametrize(
+    ("trained", "named"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "config sets modules_to_save"),
+        ({"trainable_token_indices": [3]}, "config sets trainable_token_indices"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "adapts embeddings, by .*embed_tokens.lora_embedding_A"),
+    ],
+)
+@pytest.mark.parametrize("to", ["lora", "lori_s"])
+def test_what_is_trained_beside_a_and_b_is_refused_by_name(
+    tmp_path: Path, trained: dict, named: str, to: str, capsys: pytest.CaptureFixture
+) -> None:
+    model = get_peft_model(
+        small_llm(), LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **trained})
+    )
+    model.save_pretrained(tmp_path / "lora")
+    assert main([str(tmp_path / "lora"), str(tmp_path / "out"), "--to", to]) != 0
+    assert re.search(f"is no plain LoRA: .*{named}", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_pickled_adapters_are_read_as_weights_only(published: tuple, tmp_path: Path) -> None:
