@@ -45,11 +45,15 @@ log = logging.getLogger("mokamm")
 
 
 def build_model(
-    config: RunConfig, device: torch.device | str | None = None, for_training: bool = False, init: bool = True
+    config: RunConfig,
+    device: torch.device | str | None = None,
+    for_training: bool = False,
+    init: bool = True,
+    placed: bool = True,
 ) -> MultimodalLM:
     """A model as the config says; `init=False` leaves out `training.init_from`.
 
-    Raises UserError, EncoderError or AdapterError for a part that is unknown, missing or does not fit.
+    placed: False leaves LLM and projectors in the computer's memory; the encoders are on the device. Raises UserError, EncoderError or AdapterError for a part that is unknown, missing or does not fit.
     """
     device = choose_device(device)
     modalities = config.model.modalities
@@ -72,7 +76,7 @@ def build_model(
     if init and config.training.init_folders:
         load_init(model, config.training.init_folders)
     perception.to(device)
-    return model.to(device).train(for_training)
+    return (model.to(device) if placed else model).train(for_training)
 
 
 def build_processor(config: RunConfig, weights: bool = True) -> tuple[Processor, dict[str, Encoder]]:

@@ -263,12 +263,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float | None) -> dict[str, An
             "row fits; raise it, or use fewer segments or projector tokens"
         )
     gpu_bytes, building = gpu_gb * 2**30, forecast.building()
-    if known and device.type == "cuda" and building > gpu_bytes:
-        problems.append(
-            f"each of {ranks} processes has all weights on its GPU, {size(building)}, before anything is sharded, and that "
-            f"has {size(gpu_bytes)}: smaller weights help (model.llm.dtype=bfloat16, model.llm.quantization, a smaller LLM)"
-        )
-    elif forecast.network and known and device.type == "cuda" and (total := forecast.memory().total) > gpu_bytes:
+    if forecast.network and known and device.type == "cuda" and (total := forecast.memory().total) > gpu_bytes:
         fitting = [name for name, found in memory.items() if found["total"] <= gpu_bytes]
         problems.append(
             f"as configured, each of {ranks} processes is predicted to take {size(total)} of a GPU of {size(gpu_bytes)}; "
@@ -355,7 +350,9 @@ def show(config: RunConfig, path: str, found: list[Finding], shapes: dict[str, A
         fits = "" if memory["total"] <= shapes["gpu_bytes"] else f"  more than the GPU's {size(shapes['gpu_bytes'])}"
         host = f", and {size(memory['host'])} of the computer's" if memory["host"] else ""
         print(f"    {name:15} {size(memory['total']):>8}{host}{fits}")
-    print(f"    {'while building':15} {size(shapes['building']):>8}, all weights, before ZeRO-3 shards them")
+    print(
+        f"    {'(ZeRO-3 reads':15} {size(shapes['building']):>8} into the computer's memory for each process before it shards)"
+    )
     for name, why in shapes["not_counted"].items():
         print(f"  not counted: {name}: {why}")
 

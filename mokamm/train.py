@@ -101,6 +101,7 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     from mokamm.training import checkpoint, finish, launch, rate, two_phase
     from mokamm.training.corpus import build_corpus
     from mokamm.training.disk import writing
+    from mokamm.training.engine import shards_weights
     from mokamm.training.forecast import Forecast, explained
     from mokamm.training.loop import fit
     from mokamm.training.optimization import moving
@@ -109,7 +110,7 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     if two_phase.needs_mask(config):
         two_phase.calibrate(config, folder, ranks, train)
     with explained(None):
-        model = build_model(config, ranks.device, for_training=True)
+        model = build_model(config, ranks.device, for_training=True, placed=not shards_weights(config.training))
     parts = trainable_parts(model)
     corpus = build_corpus(config, model.processor)
     chosen = rate.resolve(config, model.llm.config, len(corpus.train), ranks.world)

@@ -117,6 +117,8 @@ class DeepSpeedEngine:
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.scale = ranks.world * training.gradient_accumulation_steps  # DeepSpeed averages over both
         self.rank, self.world = ranks.rank, ranks.world
+        if self.stage == 3:
+            _shard(model, config, training.bf16, ranks.device)
         optimizer = _optimizer_class(config)(groups, **optimizer_arguments(training))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self.stage == 3:
@@ -183,6 +185,30 @@ class DeepSpeedEngine:
         Under ZeRO-3 its own parts hold each other beyond that: this rank's share of the weights stays.
         """
         self.engine.destroy()
+
+
+def shards_weights(training: TrainingConfig) -> bool:
+    """Whether ZeRO-3 is asked for: its model waits in the computer's memory, of which the engine gives the GPU its share."""
+    config = json.loads(find_path(training.deepspeed).read_text()) if training.deepspeed else {}
+    return (config.get("zero_optimization") or {}).get("stage") == 3
+
+
+def _shard(model: nn.Module, config: dict[str, Any], bf16: bool, device: torch.device) -> None:
+    """One weight after the other goes to the device, and there this rank keeps its share of it.
+
+    As deepspeed.initialize does, which would put the whole model there first.
+    """
+    import deepspeed
+
+    offload = config["zero_optimization"].get("offload_param") or {}
+    where = None if offload.get("device", "none") == "none" else offload["device"]
+    if bf16:  # initialize wants it so of weights that are sharded already
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    pin = bool(offload.get("pin_memory", False))
+    deepspeed.zero.Init(module=model, config_dict_or_path=config, remote_device=where, pin_memory=pin)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 NOT_SAVED = ("loss_scaler", "param_slice_mappings")  # objects that the next start builds anew, equal

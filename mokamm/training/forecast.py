@@ -85,7 +85,7 @@ class Forecast:
         return self.memory().total + self.libraries
 
     def building(self) -> float:
-        """Bytes of all weights, which each process has on its GPU before ZeRO-3 shards them."""
+        """Bytes of all weights, which each process has in the computer's memory before ZeRO-3 shards them."""
         return sum(w.elements * w.bytes_each for w in self.weights) + self.libraries
 
     def zero_stages(self) -> tuple[int, ...]:
@@ -117,7 +117,7 @@ class Forecast:
         if self.libraries:
             lines.append(f"  Python and its libraries take {size(self.libraries)} beside it")
         if s.stage == 3 and self.building() > self.total():
-            lines.append(f"  while the model is built, each process has all of its weights: {size(self.building())}")
+            lines.append(f"  until it is sharded, each process has {size(self.building())} in the computer's memory")
         if self.capacity and self.total() > self.capacity:
             lines += [f"note: that is more than the {size(self.capacity)} there are; what would help most:"]
             lines += self.advice()

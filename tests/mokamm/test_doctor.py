@@ -238,9 +238,9 @@ def test_a_gpu_that_is_too_small_is_a_problem(capsys, monkeypatch):
     recipe = "configs/av_text/llama2_7b/ave.yaml"
     code, found = examined(capsys, recipe, "--shapes", "--gpu-gb", "2")
     assert code == 1
-    assert "has all weights on its GPU" in found["problems"][0]
-    code, found = examined(capsys, recipe, "--shapes", "--gpu-gb", "16")  # ZeRO-2 as configured takes 17
-    assert "of a GPU of 16.00 GB; zero3, zero3_offload would fit" in found["problems"][0]
+    assert "GB of a GPU of 2.00 GB; no ZeRO stage would fit" in found["problems"][0]
+    code, found = examined(capsys, recipe, "--shapes", "--gpu-gb", "10")  # ZeRO-2 as configured takes 17
+    assert "of a GPU of 10.00 GB; zero3, zero3_offload would fit" in found["problems"][0]
 
 
 def test_recipes_say_what_the_paper_says():
