@@ -142,14 +142,52 @@ def test_air_bench(tmp_path: Path) -> None:
         "choice_c": None,
         "answer_gt": "glad",
     }
-    row |= {"task_name": "Emotion_Recognition", "dataset_name": "meld", "uniq_id": 5}
+    row |= {"task_name": "Speaker_Emotion_Recontion", "dataset_name": "meld", "uniq_id": 5}
     sound = row | {"task_name": "Audio_Grounding", "dataset_name": "g"}
     path = tmp_path / "Foundation_meta.json"
     path.write_text(json.dumps([row, sound]))
     (speech,) = load("air_bench", path)
-    assert asked(speech) == ("Mood?\nA. sad\nB. glad", [("audio", "Emotion_Recognition_meld/1.wav", "speech")], "B")
+    place = ("audio", "Speaker_Emotion_Recontion_meld/1.wav", "speech")
+    assert asked(speech) == ("Mood?\nA. sad\nB. glad", [place], "B")
     grounding = load("air_bench", path, tasks="all")[1]
     assert asked(grounding)[1] == [("audio", "Audio_Grounding_g/1.flac", "audio")]
+
+
+# the 25 folders of Foundation/, as published, without their data sets' names
+AIR_BENCH_SPEECH = [
+    "Speaker_Age_Prediction", "Speaker_Emotion_Recontion", "Speaker_Gender_Recognition",
+    "Speaker_Intent_Classification", "Speaker_Number_Verification", "Speech_Entity_Reconition", "Speech_Grounding",
+    "Spoken_Language_Identification", "Synthesized_Voice_Detection",
+]  # fmt: skip
+AIR_BENCH_OTHERS = [
+    "Acoustic_Scene_Classification", "Audio_Grounding", "Sound_AQA", "vocal_sound_classification", "Music_AQA",
+    "Music_Genre_Recognition", "Music_Instruments_Classfication", "Music_Midi_Pitch_Analysis",
+    "Music_Midi_Velocity_Analysis", "Music_Mood_Recognition",
+]  # fmt: skip
+
+
+def test_air_bench_asks_all_nine_speech_tasks_and_no_task_vanishes(tmp_path: Path) -> None:
+    row = {
+        "path": "1.wav",
+        "question": "?",
+        "choice_a": "one",
+        "choice_b": "two",
+        "answer_gt": "one",
+        "dataset_name": "d",
+    }
+    path = tmp_path / "Foundation_meta.json"
+
+    def tasks(*names: str | None) -> list[Any]:
+        path.write_text(json.dumps([row | {"task_name": name} for name in names]))
+        return [found.meta.get("task_name", found.error) for found in load("air_bench", path)]
+
+    assert tasks(*AIR_BENCH_SPEECH, *AIR_BENCH_OTHERS) == AIR_BENCH_SPEECH
+    corrected = ["Emotion_Recognition", "Speech_Entity_Recognition", "Intent_Classification"]
+    assert tasks(*corrected) == corrected
+    assert "'task_name' is missing" in tasks(None)[0]
+    with pytest.raises(UserError, match="Speech_Groundin; did you mean 'Speech_Grounding'"):
+        tasks("Speech_Groundin")
+    assert len(load("air_bench", path, tasks="all")) == 1
 
 
 def test_ave_and_music_avqa(tmp_path: Path) -> None:

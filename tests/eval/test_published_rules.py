@@ -385,7 +385,13 @@ def test_air_bench_by_the_publishers_scorer(tmp_path: Path) -> None:
     said = ["B", "B. sad", "The answer is B.", "sad", "None", "", "happy", "I feel it", "Angry"]
     rows = [
         {"path": f"{i}.wav", "question": "Which mood?", "choice_a": "happy", "choice_b": "sad", "choice_c": None}
-        | {"answer_gt": "sad", "task_name": "Emotion_Recognition", "dataset_name": "x", "uniq_id": i, "response": text}
+        | {
+            "answer_gt": "sad",
+            "task_name": "Speaker_Emotion_Recontion",
+            "dataset_name": "x",
+            "uniq_id": i,
+            "response": text,
+        }
         for i, text in enumerate(said)
     ]
     result = scored(tmp_path, "air_bench", rows)
