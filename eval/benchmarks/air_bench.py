@@ -59,6 +59,7 @@ CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 class AirBench(MultipleChoice):
     name = "air_bench"
     categories: ClassVar[tuple[str, ...]] = ("task_name",)
+    texts_are_true = True
     home = (
         "get the Foundation folder from huggingface.co/datasets/qyang1021/AIR-Bench-Dataset, name its "
         "Foundation_meta.json as the path and the folder as the media folder"
