@@ -47,7 +47,7 @@ def test_mme(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "count/1.jpg").write_bytes(b"")
     (tmp_path / "count/1.txt").write_text(
-        "Two dogs? Please answer yes or no.\tYes\nThree? Please answer yes or no.\tNo\n"
+        "Two\u2028dogs? Please answer yes or no.\tYes\nThree? Please answer yes or no.\tNo\n", encoding="utf-8"
     )
     (tmp_path / "posters/images/tt1.png").write_bytes(b"")
     (tmp_path / "posters/questions_answers_YN/tt1.txt").write_text("Is it Heat?\tYes\nno tab here\n")
@@ -212,9 +212,11 @@ def test_ave_and_music_avqa(tmp_path: Path) -> None:
 def test_librispeech(tmp_path: Path) -> None:
     folder = tmp_path / "1089" / "134686"
     folder.mkdir(parents=True)
-    (folder / "1089-134686.trans.txt").write_text("1089-134686-0000 HE HOPED THERE\n1089-134686-0001\n")
+    (folder / "1089-134686.trans.txt").write_text(
+        "1089-134686-0000 HE HOPED\u2028THERE\n1089-134686-0001\n", encoding="utf-8"
+    )
     good, bad = load("librispeech", tmp_path)
-    assert asked(good)[1:] == ([("audio", "1089/134686/1089-134686-0000.flac", "speech")], "HE HOPED THERE")
+    assert asked(good)[1:] == ([("audio", "1089/134686/1089-134686-0000.flac", "speech")], "HE HOPED\u2028THERE")
     assert good.unit == "1089-134686"
     assert bad.error is not None
 
@@ -283,6 +285,7 @@ def test_folders_that_are_none(tmp_path: Path, name: str) -> None:
         ("mmbench", "index\tquestion\n1\tx\n", "has no column A, B, answer, image"),
         ("seed_bench", "[]", 'expected {"questions"'),
         ("seed_bench", "{", "is not JSON"),
+        ("seed_bench", '{"a": "one\u2028two",\n oops}', "line 2, column 2: .*; found 'oops}'"),
         ("air_bench", "{}", "expected a JSON array"),
         ("audiocaps", "x,y\n1,2\n", "has no column youtube_id, caption"),
         ("multiple_choice", "\n", "holds no rows"),
