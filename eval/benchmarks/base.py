@@ -116,7 +116,8 @@ class Benchmark(ABC):
 
     truth_options: further options where only the true answers are wanted. measure: what `score` is. scale: "share" (0
     to 1) or "points". home: where the data come from and where to put them. separated_by: what a published row must
-    carry to be told from another one ("media", "question"). lower_is_better: the score counts errors.
+    carry to be told from another one ("media", "question"). index_is_id: the `index` of a published row is the id of its
+    annotation. lower_is_better: the score counts errors.
     """
 
     name: ClassVar[str]
@@ -127,6 +128,7 @@ class Benchmark(ABC):
     scale: ClassVar[str] = "share"
     home: ClassVar[str] = ""
     separated_by: ClassVar[tuple[str, ...]] = ("media", "question")
+    index_is_id: ClassVar[bool] = False
     lower_is_better: ClassVar[bool] = False
     prompt: Callable[..., Sample]  # (record, index, *, options), where there is no source
 
@@ -202,6 +204,10 @@ class Benchmark(ABC):
     def same_truth(self, row: Row, truth: Row) -> bool:
         """Whether a row's own true answer is that of an annotation."""
         return normalise(row.answer) == normalise(truth.answer)
+
+    def options_for(self, found: Sequence[Fields]) -> dict[str, Any]:
+        """The options under which an annotation file holds the truths of these rows of a predictions file."""
+        return self.truth_options
 
     def covers_other_splits(self, path: Path, rows: int) -> bool:
         """Whether an annotation file holds more than the split that is asked, by its name and its number of rows."""

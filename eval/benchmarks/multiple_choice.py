@@ -96,7 +96,8 @@ class MultipleChoice(RightOrWrong):
         return true_letter(row.answer, self.choices_of(row))
 
     def same_truth(self, row: Row, truth: Row) -> bool:
-        return self.truth_of(row) == self.truth_of(truth)
+        own = self.truth_of(row) or true_letter(row.answer, self.choices_of(truth), self.texts_are_true)
+        return own == self.truth_of(truth)
 
     def truth_error(self, row: Row) -> str | None:
         return None if self.truth_of(row) else f"the true answer is no option's letter: {row.answer[:60]!r}"

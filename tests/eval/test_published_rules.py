@@ -389,6 +389,10 @@ def test_circular_evaluation(tmp_path: Path) -> None:
     assert (strict["circular"], strict["vanilla"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert strict["score"] == pytest.approx(4 / 6)
     assert "circular" not in scored(tmp_path, "mmbench", rows[::2])["rules"]["strict"]
+    without = scored(tmp_path, "mmbench", [row for row in rows if row["index"] != 1_000_000])["rules"]["strict"]
+    assert (without["circular"], without["vanilla"]) == (0.0, pytest.approx(2 / 3))  # question 0 lacks a pass
+    whole = [row | {"question": "Which?\nA. x\nB. y\nC. z"} for row in rows]
+    assert scored(tmp_path, "mmbench", whole)["rules"]["strict"]["circular"] == 0.0  # three options, two passes
 
 
 # ---- MMAU, AIR-Bench -------------------------------------------------------------------------------------------------
