@@ -58,6 +58,10 @@ class AudioCaps(Benchmark):
         captions = (as_text(fields.meta.get(key)) for key in REFERENCES if fields.meta.get(key))
         return next((caption for caption in captions if caption), fields.truth)
 
+    def same_truth(self, row: Row, truth: Row) -> bool:
+        """Whether they have a caption in common."""
+        return bool(set(_references(row)) & set(_references(truth)))
+
     def parse(self, text: str) -> str | None:
         return " ".join(tokens(text)) or None
 
