@@ -39,6 +39,10 @@ def test_whispers_normaliser(text: str, expected: str) -> None:
     assert whisper_normalised(text) == expected
 
 
+def test_diacritics_of_other_languages_stay() -> None:
+    assert whisper_normalised("Café, (äh) schön!", english=False) == "café schön"
+
+
 def test_it_equals_transformers_own() -> None:
     """With the same table of spellings, on texts of ordinary length."""
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
