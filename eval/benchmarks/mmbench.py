@@ -2,8 +2,8 @@
 
 File, as published (github.com/open-compass/MMBench): a TSV such as mmbench_dev_20230712.tsv or MMBench_DEV_EN.tsv with
 the columns index, question, hint, A, B, C, D, answer, category, image, l2-category, ...; the picture stands in the cell
-as base64, or as the index of the row that holds it. Pictures are written once, when the file is loaded, to the folder
-FILE.images/ beside it (FILE without its ending): the media folder is the file's own.
+as base64, or as the index of the row that holds it. Pictures are written when the file is loaded, where they are not
+there yet or others, to the folder FILE.images/ beside it (FILE without its ending): the media folder is the file's own.
 
 Predictions: rows {"index", "image_path", "question", "answer", "output": [text]}. The score is plain accuracy over all
 rows, letters as in choices.py. CircularEval asks each question as often as it has options, the options moved on by one
@@ -35,6 +35,7 @@ from eval.benchmarks.choices import LETTERS, true_letter
 from eval.benchmarks.fields import Fields
 from eval.benchmarks.multiple_choice import MultipleChoice
 from eval.benchmarks.questions import read_table
+from mokamm.training.disk import replacing
 
 PASS = 1_000_000  # what one pass of CircularEval adds to a question's index
 OPTIONS = "ABCDE"
@@ -139,7 +140,7 @@ def _passes(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _picture(record: dict[str, Any], folder: Path, stem: str, write: bool) -> str:
-    """The picture's path in `folder`; if told to, written there from the cell's base64 where it is not yet."""
+    """The picture's path in `folder`; if told to, written there from the cell's base64 where it is not yet, or another."""
     try:
         index = int(str(record.get("image_index") or record.get("index"))) % PASS
     except ValueError:
@@ -148,13 +149,15 @@ def _picture(record: dict[str, Any], folder: Path, stem: str, write: bool) -> st
     if cell.isdigit() and len(cell) < 12:  # the row that holds the picture
         return f"{stem}.images/{int(cell) % PASS}.jpg"
     path = folder / f"{stem}.images" / f"{index}.jpg"
-    if write and not path.is_file():
+    if write:
         try:
             content = base64.b64decode(cell, validate=True)
         except (binascii.Error, ValueError):
             raise BadSample(f"the picture of row {index} is not base64") from None
         if not content:
             raise BadSample(f"row {index} has no picture")
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
+        if not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as beside:
+                beside.write_bytes(content)
     return f"{stem}.images/{index}.jpg"

@@ -99,6 +99,18 @@ def test_mmbench_asks_every_pass(tmp_path: Path) -> None:
     assert (figures["circular"], figures["vanilla"], figures["questions"]) == (0.5, 1.0, 2)
 
 
+def test_mmbench_replaces_pictures_that_are_torn_or_of_another_table(tmp_path: Path) -> None:
+    path, picture = mmbench(tmp_path), tmp_path / "mmbench_dev.images/7.jpg"
+    load("mmbench", path)
+    first = picture.stat().st_ino
+    load("mmbench", path)
+    assert picture.stat().st_ino == first  # the same picture is left alone
+    picture.write_bytes(b"a pic")
+    load("mmbench", path)
+    assert picture.read_bytes() == b"a picture"
+    assert [file.name for file in picture.parent.glob(".*")] == []
+
+
 def test_scoring_writes_no_pictures(tmp_path: Path) -> None:
     load("mmbench", mmbench(tmp_path), **BENCHMARKS["mmbench"].truth_options)
     assert not (tmp_path / "mmbench_dev.images").exists()

@@ -339,6 +339,12 @@ def test_a_table_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["pope", "--predictions", "."], "the predictions file cannot be read"),
         (["pope", "--predictions", "p", "--annotations", "absent.json"], "get coco_pope_"),
         (["ave", "--predictions", "p", "--annotations", "absent.txt"], "AVE_Dataset.zip"),
+        (["mmbench", "--predictions", "p", "--annotations", "."], "Is a directory"),
+        (["audiocaps", "--predictions", "p", "--annotations", "."], "Is a directory"),
+        (["mmbench", "--predictions", "p", "--annotations", "latin"], "is not UTF-8 text"),
+        (["audiocaps", "--predictions", "p", "--annotations", "latin"], "is not UTF-8 text"),
+        (["pope", "--predictions", "p", "--annotations", "."], "Is a directory"),
+        (["pope", "--predictions", "p", "--annotations", "latin"], "is not UTF-8 text"),
     ],
 )
 def test_mistakes_end_in_one_message(
@@ -350,6 +356,7 @@ def test_mistakes_end_in_one_message(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "p", [pope(0)])
+    (tmp_path / "latin").write_bytes("index\tcaf\xe9\n".encode("latin-1"))
     assert main(arguments) == 2
     output = capsys.readouterr()
     assert (output.out, output.err.startswith("error: ")) == ("", True)
