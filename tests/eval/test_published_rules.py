@@ -415,7 +415,7 @@ def test_mmau_string_match(tmp_path: Path) -> None:
 
 def test_mmau_matches_the_words_of_the_answer_as_it_is_written(tmp_path: Path) -> None:
     """Published rows, with and without annotations; eval/run.py's rows of today, and old ones with the letter only."""
-    record = {"id": "1", "audio_id": "1.wav", "question": "?", "choices": ["(A) Presto", "(B) Lento", "(C) Andante"]}
+    record = {"id": "1", "audio_id": "1.wav", "question": "?", "choices": ["Presto", "Lento", "Andante"]}
     record |= {"answer": "(C) Andante", "task": "music", "difficulty": "easy"}
     annotations = tmp_path / "mmau.json"
     annotations.write_text(json.dumps([record]))
@@ -427,7 +427,7 @@ def test_mmau_matches_the_words_of_the_answer_as_it_is_written(tmp_path: Path) -
         now = mmau.to_json(own)
         for rows, truths in ((published, None), (published, annotations), ([now], None)):
             assert scored(tmp_path, "mmau", rows, truths)["rules"]["official"]["score"] == right
-        plain = now | {"meta": {"choices": ["Presto", "Lento", "Andante"]}}
+        plain = now | {"meta": {"choices": record["choices"]}}
         assert scored(tmp_path, "mmau", [plain], None)["rules"]["official"]["score"] == 1
 
 
