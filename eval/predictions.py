@@ -242,7 +242,8 @@ class Lookup:
         if len(places) < 2:
             return places
         likeness = {place: self._likeness(fields.media or fields.unit, place) for place in places}
-        closest = [place for place in places if likeness[place] == max(likeness.values())]
+        most = max(likeness.values())
+        closest = [place for place in places if likeness[place] == most]
         return sorted(closest, key=lambda place: not self.benchmark.same_truth(row, self.truths[place]))
 
     def _likeness(self, media: str, place: int) -> int:
