@@ -111,7 +111,7 @@ def _derange(paths: list[tuple[str, ...]], generator: random.Random) -> list[int
     """
     clips: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for i, own in enumerate(paths):
-        clips[own].append(i)
+        clips[tuple(sorted(own))].append(i)  # two pictures in either order
     groups = list(clips.values())
     generator.shuffle(groups)
     order = [i for group in groups for i in group]
@@ -121,7 +121,7 @@ def _derange(paths: list[tuple[str, ...]], generator: random.Random) -> list[int
         donors[i] = order[(place + step) % len(order)]
 
     def suits(i: int, donor: int) -> bool:
-        return all(a != b for a, b in zip(paths[i], paths[donor], strict=True))
+        return set(paths[i]).isdisjoint(paths[donor])
 
     for i in order:
         if suits(i, donors[i]):

@@ -1,9 +1,9 @@
 """A page of right and wrong examples of an evaluated benchmark: RUN/report/examples/NAME[.CONTROL].html, one file.
 
 For each example the media as the model was shown them, the question, the answer, the truth, and what was earned. Which
-rows are shown is drawn by a fixed seed among the right, the wrong and the unusable ones, so that the same predictions
-give the same page. An answer may be anything (markup, control characters, another script, a million letters): it is
-escaped, made visible and cut, and stays in its place.
+rows are shown is drawn by a fixed seed among the right, the wrong and the unusable ones (captions are neither right nor
+wrong, but scored), so that the same predictions give the same page. An answer may be anything (markup, control
+characters, another script, a million letters): it is escaped, made visible and cut, and stays in its place.
 
 Cost: one decode a medium shown.
 """
@@ -60,10 +60,12 @@ def write_examples(path: Path, subject: Subject, rows: Sequence[Row], loader: Me
 
 
 def by_kind(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The wrong rows, the right ones, and those that could not be used."""
-    kinds: dict[str, list[Row]] = {"wrong": [], "right": [], "unusable": []}
+    """The wrong rows, the right ones (or both as scored ones), and those that could not be used."""
+    kinds: dict[str, list[Row]] = {"wrong": [], "right": []} if benchmark.right_or_wrong else {"scored": []}
+    kinds["unusable"] = []
     for row in rows:
-        kinds["unusable" if row.error is not None else "right" if benchmark.correct(row) else "wrong"].append(row)
+        kind = "scored" if not benchmark.right_or_wrong else "right" if benchmark.correct(row) else "wrong"
+        kinds["unusable" if row.error is not None else kind].append(row)
     return kinds
 
 
@@ -88,11 +90,12 @@ def page(subject: Subject, rows: Sequence[Row], loader: MediaLoader) -> str:
         f"<h1>{title}</h1>",
         f'<p class="note">{shown(_summary(subject))}; {shown(under)}. Rows drawn with seed {SEED}.</p>',
     ]
-    kinds = by_kind(subject.benchmark, rows)
+    kinds, earnings = by_kind(subject.benchmark, rows), subject.benchmark.earnings(rows)
+    earned = {row.index: words for row, words in zip(rows, earnings, strict=True)}
     for kind, chosen in choose(kinds).items():
         if chosen:
             parts.append(f"<h2>{kind.capitalize()}: {len(chosen)} of {len(kinds[kind])}</h2>")
-            parts += [_example(subject.benchmark, row, kind, loader) for row in chosen]
+            parts += [_example(subject.benchmark, row, kind, earned[row.index], loader) for row in chosen]
     return "\n".join([*parts, "</body></html>", ""])
 
 
@@ -102,15 +105,14 @@ def _summary(subject: Subject) -> str:
     return f"{metrics['measure']} {times * metrics['score']:.1f}{unit} over {metrics['rows']} rows"
 
 
-def _example(benchmark: Benchmark, row: Row, kind: str, loader: MediaLoader) -> str:
-    points, of = benchmark.points(row)
+def _example(benchmark: Benchmark, row: Row, kind: str, earned: str, loader: MediaLoader) -> str:
     parsed = benchmark.reading(row)
     lines = {
         "question": row.sample.prompt[-1].text if row.sample else "",
         "answer": row.prediction,
         "truth": row.answer,
         "read as": "(cannot be read)" if parsed is None else str(parsed),
-        "earned": f"{points:g} of {of:g}",
+        "errors" if benchmark.lower_is_better else "earned": earned,
         **({"error": row.error} if row.error is not None else {}),
     }
     figures = "".join(_figure(media, loader) for media in (row.sample.media if row.sample else []))

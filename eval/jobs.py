@@ -61,8 +61,10 @@ def _entries(config: RunConfig, args: argparse.Namespace) -> list[BenchmarkConfi
     if not everything and args.benchmark not in [entry.name for entry in known]:
         args.benchmark = find_benchmark(args.benchmark).name
     if args.path:
-        own = next((entry for entry in known if entry.name == args.benchmark), None)  # its options and limit hold
-        entry = own or BenchmarkConfig(benchmark=args.benchmark, path=args.path)
+        own = [entry for entry in known if entry.name == args.benchmark][:1]
+        meant = own or [entry for entry in known if entry.benchmark == args.benchmark]
+        # the options and limit of the one that is meant hold
+        entry = meant[0] if len(meant) == 1 else BenchmarkConfig(benchmark=args.benchmark, path=args.path)
         entry.path = str(Path(args.path).absolute())
         entry.media_dir = args.media_dir or str(args.path if Path(args.path).is_dir() else Path(args.path).parent)
         return [entry]

@@ -3,10 +3,11 @@
     lines --read--> Fields --collect--> rows: what the strict rule counts, each row once; rows without a prediction
                                         filed: what a published script finds, repeated rows included
 
-A line that cannot be read, a row without a true answer, a repeated, an extra or a missing one: each is counted, none is
-dropped in silence. Two rows are the same row where they have the same content (id, media, question, truth, kind) and, if
-the file's `index` numbers the rows of the data set (no number stands for two contents), the same index. With
-annotations, two rows for one annotation are the same row.
+A line that cannot be read, a row without a true answer, a repeated, an extra or a missing one: each is counted, and the
+first of each kind are named; none is dropped in silence. Two rows are the same row where they have the same content (id,
+media, question, truth, kind) and, if the file's `index` numbers the rows of the data set (no number stands for two
+contents), the same index. With annotations, two rows for one annotation are the same row, and rows whose own truth,
+media or question is another than their annotation's are told.
 
 Cost: linear in the letters of the file; annotations are found by id or by the name of their media.
 """
@@ -14,6 +15,7 @@ Cost: linear in the letters of the file; annotations are found by id or by the n
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +27,8 @@ from eval.benchmarks.base import Benchmark, Row, normalise
 from eval.benchmarks.fields import Fields, take_apart
 
 SHOWN = 10  # problems that are told in full
+NAMED = 3  # rows that a problem names
+PLACEHOLDER = re.compile(r"<[A-Z]\w*>")  # of MUSIC-AVQA's questions, `How many <Object> ...`
 NO_PREDICTION = "there is no prediction for this row"
 
 
@@ -48,6 +52,12 @@ class Collected:
     def add(self, row: Row, key: Hashable) -> None:
         self.rows.append(row)
         self.keys.append(key)
+
+    def tell(self, what: str, names: Sequence[object]) -> None:
+        """A problem of some rows, the first of which it names."""
+        if names:
+            shown = ", ".join(str(name)[:60] for name in names[:NAMED])
+            self.problems.append(f"{len(names)} rows {what}: {shown}{', ...' if len(names) > NAMED else ''}")
 
 
 def read(path: Path) -> list[Fields]:
@@ -83,7 +93,7 @@ def collect(
     """
     result = Collected(lines=len(found))
     rows = [benchmark.from_record(fields, number) for number, fields in enumerate(found)]
-    if truths is not None and any(fields.id or fields.media for fields in found if fields.readable):
+    if truths is not None and any(_is_named(benchmark, fields) for fields in found if fields.readable):
         _by_annotations(benchmark, found, rows, truths, result, other_splits)
     else:
         if truths is not None and found:
@@ -97,6 +107,17 @@ def collect(
     return result
 
 
+def _is_named(benchmark: Benchmark, fields: Fields) -> bool:
+    return bool(fields.id or fields.media or (benchmark.index_is_id and fields.index is not None))
+
+
+def _identity(fields: Fields) -> Hashable:
+    """What a row is about: for eval/run.py's rows, their place and what was asked there."""
+    if not fields.own:
+        return fields.content
+    return (fields.id, fields.index, fields.unit, str(fields.meta.get("question")), fields.truth)
+
+
 # ---- without annotations ---------------------------------------------------------------------------------------------
 
 
@@ -104,14 +125,17 @@ def _by_themselves(benchmark: Benchmark, found: Sequence[Fields], rows: Sequence
     names = _names(benchmark, found)
     seen: set[Hashable] = set()
     times: dict[str, int] = defaultdict(int)
-    for fields, row, name in zip(found, rows, names, strict=True):
+    repeated: list[str] = []
+    for number, (fields, row, name) in enumerate(zip(found, rows, names, strict=True), 1):
         if name is not None and name in seen:
-            result.duplicates += 1
+            repeated.append(f"row {number}")
             continue
         seen.add(name)
         content = f"{fields.id}#{fields.index}" if fields.own else fields.content
         result.add(row, None if name is None else (content, times[content]))
         times[content] += 1
+    result.duplicates = len(repeated)
+    result.tell("stand in the file again and do not count", repeated)
 
 
 def _names(benchmark: Benchmark, found: Sequence[Fields]) -> list[Hashable]:
@@ -126,7 +150,7 @@ def _names(benchmark: Benchmark, found: Sequence[Fields]) -> list[Hashable]:
         if not fields.readable:
             names.append(None)
         elif fields.own and (fields.id or fields.index is not None):
-            names.append((fields.id, fields.index))
+            names.append(_identity(fields))
         elif fields.id or all(getattr(fields, part) for part in benchmark.separated_by):
             names.append((fields.index if of_data_set else None, fields.content))
         else:
@@ -143,21 +167,26 @@ def _by_annotations(
 ) -> None:  # fmt: skip
     lookup = Lookup(benchmark, truths)
     used: set[int] = set()
-    place_of: dict[str, int] = {}  # of rows by their content: the same row again is the same annotation
+    place_of: dict[Hashable, int] = {}  # of rows by what they are about: the same row again is the same annotation
+    told: dict[str, list[str]] = {"are missing": [], "are extra": [], "are repeated": [], "are not readable": []}
     broken: list[Row] = []
     for number, fields in enumerate(found):
+        name = f"row {number + 1}"
         if not fields.readable:
             broken.append(rows[number])
+            told["are not readable"].append(name)
             continue
         places = lookup.find(fields, rows[number])
         if not places:
-            result.extra += 1
+            told["are extra"].append(name)
             continue
         free = next((place for place in places if place not in used), places[0])
-        place = free if fields.own else place_of.setdefault(fields.content, free)
+        place = place_of.setdefault(_identity(fields), free)
+        for what in lookup.unlike(fields, rows[number], place):
+            told.setdefault(f"have another {what} than their annotation, whose own counts", []).append(name)
         rows[number] = _beside(rows[number], truths[place], fields)
         if place in used:
-            result.duplicates += 1
+            told["are repeated"].append(name)
             continue
         used.add(place)
         result.add(rows[number], place)
@@ -170,11 +199,13 @@ def _by_annotations(
     else:  # the annotation of a broken line is among the missing ones, and counts there
         result.broken = len(broken)
     for place in missing:
-        result.add(replace(truths[place], error=truths[place].error or NO_PREDICTION), place)
-    result.missing = len(missing)
-    for name, count in (("missing", result.missing), ("extra", result.extra), ("not readable", len(broken))):
-        if count:
-            result.problems.append(f"{count} rows are {name}")
+        result.add(replace(truths[place], error=NO_PREDICTION), place)
+        told["are missing"].append(truths[place].id)
+    result.missing, result.extra, result.duplicates = (
+        len(told[what]) for what in ("are missing", "are extra", "are repeated")
+    )
+    for what, names in told.items():
+        result.tell(what, names)
 
 
 def _beside(row: Row, truth: Row, fields: Fields) -> Row:
@@ -208,10 +239,11 @@ class Lookup:
         Of several, those whose file lies in the most like folders; of these, first those with the row's own truth.
         """
         places = self._candidates(fields)
-        if len(places) < 2 or fields.own:
+        if len(places) < 2:
             return places
-        likeness = {place: self._likeness(fields.media, place) for place in places}
-        closest = [place for place in places if likeness[place] == max(likeness.values())]
+        likeness = {place: self._likeness(fields.media or fields.unit, place) for place in places}
+        most = max(likeness.values())
+        closest = [place for place in places if likeness[place] == most]
         return sorted(closest, key=lambda place: not self.benchmark.same_truth(row, self.truths[place]))
 
     def _likeness(self, media: str, place: int) -> int:
@@ -224,16 +256,45 @@ class Lookup:
         if fields.own:
             same = self.by_id.get(fields.id, [])
             exact = [place for place in same if self.truths[place].index == fields.index]
+            if not same and self.media_suffices:  # an id that counts the lines of another file
+                return self.by_media.get(_stem(fields.unit), [])
             return exact or same
         near = self.by_media.get(_stem(fields.media), []) if fields.media else []
-        by_id = self.by_id.get(fields.id, []) if fields.id else []
-        if by_id:
-            return [place for place in by_id if place in near] or ([] if near and fields.media else by_id)
+        number = str(fields.index) if self.benchmark.index_is_id and fields.index is not None else ""
+        if by_id := self.by_id.get(fields.id or number, []):
+            here = [place for place in by_id if place in near]
+            if here or not near:
+                return here or by_id
+            if fields.id:
+                return []
         if self.media_suffices or not near:
             return near
         if len(near) == 1 and not fields.question and not fields.id:
             return near
         return self._asked(near, normalise(fields.question))
+
+    def unlike(self, fields: Fields, row: Row, place: int) -> list[str]:
+        """What a row says otherwise than its annotation."""
+        truth = self.truths[place]
+        if truth.error is not None or fields.error is not None:
+            return []
+        found = []
+        if row.answer and not self.benchmark.same_truth(row, truth):
+            found.append("true answer")
+        media = _stem(fields.unit if fields.own else fields.media)
+        known = {_stem(truth.unit), *(_stem(part.path) for part in (truth.sample.media if truth.sample else []))}
+        if media and media not in known and not self.benchmark.index_is_id:  # MMBench's pictures have no names
+            found.append("medium")
+        if not self._is_asked(fields.question or str(row.meta.get("question") or ""), place):
+            found.append("question")
+        return found
+
+    def _is_asked(self, question: str, place: int) -> bool:
+        """Whether a row's question, if it names one, is the annotation's, or part of it, or the other way round."""
+        said, known = normalise(question), [text for text in (self.questions[place], self.bare[place]) if text]
+        if self.media_suffices or not said or not known or PLACEHOLDER.search(question):
+            return True
+        return any(text in said or said in text for text in known)
 
     def _asked(self, near: list[int], question: str) -> list[int]:
         """Those whose question it is, word for word or as part of a prompt."""

@@ -24,7 +24,8 @@ file in eval/benchmarks/ describes (AVE: Annotations.txt or testSet.txt).
 --against FILE: another model's predictions for the same rows. `against` then holds its strict score, the difference
 (this file's minus the other's) with its interval, and the p value of a paired test: signs of the units' differences
 flipped at random (eval/comparison/differences.py); units are what is independent, the image for MME, the clip for AVE
-and MUSIC-AVQA. Only rows that both files have are compared; the others are counted.
+and MUSIC-AVQA. Only rows that both files have are compared; the others are counted, and rows of one id that differ in
+medium, question or true answer (POPE's three files count alike) are not compared, which is told.
 
 Exit codes: 0 scored, however bad the file; 2 a mistake on the command line. Cost: linear in the file; no torch.
 """
@@ -35,7 +36,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from eval.benchmarks import BENCHMARKS, Benchmark, Row, find_benchmark
 from eval.benchmarks.base import total
 from eval.comparison.differences import sign_flips
 from eval.intervals import bootstrap_interval
-from eval.predictions import Collected, collect, read
+from eval.predictions import NO_PREDICTION, Collected, collect, read
 from eval.printing import print_rules, stdout_kept_clean
 
 
@@ -71,7 +72,8 @@ def score(name: str, predictions: Path, annotations: Path | None = None, against
     """All figures of a predictions file; UserError for a benchmark or file that is not there."""
     benchmark = find_benchmark(name)
     found = read(predictions)
-    truths = None if annotations is None else benchmark.load(annotations, options=benchmark.truth_options)
+    options = benchmark.options_for(found)
+    truths = None if annotations is None else benchmark.load(annotations, options=options)
     others = annotations is not None and benchmark.covers_other_splits(annotations, len(truths or ()))
     collected = collect(benchmark, found, truths, others)
     figures = benchmark.score(collected.rows, collected.filed)
@@ -92,6 +94,7 @@ def score(name: str, predictions: Path, annotations: Path | None = None, against
     if against is not None:
         other = collect(benchmark, read(against), truths, others)
         result["against"] = {"predictions": str(against), **compare(benchmark, collected, other)}
+        collected.problems += [f"{against}: {problem}" for problem in other.problems]
     return result
 
 
@@ -100,7 +103,7 @@ def score(name: str, predictions: Path, annotations: Path | None = None, against
 
 def compare(benchmark: Benchmark, one: Collected, other: Collected) -> dict[str, Any]:
     """Strict scores on the rows of both, their difference with its interval, and the paired test."""
-    pairs = _pairs(one, other)
+    pairs = _pairs(benchmark, one, other)
     ours = benchmark.strict([row for row, _ in pairs])
     theirs = benchmark.strict([replace(row, unit=own.unit) for own, row in pairs])
     whole: dict[str, float] = defaultdict(float)
@@ -119,17 +122,20 @@ def compare(benchmark: Benchmark, one: Collected, other: Collected) -> dict[str,
         "test": "paired sign flips over units, two-sided",
         "rows": len(pairs),
         "units": len(by_unit),
-        "rows_only_here": len(one.rows) - len(pairs),
-        "rows_only_there": len(other.rows) - len(pairs),
+        "rows_only_here": len(_present(one)) - len(pairs),
+        "rows_only_there": len(_present(other)) - len(pairs),
     }
 
 
-def _pairs(one: Collected, other: Collected) -> list[tuple[Row, Row]]:
+def _pairs(benchmark: Benchmark, one: Collected, other: Collected) -> list[tuple[Row, Row]]:
     """The rows that both files have. Rows that nothing names are paired in order, if all their truths agree."""
-    named = {key: row for key, row in zip(other.keys, other.rows, strict=True) if key is not None}
-    both = [(row, named[key]) for key, row in zip(one.keys, one.rows, strict=True) if key in named]
-    ours = [row for key, row in zip(one.keys, one.rows, strict=True) if key is None]
-    theirs = [row for key, row in zip(other.keys, other.rows, strict=True) if key is None]
+    named = {key: row for key, row in _present(other) if key is not None}
+    alike = [(row, named[key]) for key, row in _present(one) if key in named]
+    both = [(row, there) for row, there in alike if _is_same(benchmark, row, there)]
+    unlike = [row.id for row, there in alike if not _is_same(benchmark, row, there)]
+    one.tell("have one id in both files, but another medium, question or true answer, and are not compared", unlike)
+    ours = [row for key, row in _present(one) if key is None]
+    theirs = [row for key, row in _present(other) if key is None]
     if len(ours) == len(theirs) and all(a.answer == b.answer for a, b in zip(ours, theirs, strict=True)):
         both += list(zip(ours, theirs, strict=True))
     if not both:
@@ -138,6 +144,20 @@ def _pairs(one: Collected, other: Collected) -> list[tuple[Row, Row]]:
             "are, or where --annotations has them as one row"
         )
     return both
+
+
+def _present(collected: Collected) -> list[tuple[Hashable, Row]]:
+    """The rows that the file has, with their keys."""
+    pairs = zip(collected.keys, collected.rows, strict=True)
+    return [(key, row) for key, row in pairs if row.error != NO_PREDICTION]
+
+
+def _is_same(benchmark: Benchmark, one: Row, other: Row) -> bool:
+    """Whether two rows of one id are about the same; published rows of one key are, by all that they hold."""
+    if one.published or other.published:
+        return True
+    questions = {str(row.meta["question"]) for row in (one, other) if row.meta.get("question")}
+    return one.unit == other.unit and len(questions) < 2 and benchmark.same_truth(one, other)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def read_text(path: Path) -> str:
 
 def not_json(error: json.JSONDecodeError, line: int | None = None) -> str:
     """Where and why a text is not JSON. `line`: its number in the file when the text is one line of it."""
-    lines = error.doc.splitlines() or [""]
+    lines = error.doc.split("\n")  # as its line number counts
     shown = lines[min(error.lineno, len(lines)) - 1].strip()[:60]
     return f"line {line or error.lineno}, column {error.colno}: is not JSON ({error.msg}); found {shown!r}"
 

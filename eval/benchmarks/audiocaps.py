@@ -34,6 +34,7 @@ class AudioCaps(Benchmark):
     measure = "CIDEr-D, 0 to 10"
     scale: ClassVar[str] = "points"
     separated_by = ("media",)
+    right_or_wrong = False
     home = (
         "get dataset/test.csv from github.com/cdjkim/audiocaps, fetch its clips (YouTube), name the first as the path and "
         "the folder that holds YOUTUBE_ID.wav as the media folder"
@@ -58,6 +59,10 @@ class AudioCaps(Benchmark):
         captions = (as_text(fields.meta.get(key)) for key in REFERENCES if fields.meta.get(key))
         return next((caption for caption in captions if caption), fields.truth)
 
+    def same_truth(self, row: Row, truth: Row) -> bool:
+        """Whether they have a caption in common."""
+        return bool(set(_references(row)) & set(_references(truth)))
+
     def parse(self, text: str) -> str | None:
         return " ".join(tokens(text)) or None
 
@@ -69,6 +74,10 @@ class AudioCaps(Benchmark):
         said = [row.prediction if row.error is None else "" for row in rows]
         scores = cider_d(said, [_references(row) for row in rows])
         return [Earned(row.unit, score, 1.0) for row, score in zip(rows, scores, strict=True)]
+
+    def earnings(self, rows: Sequence[Row]) -> list[str]:
+        """Over all rows: CIDEr-D of one clip alone is 0."""
+        return [f"CIDEr-D {one.points:.2f}" for one in self.strict(rows)]
 
     def to_json(self, row: Row) -> dict[str, Any]:
         """No points by row: what a row earns depends on all references of the set."""

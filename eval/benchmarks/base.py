@@ -116,7 +116,9 @@ class Benchmark(ABC):
 
     truth_options: further options where only the true answers are wanted. measure: what `score` is. scale: "share" (0
     to 1) or "points". home: where the data come from and where to put them. separated_by: what a published row must
-    carry to be told from another one ("media", "question"). lower_is_better: the score counts errors.
+    carry to be told from another one ("media", "question"). index_is_id: the `index` of a published row is the id of its
+    annotation. lower_is_better: the score counts errors. empty_truths: an empty true answer is one (silence).
+    right_or_wrong: a row by itself is one of the two.
     """
 
     name: ClassVar[str]
@@ -127,7 +129,10 @@ class Benchmark(ABC):
     scale: ClassVar[str] = "share"
     home: ClassVar[str] = ""
     separated_by: ClassVar[tuple[str, ...]] = ("media", "question")
+    index_is_id: ClassVar[bool] = False
     lower_is_better: ClassVar[bool] = False
+    empty_truths: ClassVar[bool] = False
+    right_or_wrong: ClassVar[bool] = True
     prompt: Callable[..., Sample]  # (record, index, *, options), where there is no source
 
     # ---- load and prompt ---------------------------------------------------------------------------------------------
@@ -174,13 +179,14 @@ class Benchmark(ABC):
             sample = source[index]
         except BadSample as error:
             return Row(id=str(index), index=index, unit=f"row {index}", error=str(error))
+        has_truth = sample.answer or self.empty_truths
         return Row(
             id=sample.id,
             index=index,
             answer=sample.answer,
             meta=dict(sample.meta),
             unit=unit_of(sample),
-            error=None if sample.answer else f"{sample.source}, row {sample.row}: there is no answer to compare with",
+            error=None if has_truth else f"{sample.source}, row {sample.row}: there is no answer to compare with",
             sample=sample,
         )
 
@@ -190,7 +196,8 @@ class Benchmark(ABC):
         row.answer = self.truth(fields)
         row.meta = fields.meta
         row.unit = fields.unit or fields.media or f"row {row.id}"
-        row.error = fields.error or (None if row.answer else "the row holds no true answer to compare with")
+        has_truth = row.answer or (self.empty_truths and fields.has_truth)
+        row.error = fields.error or (None if has_truth else "the row holds no true answer to compare with")
         if row.error is None and row.published:
             row.error = self.truth_error(row)
         return row
@@ -202,6 +209,10 @@ class Benchmark(ABC):
     def same_truth(self, row: Row, truth: Row) -> bool:
         """Whether a row's own true answer is that of an annotation."""
         return normalise(row.answer) == normalise(truth.answer)
+
+    def options_for(self, found: Sequence[Fields]) -> dict[str, Any]:
+        """The options under which an annotation file holds the truths of these rows of a predictions file."""
+        return self.truth_options
 
     def covers_other_splits(self, path: Path, rows: int) -> bool:
         """Whether an annotation file holds more than the split that is asked, by its name and its number of rows."""
@@ -288,6 +299,10 @@ class Benchmark(ABC):
         """Whether all that the row could earn was earned."""
         points, of = self.points(row)
         return of > 0 and points == of
+
+    def earnings(self, rows: Sequence[Row]) -> list[str]:
+        """What each of all rows earned, in words."""
+        return [f"{points:g} of {of:g}" for points, of in map(self.points, rows)]
 
     def to_json(self, row: Row) -> dict[str, Any]:
         """One line of the predictions file."""

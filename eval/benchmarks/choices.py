@@ -1,11 +1,12 @@
 """Which option does a text choose? Letters as the strict rule reads them, and as the published MokA scripts do.
 
 strict, the first that holds (options, where their number is not known, are A to E):
-    0. the whole text is one option's text, and longer than a letter
+    0. the whole text is one option's text, letter for letter or else but for case, and no letter of an option
     1. a letter alone at the beginning: "B", "(B)", "B.", "B) a cat", "B a cat", "b: a cat"; but not the article of
        "a cat", and not where a second letter follows ("A or B")
     2. "answer is B", "answer: (B)", "option B", "choice B" (both exceptions as above), where all such places name one letter
-    A capital A before a word may be an article, too ("A dog"): where that text names one option alone, it is that one.
+    A letter before a word may belong to the sentence, too: "A dog", "I hear a dog", and "C major it is" where an option is
+    called so. Where that text names one option alone, it is that one.
     3. one letter in brackets, "... is (B)", where no other one stands in brackets
     4. the text of one option and of no other, where the options are known
 else it is unparsed.
@@ -26,12 +27,13 @@ from eval.benchmarks.base import normalise
 
 LETTERS = "ABCDEFGHIJ"
 OFFICIAL_LETTERS = "abcde"
-_LEADING = re.compile(r"[(\[*\"']{0,4}([A-Ja-j])(?![^\W_])(?!['\u2019]\w)")
+_LEADING = re.compile(r"[(\[*\"']{0,4}([A-Ja-j])(?![^\W_]|[#\u266f\u266d])(?!['\u2019]\w)")
 _SECOND = re.compile(r"[)\]*\"'.:,]{0,4}\s{0,4}(?:(?:or|and|/|&|,)\s{0,4}){1,2}[(\[*\"']{0,4}[A-J](?![^\W_])")
 _SAID = re.compile(
-    r"\b(?:answer|option|choice)(?:\s{1,4}is)?\s{0,4}:?\s{0,4}[(\[*\"']{0,4}([A-J])(?![^\W_])", re.IGNORECASE
+    r"\b(?:answer|option|choice)(?:\s{1,4}is)?\s{0,4}:?\s{0,4}[(\[*\"']{0,4}([A-J])(?![^\W_]|[#\u266f\u266d])",
+    re.IGNORECASE,
 )
-_BARE_A = re.compile(r"(?:^|[\s:])A\s+\w")  # a letter, or the article that begins a sentence
+WORDS = "AI"  # letters that are words of English, too
 _BRACKETS = re.compile(r"\(([A-J])\)")
 _OPTION_LINE = re.compile(r"\s{0,8}\(?([A-J])[.):]\s{0,8}(\S.*)")
 UNKNOWN = 5  # letters that may be chosen where the options are not known
@@ -42,11 +44,33 @@ def choose(text: str, options: Sequence[str] = ()) -> str | None:
     """The chosen letter (upper case) or None. options: their texts in order; () where they are not known."""
     text = text.replace("</s>", " ").strip()
     known = LETTERS[: len(options) or UNKNOWN]
-    equal, named = (by_text(text, options, whole=True) if len(text) > 1 else None), by_text(text, options)
-    for found in (equal, _leading(text), _only(_SAID, text), _only(_BRACKETS, text)):
+    if not _is_letter(text, known) and (equal := _whole(text, options)):
+        return equal
+    named = by_text(text, options)
+    for found in (_leading(text), _only(_SAID, text), _only(_BRACKETS, text)):
         if found is not None and found in known:
-            return named if named and found == "A" and _BARE_A.search(text) else found
+            return named if named and _in_sentence(found, text, options[LETTERS.index(named)]) else found
     return named
+
+
+def _is_letter(text: str, known: str) -> bool:
+    return len(text) == 1 and text.upper() in known
+
+
+def _whole(text: str, options: Sequence[str]) -> str | None:
+    """The letter of the one option whose text this is: letter for letter, else but for case, else normalised."""
+    pairs = list(zip(LETTERS, options, strict=False))
+    exact = [letter for letter, option in pairs if option.strip() == text]
+    alike = [letter for letter, option in pairs if option.strip().casefold() == text.casefold()]
+    return next((same[0] for same in (exact, alike) if len(same) == 1), None) or by_text(text, options, whole=True)
+
+
+def _in_sentence(letter: str, text: str, option: str) -> bool:
+    """Whether a letter that was found may be a word of the sentence: A and I, or one that the named option holds."""
+    if letter in WORDS:
+        return re.search(rf"(?:^|[\s:]){letter}\s+\w", text) is not None
+    bare = re.search(rf"(?:^|[\s:]){letter}\s+\w", text, re.IGNORECASE)
+    return bare is not None and letter.casefold() in normalise(option).split()
 
 
 def _leading(text: str) -> str | None:
@@ -89,19 +113,22 @@ def official_choice(text: str) -> str | None:
     return next((letter.upper() for letter in OFFICIAL_LETTERS if f"{letter} " in lowered), None)
 
 
-def true_letter(answer: str, options: Sequence[str] = ()) -> str | None:
-    """The letter of a true answer: a letter, a letter with its text, or an option's text."""
+def true_letter(answer: str, options: Sequence[str] = (), text_first: bool = False) -> str | None:
+    """The letter of a true answer: a letter, a letter with its text, or an option's text (of like ones, the first).
+
+    text_first: answers are texts, so that a letter is an option's text (a note's name) where one is called so.
+    """
     answer = answer.replace("</s>", "").strip()
-    if len(answer) == 1:
-        return answer.upper() if answer.upper() in LETTERS else None
+    if not text_first and _is_letter(answer, LETTERS[: len(options) or None]):
+        return answer.upper()
     same = [letter for letter, option in zip(LETTERS, options, strict=False) if option.strip() == answer]
-    return same[0] if same else by_text(answer, options, whole=True) or _leading(answer)
+    return same[0] if same else _whole(answer, options) or _leading(answer)
 
 
 def options_in(question: str) -> list[str]:
     """The options that a question lists line by line (`A. a cat`), from A on; empty where it lists none."""
     found: list[str] = []
-    for line in question.splitlines():
+    for line in question.split("\n"):  # no other end: an option may hold U+2028
         match = _OPTION_LINE.fullmatch(line)
         if match and len(found) < len(LETTERS) and match[1] == LETTERS[len(found)]:
             found.append(match[2].strip())

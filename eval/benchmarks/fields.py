@@ -40,10 +40,12 @@ class Fields:
     """One record, taken apart. content: what was asked and what is true, as one text; equal in repeated rows.
 
     index: its number in the data set, or among the rows of the process `rank`. readable: it holds a model's answer.
+    has_truth: it holds a true answer, be it empty.
     """
 
     prediction: str = ""
     truth: str = ""
+    has_truth: bool = False
     id: str = ""
     media: str = ""
     question: str = ""
@@ -66,6 +68,7 @@ def take_apart(record: Any) -> Fields:
     others = {key: value for key, value in record.items() if key != said}
     fields = Fields(own=own, content=_content(others))
     fields.truth = without_end(_first_text(others, TRUTH))
+    fields.has_truth = any(isinstance(others.get(key), str) for key in TRUTH)
     fields.id, fields.media, fields.question = (_first_text(others, keys) for keys in (IDS, MEDIA, QUESTION))
     index = record.get("index")
     fields.index = index if isinstance(index, int) and not isinstance(index, bool) else None

@@ -37,7 +37,7 @@ class LibriSpeech(Asr):
         lines = [
             (text.parent.relative_to(path).as_posix(), line)
             for text in sorted(path.rglob("*.trans.txt"))
-            for line in text.read_text(encoding="utf-8", errors="replace").splitlines()
+            for line in text.read_text(encoding="utf-8", errors="replace").split("\n")
             if line.strip()
         ]
         if not lines:

@@ -2,13 +2,14 @@
 
 File, as published (github.com/open-compass/MMBench): a TSV such as mmbench_dev_20230712.tsv or MMBench_DEV_EN.tsv with
 the columns index, question, hint, A, B, C, D, answer, category, image, l2-category, ...; the picture stands in the cell
-as base64, or as the index of the row that holds it. Pictures are written once, when the file is loaded, to the folder
-FILE.images/ beside it (FILE without its ending): the media folder is the file's own.
+as base64, or as the index of the row that holds it. Pictures are written when the file is loaded, where they are not
+there yet or others, to the folder FILE.images/ beside it (FILE without its ending): the media folder is the file's own.
 
 Predictions: rows {"index", "image_path", "question", "answer", "output": [text]}. The score is plain accuracy over all
 rows, letters as in choices.py. CircularEval asks each question as often as it has options, the options moved on by one
-each time; a question is right when all its passes are. As the publishers have it, pass k of question i bears the index
-i + 1000000 k. Load with the option circular=true to ask all passes; scoring finds passes by their index and then gives
+each time; a question is right when all its passes are (one that a file lacks is wrong). As the publishers have it, pass k
+of question i bears the index i + 1000000 k. Load with the option circular=true to ask all passes (a TSV that holds them
+is taken as it is); scoring finds rows by their index, makes the passes where a row belongs to a later one, and then gives
 `circular` (share of questions right in all passes) and `vanilla` (of those right in the first pass) beside the accuracy
 of all rows.
 
@@ -31,8 +32,10 @@ from data.schema import BadSample, Media, Sample
 from data.sources.rows import Rows, text_of
 from eval.benchmarks.base import Row, share
 from eval.benchmarks.choices import LETTERS, true_letter
+from eval.benchmarks.fields import Fields
 from eval.benchmarks.multiple_choice import MultipleChoice
 from eval.benchmarks.questions import read_table
+from mokamm.training.disk import replacing
 
 PASS = 1_000_000  # what one pass of CircularEval adds to a question's index
 OPTIONS = "ABCDE"
@@ -47,10 +50,11 @@ class MmBench(MultipleChoice):
     )
 
     truth_options: ClassVar[dict[str, Any]] = {"pictures": False}
+    index_is_id = True
 
     def open(self, path: Path, media_dir: Path | None = None, *, circular: bool = False, **options: Any) -> Rows:
         records = read_table(path, "\t", ("index", "question", "A", "B", "answer", "image"))
-        if circular:
+        if circular and not any(_number(record.get("index")) >= PASS for record in records):
             records = [moved for record in records for moved in _passes(record)]
         return Rows(path, records, partial(self.prompt, folder=path.parent, stem=path.stem, **options))
 
@@ -67,6 +71,11 @@ class MmBench(MultipleChoice):
         media = [Media("image", image, "vision")]
         return self.asked(str(record["index"]), question, choices, text_of(record, "answer"), media, index, meta)
 
+    def options_for(self, found: Sequence[Fields]) -> dict[str, Any]:
+        """All passes of CircularEval where a row belongs to a later one."""
+        numbers = [_number(fields.id or (None if fields.own else fields.index)) for fields in found]
+        return {**self.truth_options, "circular": max(numbers, default=0) >= PASS}
+
     def details(self, rows: Sequence[Row]) -> dict[str, Any]:
         return super().details(rows) | self._circular(rows, self.reading)
 
@@ -74,20 +83,34 @@ class MmBench(MultipleChoice):
         return super().official_details(rows) | self._circular(rows, self.official_reading)
 
     def _circular(self, rows: Sequence[Row], reading: Callable[[Row], Any]) -> dict[str, Any]:
-        """circular and vanilla accuracy by question; nothing where no row is a later pass."""
+        """circular and vanilla accuracy by question; nothing where no row is a later pass.
+
+        A pass without a row is a wrong one: a question has as many as it has options, where these are known.
+        """
         passes: dict[int, dict[int, bool]] = defaultdict(dict)
+        wanted: dict[int, int] = defaultdict(lambda: 2)
         for row in rows:
-            index = row.meta.get("index", row.index)
+            index = row.meta.get("index")
+            question, number = -1 - row.index, 0  # a row that could not be read is a question of its own
             if isinstance(index, int) and index >= 0:
-                passes[index % PASS][index // PASS] = self.right(row, reading)
-        if not any(number for question in passes.values() for number in question):
+                question, number = index % PASS, index // PASS
+            passes[question][number] = self.right(row, reading)
+            wanted[question] = max(wanted[question], number + 1, len(self.choices_of(row)))
+        if not any(number for found in passes.values() for number in found):
             return {}
         count = len(passes)
+        whole = [all(found.get(number, False) for number in range(wanted[name])) for name, found in passes.items()]
         return {
-            "circular": share(sum(all(question.values()) for question in passes.values()), count),
+            "circular": share(sum(whole), count),
             "vanilla": share(sum(question.get(0, False) for question in passes.values()), count),
             "questions": count,
         }
+
+
+def _number(value: Any) -> int:
+    """An index as the TSV or a row has it; -1 where it is none."""
+    text = str(value)
+    return int(text) if text.isdecimal() and len(text) < 19 else -1
 
 
 def _choices(record: dict[str, Any]) -> list[str]:
@@ -106,7 +129,7 @@ def _passes(record: dict[str, Any]) -> list[dict[str, Any]]:
     except (BadSample, ValueError):
         return [record]  # stays once; prompt tells what is wrong with it
     letter = true_letter(record.get("answer") or "", choices)
-    if index >= PASS or letter is None or letter not in LETTERS[: len(choices)]:
+    if letter is None or letter not in LETTERS[: len(choices)]:
         return [record]
     passes = []
     for k in range(len(choices)):
@@ -117,7 +140,7 @@ def _passes(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _picture(record: dict[str, Any], folder: Path, stem: str, write: bool) -> str:
-    """The picture's path in `folder`; if told to, written there from the cell's base64 where it is not yet."""
+    """The picture's path in `folder`; if told to, written there from the cell's base64 where it is not yet, or another."""
     try:
         index = int(str(record.get("image_index") or record.get("index"))) % PASS
     except ValueError:
@@ -126,13 +149,15 @@ def _picture(record: dict[str, Any], folder: Path, stem: str, write: bool) -> st
     if cell.isdigit() and len(cell) < 12:  # the row that holds the picture
         return f"{stem}.images/{int(cell) % PASS}.jpg"
     path = folder / f"{stem}.images" / f"{index}.jpg"
-    if write and not path.is_file():
+    if write:
         try:
             content = base64.b64decode(cell, validate=True)
         except (binascii.Error, ValueError):
             raise BadSample(f"the picture of row {index} is not base64") from None
         if not content:
             raise BadSample(f"row {index} has no picture")
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
+        if not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as beside:
+                beside.write_bytes(content)
     return f"{stem}.images/{index}.jpg"

@@ -143,7 +143,7 @@ def _questions(folder: Path) -> Iterator[tuple[str, str, str]]:
         for text in sorted((folder / name).rglob("*.txt")):
             image = _image_of(text)
             shown = (image or text.with_suffix(".jpg")).relative_to(folder).as_posix()
-            for line in text.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+            for line in text.read_text(encoding="utf-8-sig", errors="replace").split("\n"):
                 if line.strip():
                     yield name, shown, line
 

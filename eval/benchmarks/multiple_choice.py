@@ -18,17 +18,19 @@ from data.schema import BadSample, Media, Sample
 from data.sources.rows import text_of
 from eval.benchmarks.base import RightOrWrong, Row, majority, share
 from eval.benchmarks.choices import LETTERS, choose, listed, official_choice, options_in, true_letter
+from eval.benchmarks.fields import Fields
 from eval.benchmarks.questions import ask, own_media, record_of
 
 INSTRUCTION = "Answer with the option's letter."
 
 
 class MultipleChoice(RightOrWrong):
-    """categories: keys of `meta` that get a table each."""
+    """categories: keys of `meta` that get a table each. texts_are_true: the publishers' true answers are texts."""
 
     name = "multiple_choice"
     home = "write a jsonl file of your own: see eval/benchmarks/multiple_choice.py"
     categories: ClassVar[tuple[str, ...]] = ("category",)
+    texts_are_true: ClassVar[bool] = False
 
     # ---- load and prompt ---------------------------------------------------------------------------------------------
 
@@ -57,12 +59,19 @@ class MultipleChoice(RightOrWrong):
         """The sample of a question with its options; `answer`: a letter or an option's text."""
         if len(choices) > len(LETTERS):
             raise BadSample(f"{len(choices)} options; there are letters for {len(LETTERS)}")
-        letter = true_letter(answer, choices)
+        letter = true_letter(answer, choices, self.texts_are_true)
         if letter is None or letter not in LETTERS[: len(choices)]:
             raise BadSample(f"the true answer {answer[:60]!r} is none of the {len(choices)} options")
         text = f"{question}\n{listed(choices)}"
         meta = {**meta, "choices": list(choices), "asked": question}
         return ask(name, text, letter, media, index=index, source=self.name, instruction=INSTRUCTION, meta=meta)
+
+    def from_record(self, fields: Fields, index: int) -> Row:
+        """A published true answer that is a text becomes its letter, as it stands in rows of eval/run.py."""
+        row = super().from_record(fields, index)
+        if self.texts_are_true and row.published:
+            row.answer = true_letter(row.answer, self.choices_of(row), text_first=True) or row.answer
+        return row
 
     # ---- parse -------------------------------------------------------------------------------------------------------
 
@@ -87,7 +96,8 @@ class MultipleChoice(RightOrWrong):
         return true_letter(row.answer, self.choices_of(row))
 
     def same_truth(self, row: Row, truth: Row) -> bool:
-        return self.truth_of(row) == self.truth_of(truth)
+        own = self.truth_of(row) or true_letter(row.answer, self.choices_of(truth), self.texts_are_true)
+        return own == self.truth_of(truth)
 
     def truth_error(self, row: Row) -> str | None:
         return None if self.truth_of(row) else f"the true answer is no option's letter: {row.answer[:60]!r}"

@@ -74,12 +74,19 @@ def record_of(value: Any) -> dict[str, Any]:
 
 
 def read_table(path: Path, delimiter: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a csv or tsv file with a header; UserError where a column is missing."""
+    """The rows of a csv or tsv file with a header; UserError where it is none, or a column is missing."""
     csv.field_size_limit(sys.maxsize)  # pictures stand in cells as base64
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
-        missing = [column for column in columns if column not in (reader.fieldnames or ())]
-        if missing:
-            found = ", ".join(reader.fieldnames or ()) or "nothing"
-            raise UserError(f"{path}: has no column {', '.join(missing)}; found: {found}")
-        return list(reader)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=delimiter)
+            rows, names = list(reader), reader.fieldnames or ()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a file with a header") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; expected a table, save it as UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: cannot be read as a table ({error})") from None
+    missing = [column for column in columns if column not in names]
+    if missing:
+        raise UserError(f"{path}: has no column {', '.join(missing)}; found: {', '.join(names) or 'nothing'}")
+    return rows

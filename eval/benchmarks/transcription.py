@@ -8,8 +8,9 @@ and the words under text, transcript, sentence, target or answer (NeMo's and SLA
 Score: the word error rate over the whole set (errors of all rows over words of all references; lower is better, and it
 may pass 1 where a model babbles); cer: the same over characters, spaces included. Distances by jiwer, after Whisper's text
 normaliser on both sides (whisper_text.py): the English one, or the basic one for rows whose language is another. A row
-that could not be used, or has no answer, counts as an empty transcript: all its words are errors. No script of MokA's
-was published for it: official is strict once more.
+that could not be used, or has no answer, counts as an empty transcript: all its words are errors. An empty reference is
+silence: all words that a model hears there are errors, over no words, as jiwer counts them over a set. No script of
+MokA's was published for it: official is strict once more.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Asr(Benchmark):
     name = "asr"
     measure = "word error rate, lower is better"
     lower_is_better = True
+    empty_truths = True
     home = "write a manifest of your own: see eval/benchmarks/transcription.py"
     separated_by = ("media",)
 
@@ -66,8 +68,7 @@ class Asr(Benchmark):
         return float(errors), float(words)
 
     def correct(self, row: Row) -> bool:
-        errors, words = self.word_errors(row)
-        return errors == 0 and words > 0
+        return row.error is None and self.word_errors(row)[0] == 0
 
     def details(self, rows: Sequence[Row]) -> dict[str, Any]:
         words = [self.word_errors(row) for row in rows]
@@ -75,7 +76,7 @@ class Asr(Benchmark):
         return {
             "wer": share(sum(errors for errors, _ in words), sum(count for _, count in words)),
             "cer": share(sum(errors for errors, _ in letters), sum(count for _, count in letters)),
-            "exact": share(sum(errors == 0 and count > 0 for errors, count in words), len(rows)),
+            "exact": share(sum(map(self.correct, rows)), len(rows)),
         }
 
     def official_details(self, rows: Sequence[Row]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Whisper's text normaliser (Radford et al. 2022, appendix C), as transformers carries it.
 
 English texts go through EnglishTextNormalizer: contractions, numbers as digits, British spellings as American ones,
-no fillers (`uh`), no brackets with what stands in them; other languages through BasicTextNormalizer: lower case, no
-punctuation or diacritics. whisper_spelling.json is the table of spellings that OpenAI publishes with Whisper
-(github.com/openai/whisper, whisper/normalizers/english.json, MIT License, Copyright (c) 2022 OpenAI).
+no fillers (`uh`), no brackets with what stands in them, no diacritics; other languages through BasicTextNormalizer: lower
+case, no punctuation, symbols or brackets, diacritics as they are. whisper_spelling.json is the table of spellings that
+OpenAI publishes with Whisper (github.com/openai/whisper, whisper/normalizers/english.json, MIT License, Copyright (c)
+2022 OpenAI).
 
 The normaliser's own patterns take time that grows with the square of some inputs (a million spaces, brackets that never
 close), and it fails on numbers of thousands of digits. So white space is joined first, brackets that never close become

@@ -107,7 +107,7 @@ def _taken_in(progress: Progress, task: Task, code: int) -> str:
 
 
 def _last_error(log: Path, code: int) -> str:
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
     said = next((line for line in reversed(lines) if line.startswith("error: ")), f"exit code {code}")
     return f"{said}, see {log}"
 

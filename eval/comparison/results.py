@@ -46,7 +46,8 @@ class Points:
 
     def read(self, path: Path) -> Array:
         """Points by unit of one run's predictions. Raises UserError where its rows are not those of the other runs."""
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 in an answer
+        found = [json.loads(line) for line in lines if line]
         rows = [(str(row["unit"]), float(row["of"])) for row in found]
         if not self.rows:
             self.rows = rows

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.comparison.differences import EXACT, difference, holm, score, sign_flips, t_quantile, t_two_sided
+from eval.comparison.results import Points
 
 # Student's t, two-sided 95 % (probability .975), from printed tables
 TABLE = {1: 12.7062, 2: 4.3027, 3: 3.1824, 5: 2.5706, 10: 2.2281, 29: 2.0452, 120: 1.9799, 100_000: 1.96}
@@ -164,3 +167,17 @@ def test_holm_rejects_what_its_step_down_rejects(values: list[float]) -> None:
             break
         rejected.add(i)
     assert {i for i, p in enumerate(holm(values)) if p is not None and p <= 0.05} == rejected
+
+
+# ---- predictions -----------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_may_hold_any_end_of_line(tmp_path: Path) -> None:
+    """As eval/run.py writes it: not escaped, and str.splitlines would cut there."""
+    rows = [
+        {"unit": "a", "of": 1, "points": 1, "prediction": "one\u2028two\x85three"},
+        {"unit": "b", "of": 2, "points": 0},
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert Points().read(path).tolist() == [1.0, 0.0]

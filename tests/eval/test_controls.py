@@ -28,9 +28,10 @@ def clip(name: str, question: str = "what?", extra: str | None = None) -> Sample
     return Sample(f"{name}-{question}", (*messages, Message("assistant", (Text("yes"),))), meta={"video_id": name})
 
 
-def picture(name: str) -> Sample:
-    content = (Media("image", f"images/{name}.png", "vision"), Text("a bell?", question=True))
-    return Sample(name, (Message("user", content), Message("assistant", (Text("no"),))))
+def picture(*names: str) -> Sample:
+    pictures = (Media("image", f"images/{name}.png", "vision") for name in names)
+    content = (*pictures, Text("a bell?", question=True))
+    return Sample(" ".join(names), (Message("user", content), Message("assistant", (Text("no"),))))
 
 
 def text_only(name: str) -> Sample:
@@ -52,7 +53,7 @@ def assert_deranged(before: list[Sample], after: list[Sample]) -> None:
         assert [m.text for m in old.messages] == [m.text for m in new.messages]
         shape = [(p.kind, p.modality) if isinstance(p, Media) else p for m in old.messages for p in m.content]
         assert shape == [(p.kind, p.modality) if isinstance(p, Media) else p for m in new.messages for p in m.content]
-        assert all(a.path != b.path for a, b in zip(old.media, new.media, strict=True))
+        assert {media.path for media in old.media}.isdisjoint(media.path for media in new.media)
     paths = Counter(tuple(media.path for media in sample.media) for sample in before)
     assert paths == Counter(tuple(media.path for media in sample.media) for sample in after)
 
@@ -68,6 +69,13 @@ def test_shuffle_exchanges_clips_within_their_kind(questions: list[int], picture
 def test_shuffle_keeps_apart_rows_that_share_one_of_their_media() -> None:
     samples = [clip(f"c{i // 3}", f"q{i}", extra=f"speech/{i % 5}.wav") for i in range(30)]
     assert_deranged(samples, shuffle_media(samples))
+
+
+def test_shuffle_takes_two_pictures_in_the_other_order_for_the_same() -> None:
+    samples = [picture(*names) for k in range(4) for names in ((f"a{k}", f"b{k}"), (f"b{k}", f"a{k}"))]
+    assert_deranged(samples, shuffle_media(samples))
+    with pytest.raises(UserError, match="share one clip or picture"):
+        shuffle_media([picture("a", "b"), picture("b", "a")])
 
 
 def test_shuffle_is_fixed_and_leaves_text_alone() -> None:

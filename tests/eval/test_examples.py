@@ -118,6 +118,22 @@ def test_the_choice_is_drawn_by_the_seed_and_covers_the_file() -> None:
     assert first["wrong"][-1].index > 100  # not the first rows
 
 
+def test_a_caption_is_neither_right_nor_wrong_and_is_scored_over_the_set(tmp_path: Path) -> None:
+    benchmark, said = BENCHMARKS["audiocaps"], ["a dog barks loudly", "rain"]
+    metas = [{"references": ["a dog barks loudly"]}, {"references": ["heavy rain falls down"]}]
+    rows = [Row(str(i), i, prediction=p, meta=m) for i, (p, m) in enumerate(zip(said, metas, strict=True))]
+    text = page(Subject(benchmark, "audiocaps", None, benchmark.score(rows)), rows, MediaLoader(tmp_path))
+    assert re.findall(r"<h2>(.*?)</h2>", text) == ["Scored: 2 of 2"]
+    assert "CIDEr-D 10.00" in text
+
+
+def test_words_that_were_misheard_are_errors(tmp_path: Path) -> None:
+    benchmark = BENCHMARKS["asr"]
+    rows = [Row("a", 0, answer="red green blue", prediction="cat dog cow")]
+    text = page(Subject(benchmark, "asr", None, benchmark.score(rows)), rows, MediaLoader(tmp_path))
+    assert '<dt>errors</dt><dd dir="auto">3 of 3</dd>' in text
+
+
 def test_a_control_says_what_was_shown(small_world: Path) -> None:
     rows = rows_of(small_world)[:2]
     for control, words in (("blind", "no media were shown"), ("shuffle", "another row"), ("adapter:audio", "was off")):

@@ -115,3 +115,11 @@ def test_an_entry_of_its_own_name_keeps_its_options_with_another_file(small_run:
     entry = {"benchmark": "mmbench", "path": "elsewhere.tsv", "name": "turned", "options": {"circular": True}}
     (job,) = plan(small_run, [entry], "turned", "--path", str(table))
     assert (job.name, job.path, job.media_dir, job.options) == ("turned", table, table.parent, {"circular": True})
+
+
+def test_another_file_keeps_the_options_and_limit_of_the_one_entry_that_is_meant(small_run: Path, table: Path) -> None:
+    entry = {"benchmark": "mmbench", "path": "elsewhere.tsv", "limit": 2, "options": {"circular": True}}
+    (job,) = plan(small_run, [entry, {"benchmark": "pope", "path": "x"}], "mmbench", "--path", str(table))
+    assert (job.name, job.path, job.limit, job.options) == ("mmbench", table, 2, {"circular": True})
+    (either,) = plan(small_run, [entry | {"name": "a"}, entry | {"name": "b"}], "mmbench", "--path", str(table))
+    assert (either.name, either.limit, either.options) == ("mmbench", None, {})

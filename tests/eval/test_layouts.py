@@ -47,7 +47,7 @@ def test_mme(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "count/1.jpg").write_bytes(b"")
     (tmp_path / "count/1.txt").write_text(
-        "Two dogs? Please answer yes or no.\tYes\nThree? Please answer yes or no.\tNo\n"
+        "Two\u2028dogs? Please answer yes or no.\tYes\nThree? Please answer yes or no.\tNo\n", encoding="utf-8"
     )
     (tmp_path / "posters/images/tt1.png").write_bytes(b"")
     (tmp_path / "posters/questions_answers_YN/tt1.txt").write_text("Is it Heat?\tYes\nno tab here\n")
@@ -99,6 +99,18 @@ def test_mmbench_asks_every_pass(tmp_path: Path) -> None:
     assert (figures["circular"], figures["vanilla"], figures["questions"]) == (0.5, 1.0, 2)
 
 
+def test_mmbench_replaces_pictures_that_are_torn_or_of_another_table(tmp_path: Path) -> None:
+    path, picture = mmbench(tmp_path), tmp_path / "mmbench_dev.images/7.jpg"
+    load("mmbench", path)
+    first = picture.stat().st_ino
+    load("mmbench", path)
+    assert picture.stat().st_ino == first  # the same picture is left alone
+    picture.write_bytes(b"a pic")
+    load("mmbench", path)
+    assert picture.read_bytes() == b"a picture"
+    assert [file.name for file in picture.parent.glob(".*")] == []
+
+
 def test_scoring_writes_no_pictures(tmp_path: Path) -> None:
     load("mmbench", mmbench(tmp_path), **BENCHMARKS["mmbench"].truth_options)
     assert not (tmp_path / "mmbench_dev.images").exists()
@@ -142,14 +154,52 @@ def test_air_bench(tmp_path: Path) -> None:
         "choice_c": None,
         "answer_gt": "glad",
     }
-    row |= {"task_name": "Emotion_Recognition", "dataset_name": "meld", "uniq_id": 5}
+    row |= {"task_name": "Speaker_Emotion_Recontion", "dataset_name": "meld", "uniq_id": 5}
     sound = row | {"task_name": "Audio_Grounding", "dataset_name": "g"}
     path = tmp_path / "Foundation_meta.json"
     path.write_text(json.dumps([row, sound]))
     (speech,) = load("air_bench", path)
-    assert asked(speech) == ("Mood?\nA. sad\nB. glad", [("audio", "Emotion_Recognition_meld/1.wav", "speech")], "B")
+    place = ("audio", "Speaker_Emotion_Recontion_meld/1.wav", "speech")
+    assert asked(speech) == ("Mood?\nA. sad\nB. glad", [place], "B")
     grounding = load("air_bench", path, tasks="all")[1]
     assert asked(grounding)[1] == [("audio", "Audio_Grounding_g/1.flac", "audio")]
+
+
+# the 25 folders of Foundation/, as published, without their data sets' names
+AIR_BENCH_SPEECH = [
+    "Speaker_Age_Prediction", "Speaker_Emotion_Recontion", "Speaker_Gender_Recognition",
+    "Speaker_Intent_Classification", "Speaker_Number_Verification", "Speech_Entity_Reconition", "Speech_Grounding",
+    "Spoken_Language_Identification", "Synthesized_Voice_Detection",
+]  # fmt: skip
+AIR_BENCH_OTHERS = [
+    "Acoustic_Scene_Classification", "Audio_Grounding", "Sound_AQA", "vocal_sound_classification", "Music_AQA",
+    "Music_Genre_Recognition", "Music_Instruments_Classfication", "Music_Midi_Pitch_Analysis",
+    "Music_Midi_Velocity_Analysis", "Music_Mood_Recognition",
+]  # fmt: skip
+
+
+def test_air_bench_asks_all_nine_speech_tasks_and_no_task_vanishes(tmp_path: Path) -> None:
+    row = {
+        "path": "1.wav",
+        "question": "?",
+        "choice_a": "one",
+        "choice_b": "two",
+        "answer_gt": "one",
+        "dataset_name": "d",
+    }
+    path = tmp_path / "Foundation_meta.json"
+
+    def tasks(*names: str | None) -> list[Any]:
+        path.write_text(json.dumps([row | {"task_name": name} for name in names]))
+        return [found.meta.get("task_name", found.error) for found in load("air_bench", path)]
+
+    assert tasks(*AIR_BENCH_SPEECH, *AIR_BENCH_OTHERS) == AIR_BENCH_SPEECH
+    corrected = ["Emotion_Recognition", "Speech_Entity_Recognition", "Intent_Classification"]
+    assert tasks(*corrected) == corrected
+    assert "'task_name' is missing" in tasks(None)[0]
+    with pytest.raises(UserError, match="Speech_Groundin; did you mean 'Speech_Grounding'"):
+        tasks("Speech_Groundin")
+    assert len(load("air_bench", path, tasks="all")) == 1
 
 
 def test_ave_and_music_avqa(tmp_path: Path) -> None:
@@ -174,9 +224,11 @@ def test_ave_and_music_avqa(tmp_path: Path) -> None:
 def test_librispeech(tmp_path: Path) -> None:
     folder = tmp_path / "1089" / "134686"
     folder.mkdir(parents=True)
-    (folder / "1089-134686.trans.txt").write_text("1089-134686-0000 HE HOPED THERE\n1089-134686-0001\n")
+    (folder / "1089-134686.trans.txt").write_text(
+        "1089-134686-0000 HE HOPED\u2028THERE\n1089-134686-0001\n", encoding="utf-8"
+    )
     good, bad = load("librispeech", tmp_path)
-    assert asked(good)[1:] == ([("audio", "1089/134686/1089-134686-0000.flac", "speech")], "HE HOPED THERE")
+    assert asked(good)[1:] == ([("audio", "1089/134686/1089-134686-0000.flac", "speech")], "HE HOPED\u2028THERE")
     assert good.unit == "1089-134686"
     assert bad.error is not None
 
@@ -245,6 +297,7 @@ def test_folders_that_are_none(tmp_path: Path, name: str) -> None:
         ("mmbench", "index\tquestion\n1\tx\n", "has no column A, B, answer, image"),
         ("seed_bench", "[]", 'expected {"questions"'),
         ("seed_bench", "{", "is not JSON"),
+        ("seed_bench", '{"a": "one\u2028two",\n oops}', "line 2, column 2: .*; found 'oops}'"),
         ("air_bench", "{}", "expected a JSON array"),
         ("audiocaps", "x,y\n1,2\n", "has no column youtube_id, caption"),
         ("multiple_choice", "\n", "holds no rows"),

@@ -339,6 +339,12 @@ def test_a_table_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["pope", "--predictions", "."], "the predictions file cannot be read"),
         (["pope", "--predictions", "p", "--annotations", "absent.json"], "get coco_pope_"),
         (["ave", "--predictions", "p", "--annotations", "absent.txt"], "AVE_Dataset.zip"),
+        (["mmbench", "--predictions", "p", "--annotations", "."], "Is a directory"),
+        (["audiocaps", "--predictions", "p", "--annotations", "."], "Is a directory"),
+        (["mmbench", "--predictions", "p", "--annotations", "latin"], "is not UTF-8 text"),
+        (["audiocaps", "--predictions", "p", "--annotations", "latin"], "is not UTF-8 text"),
+        (["pope", "--predictions", "p", "--annotations", "."], "Is a directory"),
+        (["pope", "--predictions", "p", "--annotations", "latin"], "is not UTF-8 text"),
     ],
 )
 def test_mistakes_end_in_one_message(
@@ -350,6 +356,7 @@ def test_mistakes_end_in_one_message(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "p", [pope(0)])
+    (tmp_path / "latin").write_bytes("index\tcaf\xe9\n".encode("latin-1"))
     assert main(arguments) == 2
     output = capsys.readouterr()
     assert (output.out, output.err.startswith("error: ")) == ("", True)
@@ -411,3 +418,119 @@ def test_a_question_without_its_options_finds_its_annotation(tmp_path: Path) -> 
     own = write(tmp_path / "own.jsonl", rows)
     result = score("multiple_choice", write(tmp_path / "p.jsonl", said), annotations=own)
     assert (result["score"], result["missing"], result["extra"]) == (1.0, 0, 0)
+
+
+# ---- rows that belong to another file --------------------------------------------------------------------------------
+
+
+def mmbench_table(path: Path, passes: bool = False) -> Path:
+    """Two questions of one picture; `passes`: the file itself holds what CircularEval asks."""
+    lines = [[7, "Which?", "cat", "dog", "cow", "C", "eA=="], [8, "What?", "one", "two", "", "A", "7"]]
+    if passes:
+        lines.append([1000008, "What?", "two", "one", "", "B", "7"])
+    header = ["index", "question", "A", "B", "C", "answer", "image"]
+    path.write_text("".join("\t".join(map(str, line)) + "\n" for line in [header, *lines]))
+    return path
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_circular_rows_are_set_beside_their_own_pass(tmp_path: Path, own: bool) -> None:
+    """A model that always says A: right in one pass of each question."""
+    table, mmbench = mmbench_table(tmp_path / "t.tsv"), BENCHMARKS["mmbench"]
+    rows = []
+    for row in mmbench.load(table, options={"circular": True}):
+        row.prediction = "A"
+        published = {"index": row.meta["index"], "image_path": "7.jpg", "question": row.meta["asked"]}
+        rows.append(mmbench.to_json(row) if own else published | {"answer": row.answer, "output": ["A"]})
+    predictions = write(tmp_path / "p.jsonl", rows[::-1])
+    for truths in (None, table):
+        strict = score("mmbench", predictions, truths)["rules"]["strict"]
+        assert strict["score"] == pytest.approx(2 / 5)
+        assert (strict["circular"], strict["vanilla"], strict["questions"]) == (0.0, 0.5, 2)
+    assert score("mmbench", predictions, table)["problems"] == []
+    plain = score("mmbench", write(tmp_path / "q.jsonl", [rows[0], rows[3]]), table)
+    assert (plain["score"], plain["missing"]) == (0.5, 0)
+    assert "circular" not in plain["rules"]["strict"]
+
+
+def test_a_table_that_holds_the_passes_is_taken_as_it_is(tmp_path: Path) -> None:
+    table = mmbench_table(tmp_path / "t.tsv", passes=True)
+    rows = BENCHMARKS["mmbench"].load(table, options={"circular": True, "pictures": False})
+    assert [row.meta["index"] for row in rows] == [7, 8, 1000008]
+
+
+def pope_file(tmp_path: Path, name: str, things: list[str]) -> tuple[Path, Path]:
+    """One of POPE's files, the same images and numbers in each, and eval/run.py's predictions for it."""
+    lines = [
+        {"question_id": i, "image": f"{i}.jpg", "text": f"Is there a {thing}?", "label": "no" if i % 2 else "yes"}
+        for i, thing in enumerate(things, 1)
+    ]
+    annotations, pope = write(tmp_path / f"{name}.json", lines), BENCHMARKS["pope"]
+    rows = pope.load(annotations)
+    for row in rows:
+        row.prediction = "yes"
+    return annotations, write(tmp_path / f"{name}.jsonl", [pope.to_json(row) for row in rows])
+
+
+def test_other_questions_under_the_same_ids_are_told_and_not_compared(tmp_path: Path) -> None:
+    _, random = pope_file(tmp_path, "random", ["cat", "dog", "cow", "car"])
+    popular, other = pope_file(tmp_path, "popular", ["bus", "dog", "bed", "car"])
+    result = score("pope", random, against=other)
+    against = result["against"]
+    assert (against["rows"], against["rows_only_here"], against["rows_only_there"]) == (2, 2, 2)
+    assert result["problems"] == [
+        "2 rows have one id in both files, but another medium, question or true answer, and are not compared: 1, 3"
+    ]
+    assert score("pope", random, popular)["problems"] == [
+        "2 rows have another question than their annotation, whose own counts: row 1, row 3"
+    ]
+    published = [
+        {"question_id": 1, "image_path": "9.jpg", "question": "Is there a cat?", "answer": "no", "output": "no"}
+    ]
+    assert [problem[:20] for problem in score("pope", write(tmp_path / "p", published), popular)["problems"]][:3] == [
+        "3 rows are missing: ", "1 rows have another ", "1 rows have another ",
+    ]  # fmt: skip
+    _, apart = pope_file(tmp_path, "apart", ["bus", "bus", "bed", "bed"])
+    code = main(["pope", "--predictions", str(random), "--against", str(apart)])
+    assert code == 2
+
+
+def test_three_files_in_one_are_told_apart_and_repeated_rows_named(tmp_path: Path) -> None:
+    files = [pope_file(tmp_path, name, things)[1] for name, things in (("a", ["cat", "dog"]), ("b", ["cat", "bus"]))]
+    whole = write(tmp_path / "p.jsonl", [json.loads(line) for file in files for line in file.read_text().splitlines()])
+    result = score("pope", whole)
+    assert counts(result) == (4, 3, 0, 0, 1, 0, 0)
+    assert result["problems"] == ["1 rows stand in the file again and do not count: row 3"]
+
+
+def test_problems_name_the_first_rows_of_each_kind(tmp_path: Path) -> None:
+    annotations, _ = pope_file(tmp_path, "a", [str(i) for i in range(5)])
+    rows = [pope(9), "{broken", *([pope(1, image_path="5.jpg", question="Is there a 4?")] * 2)]
+    problems = score("pope", write(tmp_path / "p.jsonl", rows), annotations)["problems"]
+    assert "4 rows are missing: 1, 2, 3, ..." in problems
+    assert {"1 rows are extra: row 1", "1 rows are repeated: row 4", "1 rows are not readable: row 2"} <= set(problems)
+
+
+def test_aves_own_rows_are_found_by_their_clip_in_another_list(tmp_path: Path) -> None:
+    """Ids count the lines of the file that was asked."""
+    test, whole = tmp_path / "testSet.txt", tmp_path / "Annotations.txt"
+    test.write_text("Bark&one&good&0&4\nCat&two&good&5&9\n")
+    whole.write_text("Bus&three&good&0&4\nCat&two&good&5&9\nTruck&four&good&0&9\nBark&one&good&0&4\n")
+    ave_ = BENCHMARKS["ave"]
+    rows = ave_.load(test)
+    for row in rows:
+        row.prediction = row.answer
+    predictions = write(tmp_path / "p.jsonl", [ave_.to_json(row) for row in [*rows, rows[0]]])
+    result = score("ave", predictions, whole)
+    assert (result["score"], result["extra"], result["duplicates"]) == (1.0, 0, 1)
+
+
+def test_rows_that_one_file_lacks_are_not_compared_with_annotations_either(tmp_path: Path) -> None:
+    annotations, _ = pope_file(tmp_path, "a", ["cat", "dog", "cow", "car"])
+    rows = [{"question_id": i, "image": f"{i}.jpg", "output": ["yes"]} for i in (1, 2, 3)]
+    one, other = write(tmp_path / "one", rows), write(tmp_path / "other", rows[1:2])
+    result = score("pope", one, annotations, against=other)
+    against = result["against"]
+    assert (against["rows"], against["rows_only_here"], against["rows_only_there"]) == (1, 2, 0)
+    assert (against["score"], against["difference"]) == (1.0, 0.0)
+    assert f"{other}: 3 rows are missing: 1, 3, 4" in result["problems"]

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.benchmarks import BENCHMARKS
 from eval.benchmarks.ave import NAMES
 from eval.benchmarks.choices import choose, official_choice, options_in, true_letter
 from eval.benchmarks.music_avqa import ANSWERS
@@ -290,6 +291,7 @@ OPTIONS = ["a cat", "the dog", "A minor", "B minor"]
         ("", None, None),
         ("да", None, None),
         ("Д", None, None),
+        ("C# it is", None, None),  # a note
     ],
 )
 def test_letters(text: str, strict: str | None, official: str | None) -> None:
@@ -314,9 +316,29 @@ def test_options_by_their_text(text: str, letter: str | None) -> None:
         ("A man is walking", ["cat", "dog"], "A"),  # names none of them
         ("A) dog", ["cat", "dog"], "A"),
         ("A", ["cat", "dog"], "A"),
+        ("I hear a dog", [*(f"bird {k}" for k in range(8)), "cat", "dog"], "J"),
+        ("C major is the key", ["A minor", "C major", "E minor", "G major"], "B"),
+        ("The answer is c major", ["A minor", "C major", "E minor", "G major"], "B"),
+        ("C because A minor is sad", ["A minor", "C major", "E minor", "G major"], "C"),  # no option's word
+        ("B because the cat ran", ["cat", "dog"], "B"),
     ],
 )
-def test_a_capital_a_may_be_an_article(text: str, options: list[str], letter: str) -> None:
+def test_a_letter_may_be_a_word(text: str, options: list[str], letter: str) -> None:
+    assert choose(text, options) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "letter"),
+    [
+        ("C#", ["C", "C#", "D"], "B"),
+        (" c# ", ["C", "C#", "D"], "B"),
+        ("-5", ["5", "-5"], "B"),
+        ("5", ["5", "-5"], "A"),
+        ("C", ["D", "C", "G"], "C"),  # an answer is asked for as a letter
+        ("X", ["x", "X"], "B"),
+    ],
+)
+def test_an_options_very_text_goes_before_its_like(text: str, options: list[str], letter: str) -> None:
     assert choose(text, options) == letter
 
 
@@ -337,6 +359,12 @@ def test_options_and_truths() -> None:
     assert options_in("B. second first") == []
     truths = ("b", "B</s>", "B. the dog", "the dog", "Zebra")
     assert [true_letter(text, OPTIONS) for text in truths] == ["B", "B", "B", "B", None]
+    numbers, notes = ["4", "2", "1", "3"], ["D", "C", "G", "A"]
+    assert [true_letter("2", numbers, text_first=first) for first in (False, True)] == ["B", "B"]
+    assert [true_letter("C", notes, text_first=first) for first in (False, True)] == ["C", "B"]
+    assert [true_letter("C", numbers, text_first=first) for first in (False, True)] == ["C", "C"]
+    assert true_letter("X", ["W", "X"]) == "B"  # no letter of two options
+    assert options_in("?\nA. one\u2028line\nB. two") == ["one\u2028line", "two"]
 
 
 @pytest.mark.parametrize("name", ["mmbench", "seed"])
@@ -361,6 +389,10 @@ def test_circular_evaluation(tmp_path: Path) -> None:
     assert (strict["circular"], strict["vanilla"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert strict["score"] == pytest.approx(4 / 6)
     assert "circular" not in scored(tmp_path, "mmbench", rows[::2])["rules"]["strict"]
+    without = scored(tmp_path, "mmbench", [row for row in rows if row["index"] != 1_000_000])["rules"]["strict"]
+    assert (without["circular"], without["vanilla"]) == (0.0, pytest.approx(2 / 3))  # question 0 lacks a pass
+    whole = [row | {"question": "Which?\nA. x\nB. y\nC. z"} for row in rows]
+    assert scored(tmp_path, "mmbench", whole)["rules"]["strict"]["circular"] == 0.0  # three options, two passes
 
 
 # ---- MMAU, AIR-Bench -------------------------------------------------------------------------------------------------
@@ -381,11 +413,52 @@ def test_mmau_string_match(tmp_path: Path) -> None:
     assert result["rules"]["strict"]["task"]["music"]["rows"] == 4
 
 
+def test_mmau_matches_the_words_of_the_answer_as_it_is_written(tmp_path: Path) -> None:
+    """Published rows, with and without annotations; eval/run.py's rows of today, and old ones with the letter only."""
+    record = {"id": "1", "audio_id": "1.wav", "question": "?", "choices": ["Presto", "Lento", "Andante"]}
+    record |= {"answer": "(C) Andante", "task": "music", "difficulty": "easy"}
+    annotations = tmp_path / "mmau.json"
+    annotations.write_text(json.dumps([record]))
+    mmau = BENCHMARKS["mmau"]
+    (own,) = mmau.load(annotations)
+    for said, right in (("andante", 0), ("c andante", 1)):
+        published = [record | {"model_output": said}]
+        own.prediction = said
+        now = mmau.to_json(own)
+        for rows, truths in ((published, None), (published, annotations), ([now], None)):
+            assert scored(tmp_path, "mmau", rows, truths)["rules"]["official"]["score"] == right
+        plain = now | {"meta": {"choices": record["choices"]}}
+        assert scored(tmp_path, "mmau", [plain], None)["rules"]["official"]["score"] == 1
+
+
+@pytest.mark.parametrize("name", ["mmau", "air_bench"])
+def test_true_answers_of_one_character_are_texts(tmp_path: Path, name: str) -> None:
+    options = ["D", "C", "G", "A"]
+    letters = dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), options, strict=True))
+    record = {"question": "Which note?", "task_name": "Music_Midi_Pitch_Analysis", "dataset_name": "n", "path": "1.wav"}
+    record |= letters | {"id": "1", "uniq_id": 1, "audio_id": "1.wav", "choices": options}
+    record |= {"answer": "C"} if name == "mmau" else {"answer_gt": "C"}
+    annotations = tmp_path / "a.json"
+    annotations.write_text(json.dumps([record]))
+    (row,) = BENCHMARKS[name].load(annotations, options={"tasks": "all"} if name == "air_bench" else {})
+    assert row.answer == "B"
+    row.prediction = "B"
+    own, published = BENCHMARKS[name].to_json(row), record | {"model_output": "B"}
+    for rows, truths in (([own], None), ([published], None), ([published], annotations if name == "mmau" else None)):
+        assert scored(tmp_path, name, rows, truths)["score"] == 1.0
+
+
 def test_air_bench_by_the_publishers_scorer(tmp_path: Path) -> None:
     said = ["B", "B. sad", "The answer is B.", "sad", "None", "", "happy", "I feel it", "Angry"]
     rows = [
         {"path": f"{i}.wav", "question": "Which mood?", "choice_a": "happy", "choice_b": "sad", "choice_c": None}
-        | {"answer_gt": "sad", "task_name": "Emotion_Recognition", "dataset_name": "x", "uniq_id": i, "response": text}
+        | {
+            "answer_gt": "sad",
+            "task_name": "Speaker_Emotion_Recontion",
+            "dataset_name": "x",
+            "uniq_id": i,
+            "response": text,
+        }
         for i, text in enumerate(said)
     ]
     result = scored(tmp_path, "air_bench", rows)

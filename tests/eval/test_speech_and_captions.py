@@ -39,6 +39,10 @@ def test_whispers_normaliser(text: str, expected: str) -> None:
     assert whisper_normalised(text) == expected
 
 
+def test_diacritics_of_other_languages_stay() -> None:
+    assert whisper_normalised("Café, (äh) schön!", english=False) == "café schön"
+
+
 def test_it_equals_transformers_own() -> None:
     """With the same table of spellings, on texts of ordinary length."""
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
@@ -88,6 +92,29 @@ def test_word_errors_over_the_whole_set(tmp_path: Path) -> None:
     assert strict["cer"] == pytest.approx((0 + 6 + 15 + 5) / letters)
     assert result["rules"]["official"]["wer"] == pytest.approx((0 + 1 + 3 + 0 + 1) / (6 + 3 + 3 + 3 + 3))
     assert "lower is better" in result["measure"]
+
+
+def test_words_heard_in_silence_are_errors(tmp_path: Path) -> None:
+    """As jiwer counts them over a set; only a row without the key is bad."""
+    import jiwer
+
+    pairs = [("a b", "a"), ("", "x y"), ("", "")]
+    rows = [{"audio_filepath": f"{i}.wav", "text": true} for i, (true, _) in enumerate(pairs)]
+    said = [row | {"pred_text": heard} for row, (_, heard) in zip(rows, pairs, strict=True)]
+    expected = jiwer.process_words([true for true, _ in pairs], [heard for _, heard in pairs]).wer
+    annotations = write(tmp_path / "m.jsonl", rows)
+    own = BENCHMARKS["asr"].load(annotations)
+    for row, (_, heard) in zip(own, pairs, strict=True):
+        row.prediction = heard
+    assert [BENCHMARKS["asr"].correct(row) for row in own] == [False, False, True]
+    ours = write(tmp_path / "own.jsonl", [BENCHMARKS["asr"].to_json(row) for row in own])
+    published = write(tmp_path / "p.jsonl", said)
+    for predictions, truths in ((published, None), (published, annotations), (ours, None), (ours, annotations)):
+        result = score("asr", predictions, truths)
+        assert [result["rules"][rule]["score"] for rule in ("strict", "official")] == [expected, expected] == [1.5, 1.5]
+        assert (result["bad"], result["rules"]["strict"]["exact"]) == (0, pytest.approx(1 / 3))
+    del said[1]["text"]
+    assert score("asr", write(tmp_path / "q.jsonl", said))["bad"] == 1
 
 
 # ---- captions --------------------------------------------------------------------------------------------------------
