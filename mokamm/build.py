@@ -53,7 +53,9 @@ def build_model(
 ) -> MultimodalLM:
     """A model as the config says; `init=False` leaves out `training.init_from`.
 
-    placed: False leaves LLM and projectors in the computer's memory; the encoders are on the device. Raises UserError, EncoderError or AdapterError for a part that is unknown, missing or does not fit.
+    placed: False leaves LLM and projectors in the computer's memory; the encoders are on the device.
+
+    Raises UserError, EncoderError or AdapterError for a part that is unknown, missing or does not fit.
     """
     device = choose_device(device)
     modalities = config.model.modalities

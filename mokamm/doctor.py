@@ -350,9 +350,8 @@ def show(config: RunConfig, path: str, found: list[Finding], shapes: dict[str, A
         fits = "" if memory["total"] <= shapes["gpu_bytes"] else f"  more than the GPU's {size(shapes['gpu_bytes'])}"
         host = f", and {size(memory['host'])} of the computer's" if memory["host"] else ""
         print(f"    {name:15} {size(memory['total']):>8}{host}{fits}")
-    print(
-        f"    {'(ZeRO-3 reads':15} {size(shapes['building']):>8} into the computer's memory for each process before it shards)"
-    )
+    before = f"{'before ZeRO-3':15} {size(shapes['building']):>8}"
+    print(f"    {before} of the computer's memory, for each process, until the weights are sharded")
     for name, why in shapes["not_counted"].items():
         print(f"  not counted: {name}: {why}")
 
