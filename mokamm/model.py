@@ -4,8 +4,9 @@
     modality ids, keys ----------------------------------------> Routing ------------------+--> LLM + adapter --> logits
 
 `llm` (perhaps PEFT-wrapped) and `projectors` are registered modules: what DeepSpeed shards. The frozen encoders
-(`perception`) and the `processor` are plain attributes. Every projector is called exactly once a training forward, on
-zeros with zero weight where its modality is absent, because ranks that call different modules hang or, worse, do not.
+(`perception`) and the `processor` are plain attributes. Every projector is called exactly once a training forward (under
+ZeRO-3 in a validation, too), on zeros with zero weight where its modality is absent, because ranks that call different
+modules hang or, worse, do not.
 Cost beyond the LLM: the projectors and one copy of the embeddings.
 
 Axis letters: B batch, T tokens, D model width, V vocabulary, N segments, P patches, C feature width, K their tokens.
@@ -14,6 +15,7 @@ Axis letters: B batch, T tokens, D model width, V vocabulary, N segments, P patc
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -36,6 +38,8 @@ from mokamm.routing import Routing
 if TYPE_CHECKING:
     from mokamm.config import RunConfig
 
+log = logging.getLogger("mokamm")
+
 Paths = str | Path | Sequence[str | Path] | None
 
 
@@ -53,6 +57,7 @@ class MultimodalLM(nn.Module):
         self.perception = perception
         self.processor = processor
         self.config: RunConfig | None = None
+        self.told_of_cut = False
         base: Any = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         ends = getattr(base.generation_config, "eos_token_id", None)
@@ -169,6 +174,7 @@ class MultimodalLM(nn.Module):
         LLM is best entered once around many calls. Raises BadSample for unusable samples.
         """
         batch = self.prompt_batch(samples, loader) if not isinstance(samples, Mapping) else samples
+        settings = self._generation_config(max_new_tokens, num_beams)
         was_training = self.training
         self.eval()
         try:
@@ -176,12 +182,20 @@ class MultimodalLM(nn.Module):
                 ids = self.llm.generate(
                     inputs_embeds=self.embed(batch),
                     attention_mask=batch["attention_mask"].to(self.device),
-                    generation_config=self._generation_config(max_new_tokens, num_beams),
+                    generation_config=settings,
                     streamer=streamer,
                 )
         finally:
             self.train(was_training)
+        self._tell_of_cut(ids, settings.max_new_tokens)
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+
+    def _tell_of_cut(self, ids: Tensor, most: int) -> None:
+        """Once a model: an answer that has not ended may be cut in the middle of a word."""
+        cut = ids.shape[1] >= most and not {*ids[:, -1].tolist()} <= {*self.end_ids, self.processor.pad_id}
+        if cut and not self.told_of_cut:
+            self.told_of_cut = True
+            log.warning("note: an answer was cut at %d tokens (evaluation.max_new_tokens, or --max-new-tokens)", most)
 
     def prompt_batch(self, samples: Sequence[Sample], loader: MediaLoader | None = None) -> Batch:
         """Samples as a left-padded batch of prompts."""

@@ -218,6 +218,13 @@ def test_generation_is_greedy_and_the_same_alone_in_a_batch_folded_and_not(model
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_an_answer_that_is_cut_is_told_once(model, samples, caplog, monkeypatch):
+    monkeypatch.setattr(model, "told_of_cut", False)
+    model.generate(samples, 1)
+    model.generate(samples, 1)
+    assert caplog.text.count("an answer was cut at") == 1
+
+
 def test_generation_leaves_the_mode_alone_and_takes_nothing_from_sampling_defaults(model, samples):
     expected = model.generate(samples, 8)
     settings = model.llm.get_base_model().generation_config
