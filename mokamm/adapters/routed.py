@@ -34,6 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
@@ -370,6 +371,7 @@ class MokaModel(FrozenATuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         find_siblings(model, RoutedLinear)
+        self._join_checkpointing(model)
 
     def new_layer(self, target: nn.Module) -> RoutedLinear:
         return RoutedLinear(target, self.context)
@@ -457,6 +459,18 @@ class MokaModel(FrozenATuner):
         self.model.activation_checkpointing_enable(
             activation_checkpointing_kwargs=self._checkpointing(activation_checkpointing_kwargs), **kwargs
         )
+
+    def _join_checkpointing(self, llm: nn.Module) -> None:
+        """Where checkpointing was enabled before the LLM was wrapped: its settings stay, and the routing joins them.
+
+        Not in reentrant checkpointing, see `gradient_checkpointing_enable`.
+        """
+        for module in llm.modules():
+            function = vars(module).get("_gradient_checkpointing_func")
+            settings = getattr(function, "keywords", {})
+            if function and settings.get("use_reentrant") is False and "context_fn" not in settings:
+                joined = partial(function, context_fn=self.context.checkpoint_contexts)
+                vars(module)["_gradient_checkpointing_func"] = joined
 
     def _checkpointing(self, given: dict[str, Any] | None) -> dict[str, Any]:
         settings = {"use_reentrant": False, **(given or {})}
