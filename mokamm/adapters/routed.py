@@ -321,6 +321,10 @@ class RoutedLinear(TunerLayer):
         self.unfold_text()  # to another dtype, or device
         return super()._apply(fn, recurse)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.unfold_text()  # a state dict holds the weights themselves, which others may load
+        return super().state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unfold_text()
         super()._load_from_state_dict(*args, **kwargs)
@@ -403,7 +407,7 @@ class MokaModel(FrozenATuner):
         return any(layer.folds for layer in self.routed_layers())
 
     def fold_text(self) -> None:
-        """Puts the active adapters' text path into the weights, for inference; changing adapters, or `.to()`, unfolds it.
+        """Puts the active adapters' text path into the weights, for inference; changing adapters, `.to()` or `state_dict()` unfolds it.
 
         Raises:
             AdapterError: before anything is changed, where a weight is quantized, sharded, or another module's too.
