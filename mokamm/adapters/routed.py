@@ -376,6 +376,7 @@ class MokaModel(FrozenATuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         find_siblings(model, RoutedLinear)
         self._join_checkpointing(model)
+        self.context.watch(model)
 
     def new_layer(self, target: nn.Module) -> RoutedLinear:
         return RoutedLinear(target, self.context)
@@ -407,7 +408,9 @@ class MokaModel(FrozenATuner):
         return any(layer.folds for layer in self.routed_layers())
 
     def fold_text(self) -> None:
-        """Puts the active adapters' text path into the weights, for inference; changing adapters, `.to()` or `state_dict()` unfolds it.
+        """Puts the active adapters' text path into the weights, for inference.
+
+        Changing adapters, `.to()`, or asking for a state dict takes it out again.
 
         Raises:
             AdapterError: before anything is changed, where a weight is quantized, sharded, or another module's too.
@@ -441,6 +444,7 @@ class MokaModel(FrozenATuner):
         """The LLM without the adapter, its weights bit-identical to what they were."""
         self.unfold_text()
         part_siblings(self.model)
+        self.context.leave(self.model)
         return super().unload()
 
     def gradient_checkpointing_enable(

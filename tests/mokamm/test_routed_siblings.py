@@ -234,9 +234,10 @@ class TestSiblings:
         model, attention, _ = self.parts()
         model.add_adapter("more", MokaConfig(r=2, target_modules=["q_proj", "v_proj"]))
         assert len(attention._forward_hooks) == len(attention._forward_pre_hooks) == 1
-        model.unload()
-        assert not attention._forward_hooks
-        assert not attention._forward_pre_hooks
+        llm = model.unload()
+        for module in llm.modules():
+            kinds = [kind for kind, found in vars(module).items() if "_forward_" in kind and "hooks" in kind and found]
+            assert not kinds
 
     def test_two_threads_that_run_one_model(self) -> None:
         model, _, x = self.parts()
@@ -261,7 +262,8 @@ class TestSiblings:
         before = self.gradients(model)
 
         def hooks() -> int:
-            return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in base.model.modules())
+            layers = (m for m in base.model.modules() if m is not base.model)  # the LLM's tell a prompt from a step
+            return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in layers)
 
         shared = hooks()
         assert shared
