@@ -60,7 +60,8 @@ class Siblings:
         if (children := self.children) is None or self.packing != _packing():
             return []
         found = (children.get(name) for name in self.names)
-        return [other for other in found if other is not layer and getattr(other, "siblings", None) is self]
+        alike = (other for other in found if other is not layer and type(other) is type(layer))  # no wrapper of one
+        return [other for other in alike if getattr(other, "siblings", None) is self]
 
     def keep(self, outputs: dict[nn.Module, Tensor], x: Tensor, routing: Routing | None) -> None:
         """Until their layers are called with this x."""

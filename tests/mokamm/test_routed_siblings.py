@@ -196,6 +196,16 @@ class TestSiblings:
         assert calls[0] == 2  # q and v
         assert former.moka_A["default"].weight.grad is None
 
+    @pytest.mark.parametrize("name", ["q_proj", "k_proj", "up_proj"])
+    def test_a_wrapper_that_passes_attributes_on_is_no_sibling(self, name: str) -> None:
+        model = self.llm()
+        before = self.gradients(model)
+        for layer in model.base_model.model.model.layers:
+            parent = layer.mlp if name == "up_proj" else layer.self_attn
+            setattr(parent, name, torch.compile(getattr(parent, name), backend="eager"))
+        after = {key.replace("._orig_mod", ""): value for key, value in self.gradients(model).items()}
+        assert_close(after, before, 1e-12)
+
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_a_checkpoint_within_the_parent(self, reentrant: bool) -> None:
         """It runs again without the parent, and must keep the same tensors then."""
