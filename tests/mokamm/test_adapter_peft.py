@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import (
     PeftConfig,
     PeftModel,
@@ -295,6 +296,14 @@ def test_folding_is_refused_whole() -> None:
     assert not model.base_model.folded
     name = "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"
     assert torch.equal(model.get_parameter(name), before[name])
+
+    away = get_peft_model(small_llm(), MokaConfig(r=3))
+    before = parameters(away)
+    cpu_offload(away.get_submodule("base_model.model.model.layers.1"), execution_device=torch.device("cpu"))
+    with pytest.raises(AdapterError, match="a Linear whose weight is offloaded"):
+        away.base_model.fold_text()
+    assert not away.base_model.folded
+    assert torch.equal(away.get_parameter(name), before[name])
 
     tied = get_peft_model(small_llm(), MokaConfig(r=3, target_modules=["q_proj", "o_proj"]))
     attention = tied.base_model.model.model.layers[0].self_attn
