@@ -278,7 +278,7 @@ class RoutingContext:
     def __init__(self) -> None:
         self.routing, self.text = None, Routing.text_only()
         self.prefilled: Routing | None = None  # the one that the last prompt ran with
-        self.kept: Routing | None = None  # while a step of decoding runs, whose tokens are text
+        self.kept: Routing | None = None  # while what goes on from a prompt runs without it
 
     @property
     def routing(self) -> Routing | None:
@@ -301,23 +301,16 @@ class RoutingContext:
         take_off(self, llm)
 
     def _begin(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell a prompt from what follows it.
-
-        Raises:
-            AdapterError: several tokens go on from the cache of a prompt that ran under this routing.
-        """
+        """Tell a prompt from what goes on from its cache: this is text, or, of several tokens, refused by the layers."""
         ids, tokens = None if self._routing is None else self._routing.modality_ids, _tokens(args, kwargs)
         if ids is None or tokens is None:
             return
         eager = not torch.compiler.is_compiling()
         goes_on = eager and self.prefilled is self._routing and _is_filled(kwargs.get("past_key_values"))
-        if goes_on and tokens > 1:
-            raise AdapterError(
-                f"The routing is that of a prompt, (B, T) = {tuple(ids.shape)}, and {tokens} tokens are to go on from its "
-                f"cache. {ONE_BY_ONE}"
-            )
         if tokens == 1 and (goes_on or ids.shape[1] > 1):
             self.kept, self.routing = self._routing, self.text
+        elif goes_on:
+            self.kept, self.routing = self._routing, None
         elif eager:
             self.prefilled = self._routing
 
@@ -332,7 +325,7 @@ class RoutingContext:
         recorded (as in `generate`); with gradients a batch of another size is a mistake.
 
         Raises:
-            AdapterError: several tokens without a routing, or with one of another shape.
+            AdapterError: several tokens without a routing, with one of another shape, or going on from a prompt's cache.
         """
         routing = self._routing
         if routing is not None:
@@ -344,6 +337,11 @@ class RoutingContext:
         if routing is None:
             if x.shape[-2] == 1:
                 return None
+            if self.kept is not None:
+                raise AdapterError(
+                    f"The routing is that of a prompt, (B, T) = {self.kept.shape}, but a routed layer got several tokens "
+                    f"(input {tuple(x.shape)}) that go on from its cache. {ONE_BY_ONE}"
+                )
             raise AdapterError(
                 f"A routed layer got several tokens (input {tuple(x.shape)}) but no routing. Call "
                 "model.base_model.set_routing(Routing(modality_ids, key_mask)) before the forward, or "

@@ -287,8 +287,13 @@ class TestAfterAPrompt:
     def test_as_many_tokens_as_the_prompts_are_refused(self) -> None:
         model = wrapped(small_llm())
         prompt, cache = self.after(model, self.IDS)
-        with pytest.raises(AdapterError, match=r"4 tokens are to go on .* one by one.*prompt_lookup_num_tokens"):
+        with pytest.raises(
+            AdapterError, match=r"several tokens .* go on from its cache.* one by one.*prompt_lookup_num_tokens"
+        ):
             model(input_ids=torch.tensor([[5, 6, 7, 8]]), past_key_values=cache)
+        with model.disable_adapter():  # the base alone may
+            model(input_ids=torch.tensor([[5, 6, 7, 8]]), past_key_values=cache)
+        cache.crop(-4)
         step = model(input_ids=torch.tensor([[5]]), past_key_values=cache).logits[:, -1]
         layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
         assert layer.context.look_up(prompt) is layer.context.routing  # a layer called by itself has the prompt's again
