@@ -29,6 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ONE_BY_ONE = (
+    "After a prompt, tokens come one by one: a chat prefills each turn anew instead of going on from a cache, and assisted "
+    "or prompt-lookup decoding (assistant_model, prompt_lookup_num_tokens), which checks several at once, does not work."
+)
+
 
 class AdapterError(ValueError):
     """A user's mistake in the use of an adapter; the message says what is wrong, where, and what to do next."""
@@ -55,7 +60,6 @@ class Routing:
         key_valid: Tensor | None = None,
     ) -> None:
         self._memo: dict[tuple, Any] = {}
-        self._views: dict[tuple, Routing] = {}
         self.max_id: int | None = None
         self.keys_are_text = True  # as far as is known without waiting for a device
         self.may_be_padded = True  # likewise
@@ -114,11 +118,13 @@ class Routing:
         """This routing for a layer on `device` that sees `rows` rows (a multiple of B); memoised."""
         if self.modality_ids is None or (rows == len(self.modality_ids) and device == self.modality_ids.device):
             return self
-        if (rows, device) not in self._views:
-            times = rows // len(self.modality_ids)
+        times = rows // len(self.modality_ids)
+
+        def make() -> Routing:
             moved = self.to(device)
-            self._views[rows, device] = moved.repeated(times) if times > 1 else moved
-        return self._views[rows, device]
+            return moved.repeated(times) if times > 1 else moved
+
+        return self._once(("view", rows, device), make)  # type: ignore[no-any-return]
 
     def check_modalities(self, modalities: int) -> None:
         """Raises AdapterError where a token's modality is none of the adapter's."""
@@ -263,10 +269,16 @@ class Routing:
 
 
 class RoutingContext:
-    """The routing of the current batch, shared by a tuner and all of its layers."""
+    """The routing of the current batch, shared by a tuner and all of its layers.
+
+    It watches the LLM, not the layers: a forward that goes on from the cache of a prompt is not the prompt, whatever its
+    shape. One more token of each row is text there, several are refused. Compiled code asks no cache, only for shapes.
+    """
 
     def __init__(self) -> None:
-        self.routing = None
+        self.routing, self.text = None, Routing.text_only()
+        self.prefilled: Routing | None = None  # the one that the last prompt ran with
+        self.kept: Routing | None = None  # while what goes on from a prompt runs without it
 
     @property
     def routing(self) -> Routing | None:
@@ -278,6 +290,34 @@ class RoutingContext:
         ids = None if routing is None else routing.modality_ids
         self.steps_are_text = ids is None or ids.shape[1] > 1  # of an input (B,1,D): the next token of each row
 
+    def watch(self, llm: nn.Module) -> None:
+        """From now on, and once whatever is added to it later."""
+        self.leave(llm)
+        llm.register_forward_pre_hook(self._begin, with_kwargs=True)
+        llm.register_forward_hook(self._end, always_call=True)
+
+    def leave(self, llm: nn.Module) -> None:
+        """Take the hooks off it."""
+        take_off(self, llm)
+
+    def _begin(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell a prompt from what goes on from its cache: this is text, or, of several tokens, refused by the layers."""
+        ids, tokens = None if self._routing is None else self._routing.modality_ids, _tokens(args, kwargs)
+        if ids is None or tokens is None:
+            return
+        eager = not torch.compiler.is_compiling()
+        goes_on = eager and self.prefilled is self._routing and _is_filled(kwargs.get("past_key_values"))
+        if tokens == 1 and (goes_on or ids.shape[1] > 1):
+            self.kept, self.routing = self._routing, self.text
+        elif goes_on:
+            self.kept, self.routing = self._routing, None
+        elif eager:
+            self.prefilled = self._routing
+
+    def _end(self, *_: Any) -> None:
+        if self.kept is not None:
+            self.kept, self.routing = None, self.kept
+
     def look_up(self, x: Tensor) -> Routing | None:
         """The routing for a layer's input (B,T,D) or, flattened by some LLMs, (B*T,D); None where all of it is text.
 
@@ -285,7 +325,7 @@ class RoutingContext:
         recorded (as in `generate`); with gradients a batch of another size is a mistake.
 
         Raises:
-            AdapterError: several tokens without a routing, or with one of another shape.
+            AdapterError: several tokens without a routing, with one of another shape, or going on from a prompt's cache.
         """
         routing = self._routing
         if routing is not None:
@@ -297,6 +337,11 @@ class RoutingContext:
         if routing is None:
             if x.shape[-2] == 1:
                 return None
+            if self.kept is not None:
+                raise AdapterError(
+                    f"The routing is that of a prompt, (B, T) = {self.kept.shape}, but a routed layer got several tokens "
+                    f"(input {tuple(x.shape)}) that go on from its cache. {ONE_BY_ONE}"
+                )
             raise AdapterError(
                 f"A routed layer got several tokens (input {tuple(x.shape)}) but no routing. Call "
                 "model.base_model.set_routing(Routing(modality_ids, key_mask)) before the forward, or "
@@ -314,7 +359,7 @@ class RoutingContext:
         raise AdapterError(
             f"The routing is for (B, T) = ({B}, {T}), but a routed layer got an input of shape {tuple(x.shape)}. Set "
             "the routing of this very batch, padding included, before each forward (rows repeated for beams are "
-            "understood, without gradients); a chat prefills each turn anew instead of going on from a cache."
+            f"understood, without gradients). {ONE_BY_ONE}"
         )
 
     def checkpoint_contexts(self) -> tuple[Restored, Restored]:
@@ -335,6 +380,33 @@ class Restored:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.context.routing = self.before.pop()
+
+
+def take_off(owner: Any, module: nn.Module) -> None:
+    """Removes the forward hooks of a module that are methods of `owner`."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+            del hooks[key]
+            for kind in ("pre_hooks_with_kwargs", "hooks_with_kwargs", "hooks_always_called"):
+                getattr(module, f"_forward_{kind}").pop(key, None)
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """How many tokens of each row an LLM is called with, by its embeddings or ids; None where neither is found."""
+    for given in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1]):
+        if isinstance(given, Tensor) and given.dim() > 1:
+            return given.shape[1]
+    return None
+
+
+def _is_filled(cache: Any) -> bool:
+    """Whether a KV cache holds tokens. A static one on a device is waited for: at prompts alone, and not in training."""
+    if not hasattr(cache, "get_seq_length"):
+        return False
+    try:
+        return bool(cache.get_seq_length() > 0)
+    except ValueError:  # of linear attentions alone: their states have no length
+        return False
 
 
 def _check(modality_ids: Tensor, key_mask: Tensor | None, key_index: Tensor | None, key_valid: Tensor | None) -> None:

@@ -76,6 +76,11 @@ def plain_weight(layer: TunerLayer, what: str, instead: str) -> Tensor:
     """
     base = layer.get_base_layer()
     weight = cast(Tensor, base.weight)
+    if weight.is_meta:
+        raise AdapterError(
+            f"{what} a {type(base).__name__} whose weight is offloaded, or not loaded: on the meta device there is nothing "
+            f"to add to. {instead}"
+        )
     plain = type(weight.data) is Tensor and weight.dtype in PLAIN_DTYPES
     if not plain or sorted(weight.shape) != sorted((layer.in_features, layer.out_features)):
         raise AdapterError(

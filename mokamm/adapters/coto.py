@@ -41,8 +41,9 @@ MEAN_SHARE = 0.625  # of CoTo's defaults: 1 - share (1 - p0) / 2; stochastic dep
 
 
 def rising(step: int, total_steps: int, p0: float = 0.0, share: float = 0.75) -> float:
-    """CoTo's p(t) at the step numbered from 0."""
-    return min(1.0, p0 + (1.0 - p0) * step / (share * total_steps))
+    """CoTo's p(t) at the step numbered from 0; 1 where there are no steps to rise in."""
+    rise = share * total_steps
+    return min(1.0, p0 + (1.0 - p0) * step / rise) if rise else 1.0
 
 
 def constant(step: int, p: float = MEAN_SHARE) -> float:

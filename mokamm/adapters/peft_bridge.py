@@ -16,6 +16,7 @@ A method of ours (`routed.py`) subclasses TunerLayer and Tuner. Costs nothing at
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import re
@@ -379,7 +380,8 @@ class Tuner(BaseTuner):
         self.target_report: dict[str, dict[str, int]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
+        # names and a hash of this very LLM go into it: the caller's own may serve another one
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         check_adapter_name(model, adapter_name)
         found = match_targets(model, config)
         self.check_config(config, [name for names in found.values() for name in names])

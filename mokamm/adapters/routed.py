@@ -34,6 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
@@ -320,6 +321,10 @@ class RoutedLinear(TunerLayer):
         self.unfold_text()  # to another dtype, or device
         return super()._apply(fn, recurse)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.unfold_text()  # a state dict holds the weights themselves, which others may load
+        return super().state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unfold_text()
         super()._load_from_state_dict(*args, **kwargs)
@@ -370,6 +375,8 @@ class MokaModel(FrozenATuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         find_siblings(model, RoutedLinear)
+        self._join_checkpointing(model)
+        self.context.watch(model)
 
     def new_layer(self, target: nn.Module) -> RoutedLinear:
         return RoutedLinear(target, self.context)
@@ -401,7 +408,9 @@ class MokaModel(FrozenATuner):
         return any(layer.folds for layer in self.routed_layers())
 
     def fold_text(self) -> None:
-        """Puts the active adapters' text path into the weights, for inference; changing adapters, or `.to()`, unfolds it.
+        """Puts the active adapters' text path into the weights, for inference.
+
+        Changing adapters, `.to()`, or asking for a state dict takes it out again.
 
         Raises:
             AdapterError: before anything is changed, where a weight is quantized, sharded, or another module's too.
@@ -435,6 +444,7 @@ class MokaModel(FrozenATuner):
         """The LLM without the adapter, its weights bit-identical to what they were."""
         self.unfold_text()
         part_siblings(self.model)
+        self.context.leave(self.model)
         return super().unload()
 
     def gradient_checkpointing_enable(
@@ -457,6 +467,18 @@ class MokaModel(FrozenATuner):
         self.model.activation_checkpointing_enable(
             activation_checkpointing_kwargs=self._checkpointing(activation_checkpointing_kwargs), **kwargs
         )
+
+    def _join_checkpointing(self, llm: nn.Module) -> None:
+        """Where checkpointing was enabled before the LLM was wrapped: its settings stay, and the routing joins them.
+
+        Not in reentrant checkpointing, see `gradient_checkpointing_enable`.
+        """
+        for module in llm.modules():
+            function = vars(module).get("_gradient_checkpointing_func")
+            settings = getattr(function, "keywords", {})
+            if function and settings.get("use_reentrant") is False and "context_fn" not in settings:
+                joined = partial(function, context_fn=self.context.checkpoint_contexts)
+                vars(module)["_gradient_checkpointing_func"] = joined
 
     def _checkpointing(self, given: dict[str, Any] | None) -> dict[str, Any]:
         settings = {"use_reentrant": False, **(given or {})}

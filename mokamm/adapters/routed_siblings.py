@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mokamm.routing import Routing
+from mokamm.routing import Routing, take_off
 
 NAMES = ({"q_proj", "k_proj", "v_proj"}, {"query", "key", "value"}, {"gate_proj", "up_proj"}, {"w1", "w3"})
 READ_ANOTHER = ("cross", "encoder_attn")  # in the path of an attention whose keys come from elsewhere
@@ -45,10 +45,7 @@ class Siblings:
 
     def leave(self, parent: nn.Module) -> None:
         """Take the hooks off it."""
-        for hooks in (parent._forward_pre_hooks, parent._forward_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-                del hooks[key]
-                parent._forward_hooks_always_called.pop(key, None)
+        take_off(self, parent)
 
     def _begin(self, parent: nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -63,7 +60,8 @@ class Siblings:
         if (children := self.children) is None or self.packing != _packing():
             return []
         found = (children.get(name) for name in self.names)
-        return [other for other in found if other is not layer and getattr(other, "siblings", None) is self]
+        alike = (other for other in found if other is not layer and type(other) is type(layer))  # no wrapper of one
+        return [other for other in alike if getattr(other, "siblings", None) is self]
 
     def keep(self, outputs: dict[nn.Module, Tensor], x: Tensor, routing: Routing | None) -> None:
         """Until their layers are called with this x."""

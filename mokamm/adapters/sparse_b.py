@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mokamm.adapters.masks import count, pack, tidy, unpack
+from mokamm.adapters.standing_in import under_transform
 from mokamm.routing import AdapterError
 
 
@@ -70,14 +71,17 @@ class SparseB(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         if self.positions is None and self.frozen_positions is None:
             return z.new_zeros(*z.shape[:-1], self.out_features)
+        if under_transform():
+            return F.linear(z, self._dense(z.dtype, z.device))
         return _Product.apply(z, self.values, self.positions, self.frozen_values, self.frozen_positions, self.size)  # type: ignore[no-any-return]
 
     def dense(self) -> Tensor:
         """B (D, R), detached."""
         like = next(t for t in (self.values, self.frozen_values, torch.empty(0)) if t is not None)
-        return _dense(
-            self.values, self.positions, self.frozen_values, self.frozen_positions, self.size, like.dtype, like.device
-        ).detach()
+        return self._dense(like.dtype, like.device).detach()
+
+    def _dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return _dense(self.values, self.positions, self.frozen_values, self.frozen_positions, self.size, dtype, device)
 
     # -- which entries --
 
@@ -146,9 +150,10 @@ def _dense(
     device: torch.device,
 ) -> Tensor:
     B = torch.zeros(shape[0] * shape[1], dtype=dtype, device=device)
+    add = Tensor.index_add if under_transform() else Tensor.index_add_  # vmap over the entries needs another B
     for index, entries in ((positions, values), (frozen_positions, frozen_values)):
         if index is not None and entries is not None:
-            B.index_add_(0, index, entries.to(dtype))
+            B = add(B, 0, index, entries.to(dtype))
     return B.view(shape)
 
 
@@ -172,6 +177,6 @@ class _Product(torch.autograd.Function):
             B = _dense(values, positions, frozen_values, frozen_positions, ctx.shape, dy.dtype, dy.device)
             dz = (dy @ B).to(z.dtype)
         if ctx.needs_input_grad[1] and values is not None:
-            dB = dy.flatten(0, -2).T @ z.flatten(0, -2).to(dy.dtype)
-            dvalues = dB.flatten().index_select(0, positions).to(values.dtype)
+            dB = dy.reshape(-1, dy.shape[-1]).T @ z.reshape(-1, z.shape[-1]).to(dy.dtype)
+            dvalues = dB.reshape(-1).index_select(0, positions).to(values.dtype)
         return dz, dvalues, None, None, None, None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import (
     PeftConfig,
     PeftModel,
@@ -24,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from mokamm.adapters import (
     METHODS,
     AdapterError,
+    LoriConfig,
     MokaConfig,
     MokaModel,
     RoutedLinear,
@@ -139,6 +141,33 @@ def test_save_and_reload_on_the_plain_llm(tmp_path: Path, task_type: str | None,
     assert text.shape == (1, 7)
 
 
+def test_a_config_serves_several_models(tmp_path: Path) -> None:
+    """It stays as it was written: names and a hash of one LLM are no settings of the next."""
+    for config in (
+        MokaConfig(r=2, target_modules=["q_proj"], frozen_a=True),
+        LoriConfig(r=2, target_modules="all-linear"),
+    ):
+        targets = copy.copy(config.target_modules)
+        first = get_peft_model(small_llm(), config)
+        assert (config.target_modules, config.a_hash) == (targets, None)
+        own = first.peft_config["default"]
+        assert own is first.base_model.peft_config["default"]
+        assert own.a_hash
+        assert all(name.startswith("model.layers.") for name in own.target_modules)
+        first.save_pretrained(tmp_path)
+        stored = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert set(stored["target_modules"]) == set(own.target_modules)
+        assert stored["a_hash"] == own.a_hash
+
+        config.a_seed = 5
+        torch.manual_seed(0)
+        deeper = LlamaForCausalLM(LlamaConfig(**{**small_llm().config.to_dict(), "num_hidden_layers": 3}))
+        second = get_peft_model(deeper, config)
+        assert sum(target_report(second).values()) == 3 * sum(target_report(first).values()) // 2
+        second.add_adapter("more", config)
+        assert len({id(c) for c in (config, *second.peft_config.values())}) == 3
+
+
 def test_pickle_and_deepcopy_keep_one_context() -> None:
     model = randomise(get_peft_model(small_llm(), MokaConfig(r=2)))
     expected = logits_of(model)
@@ -174,6 +203,24 @@ def test_unloading_or_loading_weights_takes_the_folded_text_path_out() -> None:
     plain = model.unload()
     for (name, own), (_, expected) in zip(plain.named_parameters(), base.named_parameters(), strict=True):
         assert torch.equal(own, expected), name
+
+
+@pytest.mark.parametrize("part", ["", "base_model.model", "base_model.model.model.layers.1.mlp.up_proj"])
+def test_the_state_dict_of_a_folded_model_holds_the_weights_themselves(part: str) -> None:
+    model = randomise(get_peft_model(small_llm(), MokaConfig(r=3)))
+    expected, whole = logits_of(model), model.get_submodule(part)
+    before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    for _ in range(2):
+        model.base_model.fold_text()
+        assert model.base_model.folded
+        state = copy.deepcopy(whole.state_dict())
+        assert state.keys() == before.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+        model.base_model.fold_text()
+        torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-10)
+        whole.load_state_dict(state)
+        model.base_model.unfold_text()
+        assert torch.equal(logits_of(model), expected)
 
 
 def test_several_adapters() -> None:
@@ -249,6 +296,14 @@ def test_folding_is_refused_whole() -> None:
     assert not model.base_model.folded
     name = "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"
     assert torch.equal(model.get_parameter(name), before[name])
+
+    away = get_peft_model(small_llm(), MokaConfig(r=3))
+    before = parameters(away)
+    cpu_offload(away.get_submodule("base_model.model.model.layers.1"), execution_device=torch.device("cpu"))
+    with pytest.raises(AdapterError, match="a Linear whose weight is offloaded"):
+        away.base_model.fold_text()
+    assert not away.base_model.folded
+    assert torch.equal(away.get_parameter(name), before[name])
 
     tied = get_peft_model(small_llm(), MokaConfig(r=3, target_modules=["q_proj", "o_proj"]))
     attention = tied.base_model.model.model.layers[0].self_attn

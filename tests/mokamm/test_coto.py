@@ -71,6 +71,7 @@ def embeddings() -> torch.Tensor:
 def test_probability_rises_in_a_straight_line_to_one_at_three_quarters():
     assert [rising(t, 100) for t in (0, 15, 30, 75, 99)] == pytest.approx([0.0, 0.2, 0.4, 1.0, 1.0])
     assert [rising(t, 200, p0=0.1, share=0.5) for t in (0, 50, 100, 199)] == pytest.approx([0.1, 0.55, 1.0, 1.0])
+    assert rising(0, 0) == 1.0
     assert [constant(t) for t in (0, 5)] == [MEAN_SHARE] * 2
     mean = sum(rising(t, 10_000) for t in range(10_000)) / 10_000
     assert mean == pytest.approx(MEAN_SHARE, abs=1e-4)  # the control's default is CoTo's mean

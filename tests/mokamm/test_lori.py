@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -108,6 +109,33 @@ def test_a_product_by_hand() -> None:
         return torch.func.functional_call(B, {"values": values}, (z,))
 
     assert torch.autograd.gradcheck(function, (z, B.values.detach().clone().requires_grad_()))
+
+
+def test_transforms_and_batched_gradients() -> None:
+    """torch.func, forward mode and is_grads_batched agree with a dense B; some entries are frozen."""
+    torch.manual_seed(0)
+    B, where, start = SparseB(3, 5).double(), torch.rand(5, 3) < 0.5, torch.randn(5, 3, dtype=torch.float64)
+    B.set_mask(pack(where))
+    B.start(start)
+    z, tangent = torch.randn(2, 2, 4, 3, dtype=torch.float64)
+    values, index = B.values.detach(), where.flatten().nonzero().flatten()
+
+    def sparse(values: Tensor, z: Tensor) -> Tensor:
+        return torch.func.functional_call(B, {"values": values}, (z,)).square()
+
+    def dense(values: Tensor, z: Tensor) -> Tensor:
+        return (z @ start.flatten().index_copy(0, index, values).view(5, 3).T).square()
+
+    both, several = (values, z), (torch.stack([values, 2 * values]), torch.stack([z, 2 * z]))
+    for ask in (
+        lambda f: torch.func.grad(lambda *given: f(*given).sum(), argnums=(0, 1))(*both),
+        lambda f: torch.func.jvp(f, both, (values, tangent)),
+        lambda f: torch.func.vmap(f)(*several),
+        lambda f: torch.func.vmap(f, in_dims=(0, None))(several[0], z),
+        lambda f: torch.autograd.functional.jacobian(f, both, vectorize=True),
+        lambda f: torch.func.hessian(lambda *given: f(*given).sum())(*both),
+    ):
+        torch.testing.assert_close(ask(sparse), ask(dense))
 
 
 def test_nothing_dense_is_kept_for_the_backward_pass() -> None:
@@ -222,6 +250,18 @@ def test_merging_is_plain_addition() -> None:
     plain = model.merge_and_unload()
     assert type(plain) is LlamaForCausalLM
     torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_offloaded_weights_are_merged_where_peft_loads_them() -> None:
+    (model, _), (other, _) = lori_s(), lori_s()
+    cpu_offload(other, execution_device=torch.device("cpu"))
+    layer = other.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    with pytest.raises(AdapterError, match="cannot be merged into a Linear whose weight is offloaded"):
+        layer.merge()
+    model.merge_adapter()
+    other.merge_adapter()
+    assert layer.base_layer.weight.is_meta
+    assert torch.equal(logits(other), logits(model))
 
 
 def test_several_adapters_pickle_and_deepcopy() -> None:

@@ -13,10 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    Cache,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from mokamm.adapters import MokaConfig, RoutedLinear
-from mokamm.routing import Routing
+from mokamm.routing import AdapterError, Routing
 
 BATCHES = {
     "ragged, scattered keys": ["tvvqaaqtqtt", "qvvvaaatttq", "tqvqaqvtttt"],
@@ -251,3 +260,97 @@ def test_an_llm_that_flattens_its_batch() -> None:
         inputs, h = (tensor.view(*ids.shape, -1) for tensor in calls[0])
         expected = loop(model.get_submodule(name), weights[name], inputs, ids, keys, model.peft_config["default"])
         torch.testing.assert_close(h, expected, rtol=0, atol=1e-10)
+
+
+class TestAfterAPrompt:
+    """What goes on from a prompt's cache is not the prompt, whatever its shape."""
+
+    IDS = torch.tensor([[1, 1, 0, 0]])
+
+    def after(self, model: nn.Module, ids: Tensor, rows: int = 1) -> tuple[Tensor, Cache]:
+        """A prompt that ran, and the cache it left."""
+        prompt = torch.randn(1, ids.shape[1], 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+        cache = DynamicCache()
+        model.base_model.set_routing(Routing(ids, ids == 0))
+        model(inputs_embeds=prompt.expand(rows, -1, -1), past_key_values=cache)
+        return prompt, cache
+
+    def expected(self, model: nn.Module, ids: Tensor, prompt: Tensor, tokens: Tensor) -> Tensor:
+        """The last logits where prompt and tokens are read at once, the tokens as text that is no key."""
+        rows, text = ids.expand(len(tokens), -1), torch.zeros_like(tokens)
+        routing = Routing(torch.cat([rows, text], 1), torch.cat([rows == 0, text.bool()], 1))
+        model.base_model.set_routing(routing)
+        x = torch.cat([prompt.expand(len(tokens), -1, -1), model.get_input_embeddings()(tokens)], 1)
+        return model(inputs_embeds=x, use_cache=False).logits[:, -1]
+
+    @torch.no_grad()
+    def test_as_many_tokens_as_the_prompts_are_refused(self) -> None:
+        model = wrapped(small_llm())
+        prompt, cache = self.after(model, self.IDS)
+        with pytest.raises(
+            AdapterError, match=r"several tokens .* go on from its cache.* one by one.*prompt_lookup_num_tokens"
+        ):
+            model(input_ids=torch.tensor([[5, 6, 7, 8]]), past_key_values=cache)
+        with model.disable_adapter():  # the base alone may
+            model(input_ids=torch.tensor([[5, 6, 7, 8]]), past_key_values=cache)
+        cache.crop(-4)
+        step = model(input_ids=torch.tensor([[5]]), past_key_values=cache).logits[:, -1]
+        layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+        assert layer.context.look_up(prompt) is layer.context.routing  # a layer called by itself has the prompt's again
+        expected = self.expected(model, self.IDS, prompt, torch.tensor([[5]]))
+        torch.testing.assert_close(step, expected, rtol=0, atol=1e-10)
+
+    @torch.no_grad()
+    def test_a_routing_set_for_what_follows_a_prefix_holds_there(self) -> None:
+        model = wrapped(small_llm())
+        prompt, cache = self.after(model, torch.zeros(1, 3, dtype=torch.long))
+        more, ids = torch.randn(1, 4, 16, dtype=torch.float64), self.IDS
+        model.base_model.set_routing(Routing(ids, ids == 0))
+        found = model(inputs_embeds=more, past_key_values=cache).logits
+        text = torch.zeros(1, 3, dtype=torch.long)
+        model.base_model.set_routing(Routing(torch.cat([text, ids], 1), torch.cat([text.bool(), ids == 0], 1)))
+        whole = model(inputs_embeds=torch.cat([prompt, more], 1)).logits[:, 3:]
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-10)
+
+    @pytest.mark.parametrize("folded", [False, True])
+    @torch.no_grad()
+    def test_a_prompt_of_one_media_token(self, folded: bool) -> None:
+        model, ids, token = wrapped(small_llm()), torch.tensor([[1]]), torch.tensor([[5]])
+        if folded:
+            model.base_model.fold_text()
+        prompt, cache = self.after(model, ids)
+        step = model(input_ids=token, past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(step, self.expected(model, ids, prompt, token), rtol=0, atol=1e-10)
+
+    @pytest.mark.parametrize("rows", [1, 4, 8])
+    @torch.no_grad()
+    def test_beams_of_an_llm_that_flattens_its_steps(self, rows: int) -> None:
+        """As many rows as the prompt has tokens, or a multiple, look like the prompt in Qwen2-MoE's shared expert."""
+        torch.manual_seed(0)
+        config = Qwen2MoeConfig(
+            vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, num_experts=2, num_experts_per_tok=1,
+            moe_intermediate_size=8, shared_expert_intermediate_size=8,
+        )  # fmt: skip
+        llm = Qwen2MoeForCausalLM(config).double().eval()
+        llm.set_experts_implementation("eager")  # the fused one has no float64
+        model = wrapped(llm, exclude_modules=r".*\.experts\..*")
+        prompt, cache = self.after(model, self.IDS, rows)
+        tokens = torch.arange(3, 3 + rows)[:, None]
+        step = model(input_ids=tokens, past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(step, self.expected(model, self.IDS, prompt, tokens), rtol=0, atol=1e-10)
+
+    def test_static_caches_and_a_second_generation_under_one_routing(self) -> None:
+        model = wrapped(small_llm())
+        x, mask, ids, keys = prompts(model)
+        model.base_model.set_routing(Routing(ids, keys))
+        settings = {"inputs_embeds": x, "attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+        dynamic = model.generate(**settings)
+        for _ in range(2):
+            assert torch.equal(model.generate(**settings, cache_implementation="static"), dynamic)
+
+    def test_decoding_that_checks_several_tokens_is_refused(self) -> None:
+        model, tokens = wrapped(small_llm()), torch.tensor([[5, 6, 5, 6, 5, 6]])
+        model.base_model.set_routing(Routing(torch.tensor([[1, 1, 0, 0, 0, 0]]), tokens < 0))
+        with pytest.raises(AdapterError, match="assisted or prompt-lookup decoding"):
+            model.generate(input_ids=tokens, max_new_tokens=8, prompt_lookup_num_tokens=5, do_sample=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -126,6 +127,36 @@ def test_two_forwards_before_one_backward(enable: str) -> None:
         results.append(gradients(model))
     for name, grad in results[0].items():
         torch.testing.assert_close(results[1][name], grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_checkpointing_enabled_before_wrapping(offload: bool) -> None:
+    """Each forward is recomputed under its own routing all the same, and what was set beside stays."""
+    results = []
+    for enabled in (False, True):
+        llm = small_llm()
+        if enabled:
+            settings = {"use_reentrant": False, "determinism_check": "none"}
+            llm.activation_checkpointing_enable(settings, offload=offload)
+        model = wrapped(llm).train()
+        total = loss_of(model, Routing(IDS, KEYS), 2) + loss_of(model, Routing(OTHER, KEYS), 3)
+        total.backward()
+        results.append(gradients(model))
+    for name, grad in results[0].items():
+        torch.testing.assert_close(results[1][name], grad, rtol=0, atol=1e-12)
+    kept = llm.model.layers[0]._gradient_checkpointing_func.keywords
+    assert kept == {**settings, "context_fn": model.base_model.context.checkpoint_contexts}
+
+
+def test_reentrant_checkpointing_and_a_context_of_the_users_stay_as_they_were_enabled() -> None:
+    def contexts() -> tuple:
+        return nullcontext(), nullcontext()
+
+    for settings in ({"use_reentrant": True}, {"use_reentrant": False, "context_fn": contexts}):
+        llm = small_llm()
+        llm.activation_checkpointing_enable(settings)
+        wrapped(llm)
+        assert llm.model.layers[0]._gradient_checkpointing_func.keywords == settings
 
 
 def test_checkpointing_on_an_older_transformers() -> None:

@@ -61,6 +61,15 @@ def test_repeated_rows_and_views() -> None:
     assert pickle.loads(pickle.dumps(routing)).shape == routing.shape
 
 
+def test_what_generation_asks_first_may_be_trained_with_later() -> None:
+    routing = Routing(IDS, KEYS)
+    with torch.inference_mode():
+        beams, tiled = routing.view(6, torch.device("cpu")), routing.tiled(2)
+    for made in (beams, tiled):
+        assert not made.modality_ids.is_inference()
+        assert not made.key_index.is_inference()
+
+
 @pytest.mark.parametrize(
     ("ids", "keys", "extra", "message"),
     [
