@@ -306,11 +306,10 @@ class RoutingContext:
         if ids is None or tokens is None:
             return
         eager = not torch.compiler.is_compiling()
-        goes_on = eager and self.prefilled is self._routing and _is_filled(kwargs.get("past_key_values"))
-        if tokens == 1 and (goes_on or ids.shape[1] > 1):
+        if tokens == 1 and ids.shape[1] > 1:  # the common step asks no cache, which may be on a device
             self.kept, self.routing = self._routing, self.text
-        elif goes_on:
-            self.kept, self.routing = self._routing, None
+        elif eager and self.prefilled is self._routing and _is_filled(kwargs.get("past_key_values")):
+            self.kept, self.routing = self._routing, self.text if tokens == 1 else None
         elif eager:
             self.prefilled = self._routing
 
