@@ -230,7 +230,7 @@ class Lookup:
             for name in names:
                 self.by_id[name].append(place)
             media = row.sample.media if row.sample else []
-            for stem in {_stem(part.path) for part in media}:
+            for stem in {file_stem(part.path) for part in media}:
                 self.by_media[stem].append(place)
 
     def find(self, fields: Fields, row: Row) -> list[int]:
@@ -257,9 +257,9 @@ class Lookup:
             same = self.by_id.get(fields.id, [])
             exact = [place for place in same if self.truths[place].index == fields.index]
             if not same and self.media_suffices:  # an id that counts the lines of another file
-                return self.by_media.get(_stem(fields.unit), [])
+                return self.by_media.get(file_stem(fields.unit), [])
             return exact or same
-        near = self.by_media.get(_stem(fields.media), []) if fields.media else []
+        near = self.by_media.get(file_stem(fields.media), []) if fields.media else []
         number = str(fields.index) if self.benchmark.index_is_id and fields.index is not None else ""
         if by_id := self.by_id.get(fields.id or number, []):
             here = [place for place in by_id if place in near]
@@ -281,8 +281,11 @@ class Lookup:
         found = []
         if row.answer and not self.benchmark.same_truth(row, truth):
             found.append("true answer")
-        media = _stem(fields.unit if fields.own else fields.media)
-        known = {_stem(truth.unit), *(_stem(part.path) for part in (truth.sample.media if truth.sample else []))}
+        media = file_stem(fields.unit if fields.own else fields.media)
+        known = {
+            file_stem(truth.unit),
+            *(file_stem(part.path) for part in (truth.sample.media if truth.sample else [])),
+        }
         if media and media not in known and not self.benchmark.index_is_id:  # MMBench's pictures have no names
             found.append("medium")
         if not self._is_asked(fields.question or str(row.meta.get("question") or ""), place):
@@ -314,7 +317,7 @@ def _question(row: Row) -> str:
     return normalise(" ".join(part.text for part in parts if part.question))
 
 
-def _stem(path: str) -> str:
+def file_stem(path: str) -> str:
     """A file's name without folders and ending; media names of annotations and rows differ in both."""
     return PurePosixPath(path.replace("\\", "/")).stem
 

@@ -48,7 +48,7 @@ from eval.benchmarks import BENCHMARKS, Benchmark, Row, find_benchmark
 from eval.benchmarks.base import total
 from eval.comparison.differences import sign_flips
 from eval.intervals import bootstrap_interval
-from eval.predictions import NO_PREDICTION, Collected, collect, read
+from eval.predictions import NO_PREDICTION, Collected, collect, file_stem, read
 from eval.printing import print_rules, stdout_kept_clean
 
 
@@ -156,8 +156,10 @@ def _is_same(benchmark: Benchmark, one: Row, other: Row) -> bool:
     """Whether two rows of one id are about the same; published rows of one key are, by all that they hold."""
     if one.published or other.published:
         return True
+    if one.error is not None and other.error is not None:
+        return True
     questions = {str(row.meta["question"]) for row in (one, other) if row.meta.get("question")}
-    return one.unit == other.unit and len(questions) < 2 and benchmark.same_truth(one, other)
+    return file_stem(one.unit) == file_stem(other.unit) and len(questions) < 2 and benchmark.same_truth(one, other)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

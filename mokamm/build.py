@@ -37,9 +37,9 @@ from mokamm.names import LORI
 from mokamm.perception import Perception, Sense
 from mokamm.processor import Lookup, Processor
 from mokamm.projectors import Projector, build_projector
-from mokamm.quantization import check_sharding, quantized
+from mokamm.quantization import check_trainable, quantized
 from mokamm.rendering import PLAIN_TEMPLATE
-from mokamm.weights import fingerprint, is_adapter, load_weights
+from mokamm.weights import NO_FINGERPRINT, fingerprint, is_adapter, load_weights
 
 log = logging.getLogger("mokamm")
 
@@ -60,7 +60,7 @@ def build_model(
     device = choose_device(device)
     modalities = config.model.modalities
     if for_training:
-        check_sharding(config)
+        check_trainable(config)
     # the quick ones first, so that a misspelt encoder does not wait for a large LLM
     encoders = {name: encoder_of(modality) for name, modality in modalities.items()}
     tokenizer = load_tokenizer(config.model.llm)
@@ -158,7 +158,7 @@ def check_base(config: RunConfig, named: bool) -> None:
     Another one is a UserError, or only a warning where the user named it.
     """
     trained, folder = config.versions.get("base", {}).get("fingerprint"), find_path(config.model.llm.path)
-    if not trained or not folder.is_dir() or fingerprint(folder) == trained:
+    if not trained or trained == NO_FINGERPRINT or not folder.is_dir() or fingerprint(folder) == trained:
         return
     if named:
         log.warning("note: the base in %s is not the one that the run was trained on; answers may differ", folder)

@@ -52,12 +52,6 @@ class RunConfig(Section):
                 f"model.llm.dtype is {self.model.llm.dtype} while training.bf16 is false: DeepSpeed trains all "
                 "parameters in one precision; set training.bf16=true, or model.llm.dtype=float32"
             )
-        if not self.training.deepspeed and self.method == "full" and self.model.llm.dtype != "float32":
-            raise ValueError(
-                f"model.llm.dtype is {self.model.llm.dtype} and training.deepspeed null, and method 'full' would update "
-                "16-bit weights, which small steps do not change (of 100 weights 3 did): set model.llm.dtype=float32 "
-                "(training.bf16=true computes in bfloat16), or training.deepspeed, which keeps a float32 copy"
-            )
         if self.model.llm.quantization and self.method in names.NEEDS_WHOLE_WEIGHTS:
             raise ValueError(
                 f"model.llm.quantization is {self.model.llm.quantization}, and method '{self.method}' "

@@ -187,11 +187,12 @@ class MultimodalLM(nn.Module):
                 )
         finally:
             self.train(was_training)
-        self._tell_of_cut(ids, settings.max_new_tokens)
+        if max_new_tokens is None:
+            self._tell_of_cut(ids, settings.max_new_tokens)
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
 
     def _tell_of_cut(self, ids: Tensor, most: int) -> None:
-        """Once a model: an answer that has not ended may be cut in the middle of a word."""
+        """Once a model: an answer that has not ended may be cut in the middle of a word, at a length nobody asked for."""
         cut = ids.shape[1] >= most and not {*ids[:, -1].tolist()} <= {*self.end_ids, self.processor.pad_id}
         if cut and not self.told_of_cut:
             self.told_of_cut = True

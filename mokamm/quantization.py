@@ -43,7 +43,18 @@ def quantized(llm: LLMConfig, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": how, "device_map": {"": device}}
 
 
-def check_sharding(config: RunConfig) -> None:
+def check_trainable(config: RunConfig) -> None:
+    """Raises UserError for an LLM whose weights have too few bits for how they are to be trained or sharded."""
+    _check_sharding(config)
+    if not config.training.deepspeed and config.method == "full" and config.model.llm.dtype != "float32":
+        raise UserError(
+            f"model.llm.dtype is {config.model.llm.dtype} and training.deepspeed null: method 'full' would update 16-bit "
+            "weights, most of which a usual step leaves as they are. Set model.llm.dtype=float32 (training.bf16=true "
+            "computes in bfloat16 all the same), or training.deepspeed, which keeps a float32 copy of them"
+        )
+
+
+def _check_sharding(config: RunConfig) -> None:
     """Raises UserError for a quantized LLM under ZeRO-3, which cuts weights up by their elements."""
     if config.model.llm.quantization is None or not config.training.deepspeed:
         return

@@ -22,6 +22,7 @@ Shape legend: B batch, T tokens, D width, R rank, M modalities, Q key tokens.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -276,9 +277,9 @@ class RoutingContext:
     """
 
     def __init__(self) -> None:
-        self.routing, self.text = None, Routing.text_only()
-        self.prefilled: Routing | None = None  # the one that the last prompt ran with
-        self.kept: Routing | None = None  # while what goes on from a prompt runs without it
+        self.routing = None
+        self.prompt: tuple[Routing, int] | None = None  # the last prompt's, and the length of the cache that it found
+        self.going_on: dict[int, int] = {}  # by thread, while its forward goes on from a prompt: tokens of each row
 
     @property
     def routing(self) -> Routing | None:
@@ -302,20 +303,21 @@ class RoutingContext:
 
     def _begin(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell a prompt from what goes on from its cache: this is text, or, of several tokens, refused by the layers."""
-        ids, tokens = None if self._routing is None else self._routing.modality_ids, _tokens(args, kwargs)
-        if ids is None or tokens is None:
+        routing, tokens = self._routing, _tokens(args, kwargs)
+        if routing is None or routing.modality_ids is None or tokens is None:
             return
-        eager = not torch.compiler.is_compiling()
-        if tokens == 1 and ids.shape[1] > 1:  # the common step asks no cache, which may be on a device
-            self.kept, self.routing = self._routing, self.text
-        elif eager and self.prefilled is self._routing and _is_filled(kwargs.get("past_key_values")):
-            self.kept, self.routing = self._routing, self.text if tokens == 1 else None
+        T, eager = routing.modality_ids.shape[1], not torch.compiler.is_compiling()
+        if tokens == 1 and T > 1:  # the common step asks no cache, which may be on a device
+            self.going_on[threading.get_ident()] = tokens
         elif eager:
-            self.prefilled = self._routing
+            length = _length(kwargs.get("past_key_values"))
+            if length and self.prompt is not None and self.prompt[0] is routing and length >= self.prompt[1] + T:
+                self.going_on[threading.get_ident()] = tokens
+            else:
+                self.prompt = routing, length
 
     def _end(self, *_: Any) -> None:
-        if self.kept is not None:
-            self.kept, self.routing = None, self.kept
+        self.going_on.pop(threading.get_ident(), None)
 
     def look_up(self, x: Tensor) -> Routing | None:
         """The routing for a layer's input (B,T,D) or, flattened by some LLMs, (B*T,D); None where all of it is text.
@@ -331,16 +333,23 @@ class RoutingContext:
             ids = routing.modality_ids
             if ids is None:
                 return None
-            if x.dim() == 3 and x.shape[:2] == ids.shape and x.device == ids.device:
+            same = x.dim() == 3 and x.shape[:2] == ids.shape and x.device == ids.device
+            if same and not self.going_on:
                 return routing  # as nearly always
+            if x.dim() == 3 and x.shape[1] == 1 and ids.shape[1] > 1:
+                return None
+            if self.going_on and (tokens := self.going_on.get(threading.get_ident())):
+                if tokens == 1:
+                    return None
+                raise AdapterError(
+                    f"The routing is that of a prompt, (B, T) = {routing.shape}, but a routed layer got several tokens "
+                    f"(input {tuple(x.shape)}) that go on from its cache. {ONE_BY_ONE}"
+                )
+            if same:
+                return routing
         if routing is None:
             if x.shape[-2] == 1:
                 return None
-            if self.kept is not None:
-                raise AdapterError(
-                    f"The routing is that of a prompt, (B, T) = {self.kept.shape}, but a routed layer got several tokens "
-                    f"(input {tuple(x.shape)}) that go on from its cache. {ONE_BY_ONE}"
-                )
             raise AdapterError(
                 f"A routed layer got several tokens (input {tuple(x.shape)}) but no routing. Call "
                 "model.base_model.set_routing(Routing(modality_ids, key_mask)) before the forward, or "
@@ -348,8 +357,7 @@ class RoutingContext:
             )
         B, T = routing.shape or (0, 0)
         tokens = x.shape[:-1].numel()
-        step = x.shape[1] == 1 if x.dim() == 3 else tokens % B == 0 and tokens < B * T
-        if T > 1 and step:
+        if T > 1 and x.dim() == 2 and tokens % B == 0 and tokens < B * T:
             return None
         rows, rest = divmod(tokens, T)
         fits = rest == 0 and (x.dim() == 2 or (x.dim() == 3 and x.shape[1] == T))
@@ -398,14 +406,14 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     return None
 
 
-def _is_filled(cache: Any) -> bool:
-    """Whether a KV cache holds tokens. A static one on a device is waited for: at prompts alone, and not in training."""
+def _length(cache: Any) -> int:
+    """Tokens in a KV cache. A static one on a device is waited for: at prompts alone, and not in training."""
     if not hasattr(cache, "get_seq_length"):
-        return False
+        return 0
     try:
-        return bool(cache.get_seq_length() > 0)
+        return int(cache.get_seq_length())
     except ValueError:  # of linear attentions alone: their states have no length
-        return False
+        return 0
 
 
 def _check(modality_ids: Tensor, key_mask: Tensor | None, key_index: Tensor | None, key_valid: Tensor | None) -> None:

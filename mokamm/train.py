@@ -43,12 +43,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
+    config: RunConfig | None = None
     try:
         config = load_config(args.config, args.overrides)
         config.check_files()
         run(config)
     except Stopped as stopped:
-        auto = config.training.resume_from_checkpoint == "auto"
+        auto = config is not None and config.training.resume_from_checkpoint == "auto"
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{stopped}; to go on:\n  {command_to_go_on(args.config, args.overrides, auto)}", flush=True)
         leave(stopped.code)
@@ -56,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         if not is_users(error):
             raise
-        _tell(error)
-        if "same command" in str(error) and config.training.resume_from_checkpoint != "auto":
-            print("note: it does so with training.resume_from_checkpoint=auto", file=sys.stderr, flush=True)
+        auto = config.training.resume_from_checkpoint == "auto" if config else True
+        _tell(error, "" if auto else "\nnote: the same command goes on with training.resume_from_checkpoint=auto")
         sys.stdout.flush()
         code = getattr(error, "exit_code", 2)
         os._exit(code) if _in_group() else sys.exit(code)  # peers may wait in a collective: do not wait for them
@@ -90,7 +90,7 @@ def run(config: RunConfig, finishing: bool = True) -> None:
         raise
     launch.stop(ranks)
     if ranks.main and finishing:
-        launch.free_memory()  # the evaluation is a process of its own, on the same GPU
+        launch.free_memory()  # the evaluation is a process of its own, on the same GPU (ZeRO-3 keeps its share: engine.py)
         with writing(folder, f"{folder / 'final'} is whole: make room, then start the same command again"):
             finish.finish(config, folder)
 
@@ -146,14 +146,16 @@ def _summary(config: RunConfig, parts: dict, corpus: tuple, ranks: Ranks) -> str
     )
 
 
-def _tell(error: Exception) -> None:
+def _tell(error: Exception, note: str = "") -> None:
+    """note: for an error that speaks of the same command."""
     rank = int(os.environ.get("RANK", "0"))
     if rank and isinstance(error, ConfigError | BadStep):
         # rank 0 has mostly found the same, and its launcher stops all; another host may have mistakes of its own
         time.sleep(3)
         if isinstance(error, BadStep):
             return
-    print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+    note = note if "same command" in str(error) else ""
+    print(f"error{f' (rank {rank})' if rank else ''}: {error}{note}", file=sys.stderr, flush=True)
 
 
 def _in_group() -> bool:

@@ -31,6 +31,7 @@ MANIFEST = "MANIFEST.json"
 PROJECTORS = "projectors.safetensors"
 ADAPTER = "adapter"
 LLM = "llm"
+NO_FINGERPRINT = hashlib.sha256().hexdigest()  # what older runs wrote of a base without safetensors
 
 
 class WeightsError(UserError):
@@ -144,6 +145,7 @@ def save_weights(model: Any, folder: str | Path, state: dict[str, Tensor] | None
     """Write adapter/ or llm/ and projectors.safetensors (no manifest: the caller may add files first).
 
     state: the saved_tensors by their names in `model`, gathered by a sharded engine; None: read from the model.
+    llm/ of a fused mixture of experts has the modules' own names, which transformers reads and the hub's files part.
     """
     from safetensors.torch import save_file
 

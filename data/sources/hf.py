@@ -176,7 +176,8 @@ def _opened(path: Path, split: str | None, subset: str | None, revision: str | N
         if saved:
             found = datasets.load_from_disk(str(path))
         else:
-            found = datasets.load_dataset(**_source(path, subset, revision), split=split, streaming=stream is not None)
+            source = _source(path, subset, revision, split)
+            found = datasets.load_dataset(**source, split=split, streaming=stream is not None)
         table = _without_decoding(_one_split(path, found, split))
         return table if stream is None else _fetched(table, stream)
     except UserError:
@@ -189,7 +190,7 @@ def _opened(path: Path, split: str | None, subset: str | None, revision: str | N
         ) from error
 
 
-def _source(path: Path, subset: str | None, revision: str | None) -> dict[str, Any]:
+def _source(path: Path, subset: str | None, revision: str | None, split: str | None) -> dict[str, Any]:
     """What `load_dataset` is told of one file, a folder, or a name on the hub."""
     if path.is_file():
         if (kind := _FILES.get(path.suffix.lower())) is None:
@@ -197,15 +198,16 @@ def _source(path: Path, subset: str | None, revision: str | None) -> dict[str, A
         if subset is not None:
             raise UserError(f"{path}: is one file, which has no subset '{subset}'; leave the option out")
         return {"path": kind, "data_files": [str(path)], **_as_texts(kind, path)}
-    if subset is None and path.is_dir() and (tables := _tables(path)):
+    if subset is None and path.is_dir() and (tables := _tables(path, split)):
         return tables
     return {"path": path.as_posix(), "name": subset, "revision": revision}
 
 
-def _tables(folder: Path) -> dict[str, Any]:
+def _tables(folder: Path, split: str | None) -> dict[str, Any]:
     """The tables of one kind that lie in a folder, by split; none where it describes itself, or its media have a table.
 
-    `datasets` itself would take a folder with more pictures than tables for one of pictures alone.
+    split: the others' files are left out, which may have other columns (a test split without answers). `datasets` itself
+    would take a folder with more pictures than tables for one of pictures alone.
     """
     card = folder / "README.md"
     if card.is_file() and re.search(r"^(configs|dataset_info):", card.read_text(errors="replace"), re.MULTILINE):
@@ -215,6 +217,7 @@ def _tables(folder: Path) -> dict[str, Any]:
     if suffix is None:
         return {}
     files = _by_split(folder, suffix)
+    files = {split: files[split]} if split in files else files
     return {"path": _FILES[suffix], "data_files": files, **_as_texts(_FILES[suffix], next(iter(files.values()))[0])}
 
 

@@ -476,7 +476,9 @@ class MokaModel(FrozenATuner):
         for module in llm.modules():
             function = vars(module).get("_gradient_checkpointing_func")
             settings = getattr(function, "keywords", {})
-            if function and settings.get("use_reentrant") is False and "context_fn" not in settings:
+            there = settings.get("context_fn")  # perhaps of a tuner that was unloaded
+            ours = there is None or isinstance(getattr(there, "__self__", None), RoutingContext)
+            if function and settings.get("use_reentrant") is False and ours:
                 joined = partial(function, context_fn=self.context.checkpoint_contexts)
                 vars(module)["_gradient_checkpointing_func"] = joined
 

@@ -37,6 +37,7 @@ from mokamm.weights import (
     ADAPTER,
     LLM,
     MANIFEST,
+    NO_FINGERPRINT,
     PROJECTORS,
     manifest_problems,
     save_weights,
@@ -322,7 +323,7 @@ def read_state(folder: Path, same: dict[str, Any]) -> TrainerState:
 def _changed(key: str, there: Any, now: Any) -> list[str]:
     """A line for every value that differs; of sections, for every value in them."""
     if not isinstance(there, dict) or not isinstance(now, dict):
-        return [] if there == now else [f"{key}: {there!r} there, {now!r} now"]
+        return [] if there in (now, NO_FINGERPRINT) else [f"{key}: {there!r} there, {now!r} now"]
     return [line for name in {**there, **now} for line in _changed(f"{key}.{name}", there.get(name), now.get(name))]
 
 

@@ -190,7 +190,7 @@ class DeepSpeedEngine:
 def shards_weights(training: TrainingConfig) -> bool:
     """Whether ZeRO-3 is asked for: its model waits in the computer's memory, of which the engine gives the GPU its share."""
     config = json.loads(find_path(training.deepspeed).read_text()) if training.deepspeed else {}
-    return (config.get("zero_optimization") or {}).get("stage") == 3
+    return int((config.get("zero_optimization") or {}).get("stage", 0)) == 3
 
 
 def _shard(model: nn.Module, config: dict[str, Any], bf16: bool, device: torch.device) -> None:
@@ -204,7 +204,8 @@ def _shard(model: nn.Module, config: dict[str, Any], bf16: bool, device: torch.d
     where = None if offload.get("device", "none") == "none" else offload["device"]
     if bf16:  # initialize wants it so of weights that are sharded already
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
     pin = bool(offload.get("pin_memory", False))
     deepspeed.zero.Init(module=model, config_dict_or_path=config, remote_device=where, pin_memory=pin)
     for buffer in model.buffers():

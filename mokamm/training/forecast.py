@@ -23,7 +23,7 @@ from torch import nn
 from data.schema import IGNORED, UserError
 from mokamm.adapters.peft_bridge import linear_names, tuner_layers
 from mokamm.config import RunConfig
-from mokamm.quantization import check_sharding
+from mokamm.quantization import check_trainable
 from mokamm.training.engine import bucket_elements, deepspeed_config
 from mokamm.training.launch import Ranks
 from mokamm.training.memory import Media, Memory, Network, Setting, Weights, predict
@@ -59,7 +59,7 @@ class Forecast:
 
         Raises UserError for a DeepSpeed JSON that does not fit the run.
         """
-        check_sharding(config)
+        check_trainable(config)
         shapes = next(model.llm.parameters()).is_meta
         weights = weights_of(model, config.model.llm.quantization if shapes else None)
         setting = setting_of(config, ranks, sum(w.elements for w in weights if w.trained))

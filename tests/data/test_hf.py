@@ -131,6 +131,12 @@ def test_tables_in_files_of_text(tmp_path, suffix):
     assert [sample.messages for sample in rows] == [expected(k) for k in range(5)]
 
 
+def test_a_test_split_without_answers_leaves_the_others_alone(tmp_path):
+    (tmp_path / "train.csv").write_text("question,answer\n?,007\n")
+    (tmp_path / "test.csv").write_text("question\n?\n")
+    assert [row.answer for row in open_source("hf", tmp_path, split="train")] == ["007"]
+
+
 @pytest.mark.parametrize("stream", [None, 9])
 @pytest.mark.parametrize("place", ["rows.csv", "folder/train.csv"])
 def test_cells_of_csv_stay_the_texts_that_they_are(tmp_path, place, stream):

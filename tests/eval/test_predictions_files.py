@@ -495,6 +495,18 @@ def test_other_questions_under_the_same_ids_are_told_and_not_compared(tmp_path: 
     assert code == 2
 
 
+def test_rows_are_the_same_wherever_their_media_lay_and_where_neither_can_be_used(tmp_path: Path) -> None:
+    _, here = pope_file(tmp_path, "here", ["cat", "dog", "cow"])
+    rows = [json.loads(line) for line in here.read_text().splitlines()]
+    rows[2]["error"] = "BadSample: broken"
+    here.write_text("\n".join(map(json.dumps, rows)))
+    for row in rows:
+        row["unit"] = f"/data/{row['unit']}"
+    there = write(tmp_path / "there.jsonl", rows)
+    against = score("pope", here, against=there)["against"]
+    assert (against["rows"], against["rows_only_here"], against["rows_only_there"]) == (3, 0, 0)
+
+
 def test_three_files_in_one_are_told_apart_and_repeated_rows_named(tmp_path: Path) -> None:
     files = [pope_file(tmp_path, name, things)[1] for name, things in (("a", ["cat", "dog"]), ("b", ["cat", "bus"]))]
     whole = write(tmp_path / "p.jsonl", [json.loads(line) for file in files for line in file.read_text().splitlines()])

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data.schema import UserError
 from mokamm.config import ConfigError, RunConfig, load_config
+from mokamm.quantization import check_trainable
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """\
@@ -209,11 +211,12 @@ def test_single_mistakes(write, change, expected):
         load_config(path)
         with pytest.raises(ConfigError, match="one precision"):
             load_config(path, ["training.deepspeed=configs/deepspeed/zero2.json"])
-        with pytest.raises(ConfigError, match="16-bit weights, which small steps do not change"):
-            load_config(path, ["adapter.method=full"])
-        load_config(
-            path, ["adapter.method=full", "training.deepspeed=configs/deepspeed/zero2.json", "training.bf16=true"]
-        )
+        check_trainable(load_config(path))
+        whole = load_config(path, ["adapter.method=full"])  # as a run of old may be; only training is refused
+        with pytest.raises(UserError, match="would update 16-bit weights"):
+            check_trainable(whole)
+        deepspeed = ["training.deepspeed=configs/deepspeed/zero2.json", "training.bf16=true"]
+        check_trainable(load_config(path, ["adapter.method=full", *deepspeed]))
         return
     with pytest.raises(ConfigError) as error:
         load_config(path)

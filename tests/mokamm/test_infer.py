@@ -292,13 +292,28 @@ def test_the_base_must_be_the_one_that_the_run_was_trained_on(finished, base, tm
 
 
 def test_the_fingerprint_follows_weights_in_any_format(tmp_path):
-    from mokamm.weights import fingerprint
+    from mokamm.build import check_base
+    from mokamm.config import RunConfig
+    from mokamm.weights import NO_FINGERPRINT, fingerprint
 
     found = set()
     for name, content in (("pytorch_model.bin", b"a"), ("pytorch_model.bin", b"b"), ("model.safetensors", b"c")):
         (tmp_path / name).write_bytes(content)
         found.add(fingerprint(tmp_path))
     assert len(found) == 3
+    assert NO_FINGERPRINT not in found
+    config = RunConfig.model_validate(
+        {
+            "model": {"llm": {"path": str(tmp_path)}},
+            "data": {"train": [{"source": "messages", "path": "x"}]},
+            "training": {"output_dir": "x"},
+            "versions": {"base": {"fingerprint": NO_FINGERPRINT}},
+        }
+    )
+    check_base(config, named=False)  # as a run of old wrote it of such a base
+    config.versions["base"]["fingerprint"] = min(found - {fingerprint(tmp_path)})
+    with pytest.raises(UserError, match="has changed since the run was trained"):
+        check_base(config, named=False)
 
 
 def test_the_fingerprint_of_a_shipped_base_is_found_from_anywhere(model, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from data.collate import collate
 from data.schema import IGNORED, Message, Text, UserError
 from mokamm.build import load_llm, load_tokenizer, trainable_parts
 from mokamm.config import RunConfig
-from mokamm.config_sections import LLMConfig
+from mokamm.config_sections import EvaluationConfig, LLMConfig
 from mokamm.init_from import load_init
 from mokamm.model import user_message
 
@@ -220,9 +221,12 @@ def test_generation_is_greedy_and_the_same_alone_in_a_batch_folded_and_not(model
 
 def test_an_answer_that_is_cut_is_told_once(model, samples, caplog, monkeypatch):
     monkeypatch.setattr(model, "told_of_cut", False)
+    monkeypatch.setattr(model, "config", SimpleNamespace(evaluation=EvaluationConfig(max_new_tokens=1)))
     model.generate(samples, 1)
-    model.generate(samples, 1)
-    assert caplog.text.count("an answer was cut at") == 1
+    assert not caplog.text  # as it was asked for
+    model.generate(samples)
+    model.generate(samples)
+    assert caplog.text.count("an answer was cut at 1 tokens") == 1
 
 
 def test_generation_leaves_the_mode_alone_and_takes_nothing_from_sampling_defaults(model, samples):

@@ -15,7 +15,7 @@ from mokamm import doctor
 from mokamm.build import build_model
 from mokamm.config import ConfigError, load_config
 from mokamm.config_sections import LLMConfig
-from mokamm.quantization import check_sharding, quantized
+from mokamm.quantization import check_trainable, quantized
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = str(ROOT / "configs/mini/text.yaml")
@@ -43,7 +43,7 @@ def test_zero_3_is_refused_and_others_are_not() -> None:
         override = f"training.deepspeed={ROOT}/configs/deepspeed/zero{stage}.json"
         config = load_config(TEXT, ["model.llm.quantization=8bit", override])
         if stage < 3:
-            check_sharding(config)
+            check_trainable(config)
             continue
         with pytest.raises(UserError, match="is ZeRO-3, which cannot shard an LLM in 8bit"):
             build_model(config, "cpu", for_training=True)

@@ -5,7 +5,10 @@ A batch is drawn as strings: t text, q a question's token (a key), v vision, a a
 
 from __future__ import annotations
 
+import copy
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -311,6 +314,40 @@ class TestAfterAPrompt:
         model.base_model.set_routing(Routing(torch.cat([text, ids], 1), torch.cat([text.bool(), ids == 0], 1)))
         whole = model(inputs_embeds=torch.cat([prompt, more], 1)).logits[:, 3:]
         torch.testing.assert_close(found, whole, rtol=0, atol=1e-10)
+
+    @torch.no_grad()
+    def test_two_prompts_that_begin_from_copies_of_one_cache(self) -> None:
+        model = wrapped(small_llm())
+        _, cache = self.after(model, torch.zeros(1, 5, dtype=torch.long))
+        more, ids = torch.randn(1, 4, 16, dtype=torch.float64), self.IDS
+        model.base_model.set_routing(Routing(ids, ids == 0))
+        first, second = (model(inputs_embeds=more, past_key_values=copy.deepcopy(cache)).logits for _ in range(2))
+        assert torch.equal(first, second)
+
+    @torch.no_grad()
+    def test_a_step_in_one_thread_leaves_a_prompt_in_another_alone(self) -> None:
+        model, steps = wrapped(small_llm()), threading.Event()
+        prompt, cache = self.after(model, self.IDS)
+        expected = model(inputs_embeds=prompt).logits
+        layer, reached = model.get_submodule("base_model.model.model.layers.0.self_attn"), threading.Event()
+
+        def wait(*_: object) -> None:  # in the midst of a step, until the prompt has run
+            if threading.current_thread() is not threading.main_thread():
+                reached.set()
+                steps.wait(60)
+
+        hook = layer.register_forward_pre_hook(wait)
+        with ThreadPoolExecutor(1) as pool:
+            step = pool.submit(
+                torch.no_grad()(lambda: model(input_ids=torch.tensor([[5]]), past_key_values=cache).logits)
+            )
+            assert reached.wait(60)
+            found = model(inputs_embeds=prompt).logits
+            steps.set()
+        hook.remove()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        alone = self.expected(model, self.IDS, prompt, torch.tensor([[5]]))
+        torch.testing.assert_close(step.result()[:, -1], alone, rtol=0, atol=1e-10)
 
     @pytest.mark.parametrize("folded", [False, True])
     @torch.no_grad()

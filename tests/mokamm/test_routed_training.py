@@ -148,6 +148,14 @@ def test_checkpointing_enabled_before_wrapping(offload: bool) -> None:
     assert kept == {**settings, "context_fn": model.base_model.context.checkpoint_contexts}
 
 
+def test_an_llm_that_is_wrapped_again_is_recomputed_under_its_new_routing() -> None:
+    llm = small_llm()
+    llm.activation_checkpointing_enable({"use_reentrant": False})
+    again = wrapped(wrapped(llm).unload()).train()
+    contexts = {vars(m)["_gradient_checkpointing_func"].keywords["context_fn"].__self__ for m in llm.model.layers}
+    assert contexts == {again.base_model.context}
+
+
 def test_reentrant_checkpointing_and_a_context_of_the_users_stay_as_they_were_enabled() -> None:
     def contexts() -> tuple:
         return nullcontext(), nullcontext()
