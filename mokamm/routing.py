@@ -407,7 +407,7 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 
 def _length(cache: Any) -> int:
-    """Tokens in a KV cache. A static one on a device is waited for: at prompts alone, and not in training."""
+    """Tokens in a KV cache. A static one on a device is waited for: at prompts, and after one of a single token."""
     if not hasattr(cache, "get_seq_length"):
         return 0
     try:

@@ -33,15 +33,13 @@ from mokamm.training.corpus import Corpus, batches
 from mokamm.training.engine import Engine, build_engine
 from mokamm.training.forecast import Forecast, explained
 from mokamm.training.launch import Ranks
-from mokamm.training.optimization import parameter_groups, schedule
+from mokamm.training.optimization import Parts, parameter_groups, schedule
 from mokamm.training.resume import Beginning
 from mokamm.training.stopping import SignalWatch, Stopped, agreed
 from mokamm.training.stream import MicroBatches, Plan, ValidationBatches
 from mokamm.training.validation import validate
 from mokamm.training.watch import Watch, memory_gb
 from mokamm.weights import load_weights
-
-Parts = dict[str, list[tuple[str, torch.nn.Parameter]]]
 
 
 @dataclass
