@@ -169,7 +169,10 @@ class RoutedLinear(TunerLayer):
 
     def _acting(self) -> list[str]:
         """The adapters that act, in their order."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.moka_A]
+        if self.disable_adapters:
+            return []
+        held = self._modules["moka_A"]._modules  # type: ignore[union-attr]
+        return [name for name in self.active_adapters if name in held]
 
     # -- the fast path: routed_fast.py --
 
@@ -179,9 +182,10 @@ class RoutedLinear(TunerLayer):
             return False
         if routing is not None and not routing.keys_are_text:
             return False
-        if any(self.settings[name].by_keys or not isinstance(self.moka_B[name], UpProjection) for name in names):
-            return False
-        return isinstance(self.base_layer, nn.Linear) or _seen(x) == x.dtype
+        for name in names:
+            if self.settings[name].by_keys or not isinstance(self._factor(name, "moka_B"), UpProjection):
+                return False
+        return isinstance(self._modules["base_layer"], nn.Linear) or _seen(x) == x.dtype
 
     def _fast(self, names: list[str], routing: Routing | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if len(names) == 1 and self._is_bare(names[0], x):
@@ -231,11 +235,11 @@ class RoutedLinear(TunerLayer):
         return weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
 
     def _dropout(self, name: str) -> float:
-        return getattr(self.moka_dropout[name], "p", 0.0) if self.training else 0.0
+        return getattr(self._factor(name, "moka_dropout"), "p", 0.0) if self.training else 0.0
 
-    def _factor(self, name: str, factor: str) -> nn.Module:
-        """self.moka_A[name] or self.moka_B[name], without the detours of attributes: every layer asks every step."""
-        return self._modules[factor]._modules[name]  # type: ignore[union-attr, return-value]
+    def _factor(self, name: str, kind: str) -> nn.Module:
+        """self.moka_A[name] or the like, without the detours of attributes: every layer asks every step."""
+        return self._modules[kind]._modules[name]  # type: ignore[union-attr, return-value]
 
     # -- the plain path --
 

@@ -37,6 +37,7 @@ from mokamm.adapters.frozen_tuner import FrozenA
 from mokamm.adapters.routed_plan import (
     Plan,
     add_update,
+    as_dtype,
     attended,
     attention,
     attention_backward,
@@ -47,6 +48,8 @@ from mokamm.adapters.routed_plan import (
     update_backward_b,
     update_backward_z,
 )
+
+_AS_IT_IS = nullcontext()
 
 
 def together(
@@ -89,12 +92,12 @@ class _Together(torch.autograd.Function):
         weights, biases, a, b = tensors[:L], tensors[L : 2 * L], tensors[2 * L : 3 * L], tensors[3 * L :]
         x_ND, outs = _flat(x), []
         with _exact(x):
-            weights = tuple(weight.to(x.dtype) for weight in weights)
+            weights = tuple(as_dtype(weight, x.dtype) for weight in weights)
             u, masks = _down(x_ND, a, plan, dropout)
             own = pick(u, plan)
             z = attended(own, *attention(own, plan), plan)
             for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-                h_ND = nn.functional.linear(x_ND, weight, None if bias is None else bias.to(x.dtype))
+                h_ND = nn.functional.linear(x_ND, weight, None if bias is None else as_dtype(bias, x.dtype))
                 outs.append(_like(x, add_update(h_ND, z[i], b[i], plan, in_place=True)))
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.dropout, ctx.shape = plan, dropout, x.shape
@@ -211,8 +214,8 @@ def _down_backward(
     dx_ND: Tensor | None, own: bool, needs_x: bool, needs_a: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """dx + du A, and dA = du^T x of every layer. x: None where no A trains; own: dx may be changed in place."""
-    if plan.layers == 1 and plan.rows_of_a < plan.blocks * plan.at.r:  # without the block of zeros
-        stacked, du = a[0].to(du.dtype), du[:, : plan.rows_of_a]
+    if plan.layers == 1 and plan.blocks > plan.at.modalities:  # without the block of zeros
+        stacked, du = as_dtype(a[0], du.dtype), du[:, : plan.at.modalities * plan.at.r]
     else:
         stacked = stacked_a(a, plan, du.dtype)
     da: list[Tensor] = []
@@ -248,5 +251,4 @@ def _like(x: Tensor, out_ND: Tensor) -> Tensor:
 
 def _exact(x: Tensor) -> AbstractContextManager[Any]:
     """Autocast off, where it is on: everything here has x's dtype already."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if torch._C._is_any_autocast_enabled() else _AS_IT_IS

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,7 @@ from torch import Tensor, nn
 from mokamm.routing import Routing
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):  # compared and hashed by every layer in every step
     """What a layer keeps of one adapter's config."""
 
     r: int
@@ -50,11 +50,6 @@ class Plan:
     own_key_index: Tensor | None = None  # (L*B,R,Q), without the sink and padding
     is_key: Tensor | None = None  # (K,), 1 at the first Q
     blocks: int = 1  # of r columns, that a layer has in u
-
-    @property
-    def rows_of_a(self) -> int:
-        """Rows of A that are read: all, or those of text."""
-        return self.at.r if self.rows is None else self.at.r * self.at.modalities
 
 
 def plan_of(at: Settings, routing: Routing | None, dtype: torch.dtype, layers: int = 1) -> Plan:
@@ -133,30 +128,30 @@ def attention_backward(dz: Tensor, own: Tensor, key_BRK: Tensor, p_BTK: Tensor, 
 
 def stacked_a(weights: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
     """(L*blocks*r, D): the A of every layer, each with its block of zeros where there are such."""
-    parts = list(weights)
-    if plan.rows_of_a < len(weights[0]):
-        parts = [weight[: plan.rows_of_a] for weight in weights]
-    elif plan.rows_of_a < plan.blocks * plan.at.r and len(weights) == 1:
-        parts = [nn.functional.pad(weights[0], (0, 0, 0, plan.at.r))]
-    elif plan.rows_of_a < plan.blocks * plan.at.r:
-        zeros = weights[0].new_zeros(plan.at.r, weights[0].shape[1])
+    parts, more = list(weights), plan.blocks - plan.at.modalities
+    if more < 0:
+        parts = [weight[: plan.blocks * plan.at.r] for weight in weights]
+    elif more > 0 and len(weights) == 1:
+        parts = [nn.functional.pad(weights[0], (0, 0, 0, more * plan.at.r))]
+    elif more > 0:
+        zeros = weights[0].new_zeros(more * plan.at.r, weights[0].shape[1])
         parts = [part for weight in weights for part in (weight, zeros)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+    return as_dtype(parts[0] if len(parts) == 1 else torch.cat(parts), dtype)
 
 
 def split_a(da: Tensor, weights: Sequence[Tensor], plan: Plan) -> list[Tensor]:
     """The gradient of `stacked_a` as those of the layers' A."""
-    parts = [da] if plan.layers == 1 else list(da.view(plan.layers, -1, da.shape[1]).unbind())
-    if len(parts[0]) > len(weights[0]):
+    parts = [da] if plan.layers == 1 else da.view(plan.layers, -1, da.shape[1]).unbind()
+    if plan.blocks > plan.at.modalities:
         parts = [part[: len(weights[0])] for part in parts]
-    elif len(parts[0]) < len(weights[0]):
+    elif plan.blocks < plan.at.modalities:
         parts = [nn.functional.pad(part, (0, 0, 0, len(weights[0]) - len(part))) for part in parts]
-    return [part.to(weight.dtype) for part, weight in zip(parts, weights, strict=True)]
+    return [as_dtype(part, weight.dtype) for part, weight in zip(parts, weights, strict=True)]
 
 
 def add_update(h_ND: Tensor, z: Tensor, b: Tensor, plan: Plan, in_place: bool) -> Tensor:
     """h + z B^T, of one layer."""
-    z, b = _spread(z, plan).to(h_ND.dtype), _b(b, plan, h_ND.dtype).t()
+    z, b = as_dtype(_spread(z, plan), h_ND.dtype), _b(b, plan, h_ND.dtype).t()
     return h_ND.addmm_(z, b) if in_place else torch.addmm(h_ND, z, b)
 
 
@@ -168,9 +163,8 @@ def update_backward_z(g_ND: Tensor, b: Tensor, plan: Plan) -> Tensor:
 
 def update_backward_b(g_ND: Tensor, z: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     """dB of one layer, laid out by columns."""
-    db = (_spread(z, plan).to(g_ND.dtype).t() @ g_ND).t().to(weight.dtype)  # z^T g: a GEMM is fast on wide rows
-    width = weight.shape[1]
-    return db if db.shape[1] == width else nn.functional.pad(db, (0, width - db.shape[1]))  # or cut
+    db = (as_dtype(_spread(z, plan), g_ND.dtype).t() @ g_ND).t()  # z^T g: a GEMM is fast on wide rows
+    return as_dtype(db if plan.at.shared_b else _with_columns(db, weight.shape[1]), weight.dtype)
 
 
 def _spread(z: Tensor, plan: Plan) -> Tensor:
@@ -180,9 +174,16 @@ def _spread(z: Tensor, plan: Plan) -> Tensor:
 
 def _b(weight: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     """B as wide as `_spread` makes z."""
-    width = plan.at.r if plan.at.shared_b or plan.rows is None else plan.at.r * plan.blocks
-    if weight.shape[1] > width:
-        weight = weight[:, :width]
-    elif weight.shape[1] < width:
-        weight = nn.functional.pad(weight, (0, width - weight.shape[1]))
-    return weight.to(dtype)
+    weight = as_dtype(weight, dtype)
+    return weight if plan.at.shared_b else _with_columns(weight, plan.at.r * plan.blocks)
+
+
+def _with_columns(matrix: Tensor, columns: int) -> Tensor:
+    """The first of its columns; more of them are zeros."""
+    more = columns - matrix.shape[1]
+    return nn.functional.pad(matrix, (0, more)) if more else matrix
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which costs a call also where there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
