@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mokamm.routing import Routing, take_off
+from mokamm.adapters.routed_context import take_off
+from mokamm.routing import Routing
 
 NAMES = ({"q_proj", "k_proj", "v_proj"}, {"query", "key", "value"}, {"gate_proj", "up_proj"}, {"w1", "w3"})
 READ_ANOTHER = ("cross", "encoder_attn")  # in the path of an attention whose keys come from elsewhere

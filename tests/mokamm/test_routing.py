@@ -1,4 +1,4 @@
-"""Routing: positions of the keys, what is text, what is refused, and the context that layers ask."""
+"""Routing: positions of the keys, what is text, what is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from mokamm.routing import AdapterError, Routing, RoutingContext
+from mokamm.routing import AdapterError, Routing
 
 IDS = torch.tensor([[0, 1, 1, 0, 2, 0], [0, 0, 0, 0, -1, -1]])
 KEYS = torch.tensor([[1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]]).bool()
@@ -91,41 +91,3 @@ def test_what_is_refused(ids: torch.Tensor, keys: torch.Tensor, extra: dict, mes
 def test_a_modality_that_the_adapter_lacks() -> None:
     with pytest.raises(AdapterError, match="modality_ids holds 2, but the adapter has 2"):
         Routing(IDS, KEYS).selection(2, torch.float32)
-
-
-class TestContext:
-    def test_several_tokens_need_a_routing(self) -> None:
-        with pytest.raises(AdapterError, match="no routing"):
-            RoutingContext().look_up(torch.zeros(2, 6, 4))
-        assert RoutingContext().look_up(torch.zeros(2, 1, 4)) is None
-
-    def test_text_only_fits_every_shape(self) -> None:
-        context = RoutingContext()
-        context.routing = Routing.text_only()
-        assert "text_only" in repr(context.routing)
-        for shape in [(2, 6, 4), (3, 1, 4), (7, 4)]:
-            assert context.look_up(torch.zeros(*shape)) is None
-
-    def test_prefill_steps_beams_and_flattened_inputs(self) -> None:
-        context = RoutingContext()
-        context.routing = Routing(IDS, KEYS)
-        assert context.look_up(torch.zeros(2, 6, 4)) is context.routing
-        assert context.look_up(torch.zeros(12, 4)) is context.routing  # OPT flattens its batch
-        assert context.look_up(torch.zeros(2, 4)) is None  # and its steps
-        for rows in (1, 2, 6):
-            assert context.look_up(torch.zeros(rows, 1, 4)) is None
-        with torch.no_grad():
-            assert context.look_up(torch.zeros(6, 6, 4)).shape == (6, 6)
-
-    @pytest.mark.parametrize("shape", [(2, 5, 4), (2, 7, 4), (3, 6, 4), (1, 6, 4), (5, 4), (1, 2, 6, 4)])
-    def test_another_shape_is_refused(self, shape: tuple[int, ...]) -> None:
-        context = RoutingContext()
-        context.routing = Routing(IDS, KEYS)
-        with torch.no_grad(), pytest.raises(AdapterError, match=r"\(2, 6\)"):
-            context.look_up(torch.zeros(*shape))
-
-    def test_repeated_rows_are_refused_where_gradients_are_recorded(self) -> None:
-        context = RoutingContext()
-        context.routing = Routing(IDS, KEYS)
-        with pytest.raises(AdapterError, match="of this very batch"):
-            context.look_up(torch.zeros(4, 6, 4))
