@@ -146,6 +146,16 @@ def test_a_comparison_that_has_not_begun_and_one_in_its_middle_have_a_report_too
     assert "| 2 of 3 | 0.001 = | - |" in text
 
 
+def test_a_method_that_trains_the_projectors_alone_has_its_place_in_the_report(
+    progress: Progress, tmp_path: Path
+) -> None:
+    for run, outcome in progress.known.items():
+        if run.method == "moka":
+            outcome.figures["trained_parameters"] = {"projector": 10}
+    text = write_report(gather(progress), tmp_path / "report").read_text()
+    assert "| moka | 0 | 10 |" in text
+
+
 def test_runs_that_answered_other_rows_are_not_compared(progress: Progress) -> None:
     path = Run("moka", 1e-3, 1).folder(progress.comparison.out) / "predictions/miniworld_avqa.jsonl"
     path.write_text(path.read_text().replace('"clip 3"', '"clip 99"'))
