@@ -121,6 +121,12 @@ def test_tables_say_what_the_tree_says(progress: Progress, tmp_path: Path) -> No
         assert (path.parent / name).stat().st_size > 10_000
 
 
+def test_a_report_names_the_gpu(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    assert ", gpu NVIDIA H200, " in page(gather(progress))[-1]
+
+
 def test_fewer_errors_are_better() -> None:
     for mean, lower, said in (
         (0.1, False, "better"),
