@@ -39,6 +39,11 @@ def test_whispers_normaliser(text: str, expected: str) -> None:
     assert whisper_normalised(text) == expected
 
 
+def test_an_hour_of_speech_is_normalised_whole() -> None:
+    talk = ["it's twenty-two colours ", "mr. smith won't go "] * 5000
+    assert whisper_normalised("".join(talk)) == " ".join(["it is 22 colors", "mister smith will not go"] * 5000)
+
+
 def test_diacritics_of_other_languages_stay() -> None:
     assert whisper_normalised("Café, (äh) schön!", english=False) == "café schön"
 
