@@ -96,6 +96,17 @@ def test_overrides_are_written_so_that_they_are_read_back(value: Any) -> None:
             ["the score of mme is no share of its rows", "eval/score.py --against"],
         ),
         (
+            {
+                "overrides": {
+                    "training.deepspeed": None,
+                    "evaluation.benchmarks": [
+                        {"benchmark": "mmau", "path": "tests", "media_dir": "tests", "options": {"speach_as": "speech"}}
+                    ],
+                }
+            },
+            ["evaluation.benchmarks: mmau has no option 'speach_as'", "did you mean 'speech_as'"],
+        ),
+        (
             {"overrides": {"training.deepspeed": None, "training.resume_from_checkpoint": None}},
             ["training.resume_from_checkpoint must be auto"],
         ),
