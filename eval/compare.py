@@ -19,6 +19,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from eval.comparison import pool
@@ -26,6 +27,7 @@ from eval.comparison.plan import FAILED
 from eval.comparison.progress import Progress, look
 from eval.comparison.settings import Comparison, load_comparison
 from eval.comparison.shown import Shown
+from eval.printing import stdout_kept_clean
 from mokamm.arguments import at_least_one
 from mokamm.mistakes import tell
 from mokamm.training.disk import hold, writing
@@ -42,7 +44,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", metavar="A,B", help="these methods only; the reference must be among them")
     parser.add_argument("--list", action="store_true", help="print the plan and what of it is done, and run nothing")
     parser.add_argument("--report-only", action="store_true", help="write the report of what is there, and run nothing")
-    parser.add_argument("--json", action="store_true", help="the results as one JSON object on standard output")
+    parser.add_argument("--json", action="store_true", help="the results, or the plan, as one JSON object")
     return parser.parse_args(argv)
 
 
@@ -58,12 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    comparison = load_comparison(args.config, args.out, args.methods.split(",") if args.methods else None)
-    if args.list:
-        print_plan(look(comparison))
-        return 0
-    progress = look(comparison) if args.report_only else run_all(comparison, args.jobs)
-    return report(progress, args)
+    with stdout_kept_clean(args.json):
+        comparison = load_comparison(args.config, args.out, args.methods.split(",") if args.methods else None)
+        looked = args.list or args.report_only
+        progress = look(comparison) if looked else run_all(comparison, args.jobs)
+    if not args.list:
+        return report(progress, args)
+    print_plan(progress, args.json)
+    return 0
 
 
 def run_all(comparison: Comparison, jobs: int) -> Progress:
@@ -103,17 +107,23 @@ def report(progress: Progress, args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def print_plan(progress: Progress) -> None:
+def print_plan(progress: Progress, as_json: bool) -> None:
     """Every run with its state and its command; rates chosen later are not foreseen."""
-    comparison = progress.comparison
+    comparison, left, runs = progress.comparison, progress.left(), []
     for run in {**progress.known, **{task.run: None for task in progress.ready()}}:
         outcome = progress.known.get(run)
         state = outcome.status if outcome else "to do"
         state += ", scored" if outcome and progress.scored(run) else ""
         words = ["python", "mokamm/train.py", str(comparison.config.base), *comparison.overrides(run)]
-        print(f"{run}: {state}\n  {shlex.join(words)}")
-    left = progress.left()
-    print(f"{len(progress.known)} runs done; {left['train']} trainings and {left['evaluate']} tests to do, at least")
+        runs.append({**asdict(run), "state": state, "command": shlex.join(words)})
+        if not as_json:
+            print(f"{run}: {state}\n  {runs[-1]['command']}")
+    if as_json:
+        print(json.dumps({"runs": runs, "done": len(progress.known), "left": left}))
+    else:
+        print(
+            f"{len(progress.known)} runs done; {left['train']} trainings and {left['evaluate']} tests to do, at least"
+        )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.schema import Text, UserError
-from eval.benchmarks.base import Benchmark, Row, normalise
+from eval.benchmarks.base import Benchmark, Row, file_stem, normalise
 from eval.benchmarks.fields import Fields, take_apart
 
 SHOWN = 10  # problems that are told in full
@@ -229,8 +229,7 @@ class Lookup:
             names = {row.id, *(str(row.meta[key]) for key in ("question_id",) if key in row.meta)}
             for name in names:
                 self.by_id[name].append(place)
-            media = row.sample.media if row.sample else []
-            for stem in {file_stem(part.path) for part in media}:
+            for stem in benchmark.media_names(row):
                 self.by_media[stem].append(place)
 
     def find(self, fields: Fields, row: Row) -> list[int]:
@@ -282,10 +281,7 @@ class Lookup:
         if row.answer and not self.benchmark.same_truth(row, truth):
             found.append("true answer")
         media = file_stem(fields.unit if fields.own else fields.media)
-        known = {
-            file_stem(truth.unit),
-            *(file_stem(part.path) for part in (truth.sample.media if truth.sample else [])),
-        }
+        known = {file_stem(truth.unit), *self.benchmark.media_names(truth)}
         if media and media not in known and not self.benchmark.index_is_id:  # MMBench's pictures have no names
             found.append("medium")
         if not self._is_asked(fields.question or str(row.meta.get("question") or ""), place):
@@ -315,11 +311,6 @@ def _question(row: Row) -> str:
         return ""
     parts = [part for message in row.sample.prompt for part in message.content if isinstance(part, Text)]
     return normalise(" ".join(part.text for part in parts if part.question))
-
-
-def file_stem(path: str) -> str:
-    """A file's name without folders and ending; media names of annotations and rows differ in both."""
-    return PurePosixPath(path.replace("\\", "/")).stem
 
 
 def _common_end(one: str, other: str) -> int:

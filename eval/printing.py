@@ -37,14 +37,14 @@ def print_metrics(results: Mapping[str, dict[str, Any]], title: str) -> None:
     from rich.table import Column, Table
 
     console = _console()
-    scores = ("score %", "95 % interval", "official %")
+    scores = ("score", "95 % interval", "official")
     table = Table(Column("benchmark", no_wrap=True), *scores, *COUNTS, "measure", title=title)
     for name, metrics in results.items():
         scale = metrics["scale"]
         shown = (cell(metrics["score"], scale), between(metrics["interval"], scale))
         official = cell(metrics["rules"]["official"]["score"], scale)
         counts = (str(metrics[key]) for key in COUNTS)
-        table.add_row(name, *shown, official, *counts, metrics["measure"])
+        table.add_row(name, *shown, official, *counts, _measure(metrics))
     console.print(table)
     for name, metrics in results.items():
         for detail in detail_tables(name, metrics["metrics"], metrics["scale"]):
@@ -57,8 +57,7 @@ def print_rules(result: Mapping[str, Any]) -> None:
 
     console, scale, rules = _console(), result["scale"], result["rules"]
     counts = ", ".join(f"{result[key]} {key}" for key in FILE_COUNTS if result[key] or key in COUNTS)
-    unit = " (%)" if scale == "share" else ""
-    table = Table(f"{result['measure']}{unit}", *rules, title=f"{result['benchmark']}: {counts}")
+    table = Table(_measure(result), *rules, title=f"{result['benchmark']}: {counts}")
     table.add_row("score", *(cell(rule["score"], scale) for rule in rules.values()))
     table.add_row("95 % interval", *(between(rule["interval"], scale) for rule in rules.values()))
     for key in ("rows", "parsed", "unparsed"):
@@ -75,6 +74,10 @@ def print_rules(result: Mapping[str, Any]) -> None:
             f"against {test['predictions']}: {cell(test['score'], scale)} there, difference {change}, "
             f"p = {test['p_value']:.4g} over {test['units']} units"
         )
+
+
+def _measure(result: Mapping[str, Any]) -> str:
+    return result["measure"] + (" (%)" if result["scale"] == "share" else "")
 
 
 def _console() -> Any:

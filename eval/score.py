@@ -45,10 +45,10 @@ import numpy as np
 
 from data.schema import UserError
 from eval.benchmarks import BENCHMARKS, Benchmark, Row, find_benchmark
-from eval.benchmarks.base import total
+from eval.benchmarks.base import file_stem, total
 from eval.comparison.differences import sign_flips
 from eval.intervals import bootstrap_interval
-from eval.predictions import NO_PREDICTION, Collected, collect, file_stem, read
+from eval.predictions import NO_PREDICTION, Collected, collect, read
 from eval.printing import print_rules, stdout_kept_clean
 
 

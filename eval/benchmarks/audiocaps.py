@@ -5,7 +5,8 @@ caption, a line a caption. Media folder: the one that holds YOUTUBE_ID.wav, ten 
 for other names, such as "{audiocap_id}.wav" or "Y{youtube_id}.wav").
 
 Predictions: eval/run.py's rows, or {"youtube_id" (or "audiocap_id", "audio_id"), "prediction" (or "caption"),
-"references": [captions]}; without references, --annotations test.csv has them. Score: the mean of CIDEr-D over all clips
+"references": [captions]}; without references, --annotations test.csv has them, and finds a clip by its youtube_id (a Y
+before it or not) or by the audiocap_id of any of its captions. Score: the mean of CIDEr-D over all clips
 (cider.py), between 0 and 10, a clip without an answer 0. official: the same.
 
 lmms-eval 0.7.3 has no AudioCaps; its caption tasks (coco_cap and others) use the Penn Treebank tokenizer in Java, then
@@ -44,16 +45,22 @@ class AudioCaps(Benchmark):
         clips: dict[tuple[str, str], dict[str, Any]] = {}
         for line in read_table(path, ",", ("youtube_id", "caption")):
             key = (str(line["youtube_id"]), str(line.get("start_time")))
-            clips.setdefault(key, {**line, "captions": []})["captions"].append(line["caption"] or "")
+            clip = clips.setdefault(key, {**line, "captions": [], "audiocap_ids": []})
+            clip["captions"].append(line["caption"] or "")
+            clip["audiocap_ids"] += filter(None, [line.get("audiocap_id")])
         return list(clips.values())
 
     def prompt(self, record: Any, index: int, *, name: str = "{youtube_id}.wav") -> Sample:
         clip = text_of(record, "youtube_id")
         path = name.replace("{youtube_id}", clip).replace("{audiocap_id}", str(record.get("audiocap_id")))
         captions = [caption for caption in record["captions"] if caption.strip()]
-        meta = {"youtube_id": clip, "audiocap_id": record.get("audiocap_id"), "references": captions}
+        named = {key: record.get(key) for key in ("youtube_id", "audiocap_id", "audiocap_ids")}
         answer, media = captions[0] if captions else "", [Media("audio", path, "audio")]
-        return ask(clip, QUESTION, answer, media, index=index, source=self.name, meta=meta)
+        return ask(clip, QUESTION, answer, media, index=index, source=self.name, meta={**named, "references": captions})
+
+    def media_names(self, truth: Row) -> set[str]:
+        clip = truth.meta.get("youtube_id")
+        return super().media_names(truth) | {f"{clip}", f"Y{clip}", *truth.meta.get("audiocap_ids", ())}
 
     def truth(self, fields: Fields) -> str:
         captions = (as_text(fields.meta.get(key)) for key in REFERENCES if fields.meta.get(key))

@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 
 from data.schema import BadSample, Sample, UserError
@@ -90,6 +90,11 @@ def unit_of(sample: Sample) -> str:
     if "video_id" in sample.meta:
         return str(sample.meta["video_id"])
     return sample.media[0].path if sample.media else sample.id
+
+
+def file_stem(path: str) -> str:
+    """A file's name without folders and ending; media names of annotations and rows differ in both."""
+    return PurePosixPath(path.replace("\\", "/")).stem
 
 
 def majority(answers: Iterable[str]) -> int:
@@ -209,6 +214,10 @@ class Benchmark(ABC):
     def same_truth(self, row: Row, truth: Row) -> bool:
         """Whether a row's own true answer is that of an annotation."""
         return normalise(row.answer) == normalise(truth.answer)
+
+    def media_names(self, truth: Row) -> set[str]:
+        """What the media of an annotation may be called in a predictions file, without folders and ending."""
+        return {file_stem(part.path) for part in truth.sample.media} if truth.sample else set()
 
     def options_for(self, found: Sequence[Fields]) -> dict[str, Any]:
         """The options under which an annotation file holds the truths of these rows of a predictions file."""

@@ -2,8 +2,8 @@
 
 strict, the first that holds (options, where their number is not known, are A to E):
     0. the whole text is one option's text, letter for letter or else but for case, and no letter of an option
-    1. a letter alone at the beginning: "B", "(B)", "B.", "B) a cat", "B a cat", "b: a cat"; but not the article of
-       "a cat", and not where a second letter follows ("A or B")
+    1. a letter alone at the beginning: "B", "(B)", "B.", "B) a cat", "B a cat", "b: a cat", or on a line of its own; but
+       not the article of "a cat", and not where a second letter follows ("A or B")
     2. "answer is B", "answer: (B)", "option B", "choice B" (both exceptions as above), where all such places name one letter
     A letter before a word may belong to the sentence, too: "A dog", "I hear a dog", and "C major it is" where an option is
     called so. Where that text names one option alone, it is that one.
@@ -35,6 +35,7 @@ _SAID = re.compile(
 )
 WORDS = "AI"  # letters that are words of English, too
 _BRACKETS = re.compile(r"\(([A-J])\)")
+_WORD = r"[^\S\n]+\w"  # a word on the same line
 _OPTION_LINE = re.compile(r"\s{0,8}\(?([A-J])[.):]\s{0,8}(\S.*)")
 UNKNOWN = 5  # letters that may be chosen where the options are not known
 LONGEST_OPTION = 2000  # letters of a text that may still be an option's own
@@ -68,8 +69,8 @@ def _whole(text: str, options: Sequence[str]) -> str | None:
 def _in_sentence(letter: str, text: str, option: str) -> bool:
     """Whether a letter that was found may be a word of the sentence: A and I, or one that the named option holds."""
     if letter in WORDS:
-        return re.search(rf"(?:^|[\s:]){letter}\s+\w", text) is not None
-    bare = re.search(rf"(?:^|[\s:]){letter}\s+\w", text, re.IGNORECASE)
+        return re.search(rf"(?:^|[\s:]){letter}{_WORD}", text) is not None
+    bare = re.search(rf"(?:^|[\s:]){letter}{_WORD}", text, re.IGNORECASE)
     return bare is not None and letter.casefold() in normalise(option).split()
 
 
@@ -85,7 +86,7 @@ def _leading(text: str) -> str | None:
 
 def _article(match: re.Match[str], text: str) -> bool:
     """Whether the letter that was matched is the `a` of "a cat"."""
-    return match[1] == "a" and re.match(r"\s+\w", text[match.end() : match.end() + 60]) is not None
+    return match[1] == "a" and re.match(_WORD, text[match.end() : match.end() + 60]) is not None
 
 
 def _only(pattern: re.Pattern[str], text: str) -> str | None:

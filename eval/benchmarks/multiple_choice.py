@@ -39,9 +39,7 @@ class MultipleChoice(RightOrWrong):
         choices = row.get("choices") or row.get("options")
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
             raise BadSample(f"'choices' must be a list of texts, found {choices!r}")
-        answer = row.get("answer")
-        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < min(len(choices), len(LETTERS)):
-            answer = LETTERS[answer]
+        answer = numbered(row.get("answer"), choices) or row.get("answer")
         meta = {key: row[key] for key in self.categories if key in row}
         name = str(row.get("id", index))
         return self.asked(name, text_of(row, "question"), choices, str(answer or ""), own_media(row), index, meta)
@@ -72,6 +70,10 @@ class MultipleChoice(RightOrWrong):
         if self.texts_are_true and row.published:
             row.answer = true_letter(row.answer, self.choices_of(row), text_first=True) or row.answer
         return row
+
+    def truth(self, fields: Fields) -> str:
+        choices = self.choices_of(Row("", 0, meta=fields.meta))
+        return numbered(fields.meta.get("answer"), choices) or fields.truth
 
     # ---- parse -------------------------------------------------------------------------------------------------------
 
@@ -126,3 +128,9 @@ class MultipleChoice(RightOrWrong):
                     for name, right in sorted(members.items())
                 }
         return tables
+
+
+def numbered(answer: Any, choices: Sequence[str]) -> str | None:
+    """The letter of an option that is named by its number from 0; None where the answer is no such number."""
+    known = LETTERS[: len(choices)]
+    return known[answer] if type(answer) is int and 0 <= answer < len(known) else None

@@ -8,8 +8,8 @@ OpenAI publishes with Whisper (github.com/openai/whisper, whisper/normalizers/en
 
 The normaliser's own patterns take time that grows with the square of some inputs (a million spaces, brackets that never
 close), and it fails on numbers of thousands of digits. So white space is joined first, brackets that never close become
-spaces, the English rules apply to the first MOST words (the longest utterances that Whisper hears have some 150), and a
-text that they fail on gets the basic ones.
+spaces, the English rules apply to the first MOST words (more than five hours of speech), and a text that they fail on gets
+the basic ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-MOST = 2000
+MOST = 50_000
 
 
 @lru_cache(maxsize=1)

@@ -72,7 +72,8 @@ def _rate_curve(axes: Axes, method: Tree, colour: Any, faint: bool = False) -> N
 def plot_parameters(results: Tree, path: Path) -> None:
     """Test score over trained parameters (projectors, which all runs train, left out), a panel for each benchmark.
 
-    Methods of nearly equal counts are drawn beside each other, not upon each other.
+    Methods of nearly equal counts are drawn beside each other, not upon each other; one that trains projectors alone, which
+    has no place on the axis, as a line across.
     """
     plt = _pyplot()
     names = list(results["benchmarks"])
@@ -94,14 +95,18 @@ def plot_parameters(results: Tree, path: Path) -> None:
 
 def _parameter_panel(axes: Axes, results: Tree, name: str, looks: dict[str, tuple[Any, str]]) -> None:
     shown = [m for m in results["methods"] if name in m["benchmarks"]]
-    places = side_by_side({m["name"]: m["trained_parameters"] for m in shown})
+    places = side_by_side({m["name"]: m["trained_parameters"] for m in shown if m["trained_parameters"]})
     for group in {m["group"] for m in shown if m["group"]}:
-        members = sorted((m for m in shown if m["group"] == group), key=lambda m: m["trained_parameters"])
+        members = [m for m in shown if m["group"] == group and m["name"] in places]
+        members.sort(key=lambda m: m["trained_parameters"])
         means = [100 * m["benchmarks"][name]["mean"] for m in members]
         axes.plot([places[m["name"]] for m in members], means, "-", color=GREY, alpha=0.6, linewidth=1, zorder=1)
     for m in shown:
         found, (colour, marker) = m["benchmarks"][name], looks[m["name"]]
         mean, interval = 100 * found["mean"], found["interval"] or [found["mean"]] * 2
+        if m["name"] not in places:
+            axes.axhline(mean, color=colour, linestyle="--", linewidth=1, label=m["name"])
+            continue
         error = [[max(0.0, mean - 100 * interval[0])], [max(0.0, 100 * interval[1] - mean)]]
         axes.errorbar(
             [places[m["name"]]], [mean], yerr=error, color=colour, marker=marker, markersize=8, capsize=2,

@@ -13,6 +13,7 @@ from eval.comparison.plan import FAILED
 from eval.comparison.plots import mean_over_seeds, plot_parameters, plot_rates
 
 Tree = dict[str, Any]
+RATES = "Grey: the reference. A ring: the chosen rate. A cross: a rate that some seed diverged or failed at."
 ENDS = {"": "", "lowest": " ↓", "highest": " ↑", "only": " ="}
 
 
@@ -43,12 +44,13 @@ def page(results: Tree) -> list[str]:
     ]
     for name, measure in results["benchmarks"].items():
         lines += [f"## {name}: {measure}, test split", "", *score_table(results, name), ""]
-    lines += [*_legend(results), "", "![rates](rates.png)", "", "![parameters](parameters.png)", ""]
+    lines += [*_legend(results), "", "![rates](rates.png)", "", RATES, "", "![parameters](parameters.png)", ""]
     lines += ["## Costs", "", *cost_table(results), ""]
     lines += [
         "Step time: median over the stretches between two log lines, the first left out, then over seeds. Memory: "
     ]
-    lines[-1] += "greatest peak of a run's process, Python and libraries included. Sizes: the adapter (or the LLM) of "
+    lines[-1] += "greatest peak of a run, of the GPU's where one is named below, else of its process, Python and "
+    lines[-1] += "libraries included. Sizes: the adapter (or the LLM) of "
     lines[-1] += "`final/`, and a whole checkpoint with projectors and optimizer."
     lines += ["", "## Validation at every rate", "", *rate_table(results), ""]
     lines += [f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items())}. {_processes(results)}"]

@@ -83,7 +83,7 @@ def gather(progress: Progress) -> Tree:
     return {
         "config": config.model_dump(mode="json"),
         "run_config": _without_versions(plain.to_dict()),
-        "machine": _machine(),
+        "machine": _machine(plain.training.use_cpu),
         "reference": config.reference,
         "benchmarks": {name: find_benchmark(benchmark).measure for name, benchmark in comparison.benchmarks.items()},
         "methods": methods,
@@ -94,14 +94,17 @@ def _without_versions(tree: Tree) -> Tree:
     return {key: value for key, value in tree.items() if key != "versions"}
 
 
-def _machine() -> Tree:
+def _machine(use_cpu: bool | None) -> Tree:
+    import torch
+
     cores = len(os.sched_getaffinity(0))
     model = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
     versions = {name: metadata.version(name) for name in LIBRARIES}
-    return {"processor": model, "cores": cores, "python": platform.python_version(), **versions}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() and not use_cpu else {}
+    return {"processor": model, "cores": cores, **gpu, "python": platform.python_version(), **versions}
 
 
 def _lines(path: str) -> list[str]:

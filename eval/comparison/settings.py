@@ -242,7 +242,10 @@ def _unfit(plain: RunConfig) -> list[str]:
     if not named:
         problems.append("evaluation.benchmarks is empty: methods are compared by them")
     for entry in plain.evaluation.benchmarks:
-        if entry.benchmark in BENCHMARKS and BENCHMARKS[entry.benchmark].scale != "share":
+        benchmark = BENCHMARKS[entry.benchmark]
+        wrong = benchmark.option_problems(entry.options)
+        problems += [f"evaluation.benchmarks: {entry.called} {told}" for told in wrong]
+        if benchmark.scale != "share":
             problems.append(
                 f"evaluation.benchmarks: the score of {entry.called} is no share of its rows, by which methods are "
                 "compared; leave it out, and compare runs with eval/score.py --against"

@@ -43,6 +43,7 @@ from eval.speed.subjects import (
     subjects,
 )
 from eval.speed.timing import in_turns
+from mokamm.arguments import at_least_one
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -122,10 +123,15 @@ def _times(seconds: dict[str, list[float]]) -> dict[str, Any]:
     return {
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "overhead": overhead,
-        "overhead_quartiles": {name: statistics.quantiles(values, n=4)[::2] for name, values in over.items()},
+        "overhead_quartiles": {name: _quartiles(values) for name, values in over.items()},
         "fastest_seconds": {name: min(times) for name, times in seconds.items()},
         "ratios": ratios,
     }
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    """The lower and the upper one; of one round both are its value."""
+    return statistics.quantiles(values, n=4)[::2] if len(values) > 1 else values * 2
 
 
 def _less_base(values: dict[str, int]) -> dict[str, int]:
@@ -189,7 +195,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if "layer" in args.parts:
         one = replace(setup, checkpointing=False)
         found["layer"] = [
-            _said(compare_what_fits(new_linear(width, one), one, batch, args.rounds * 8 // batch, methods))
+            _said(compare_what_fits(new_linear(width, one), one, batch, max(1, args.rounds * 8 // batch), methods))
             for width in args.widths
             for batch in args.batches
         ]
@@ -220,13 +226,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapter-dtype", choices=DTYPES, help="default: as PEFT makes them, float32")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="base must be among them")
     parser.add_argument("--widths", nargs="+", type=int, help="default: 512 1024 on the CPU, 4096 on CUDA")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])
+    parser.add_argument("--batches", nargs="+", type=at_least_one, default=[1, 4, 8])
     parser.add_argument("--layers", type=int, default=32, help="of the 7B shape (CUDA)")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, of the model")
     parser.add_argument("--compile", action="store_true", help="torch.compile every subject")
-    parser.add_argument("--rounds", type=int, default=15, help="of one layer at the batch of 8; more at smaller ones")
-    parser.add_argument("--model-rounds", type=int, default=7)
+    parser.add_argument(
+        "--rounds", type=at_least_one, default=15, help="of one layer at the batch of 8; more at smaller ones"
+    )
+    parser.add_argument("--model-rounds", type=at_least_one, default=7)
     parser.add_argument("--tokens", type=int, default=64, help="generated, in the part decode")
     parser.add_argument("--threads", type=int, help="default: torch's own number")
     parser.add_argument("--out", type=Path, help="write the results there too")
@@ -236,6 +244,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if "base" not in args.methods:
         parser.error("--methods: overheads are measured against base; name it too")
+    if args.tokens < 2:
+        parser.error("--tokens: the first one's time is the prompt's; expected at least 2")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device here")
     if args.threads:

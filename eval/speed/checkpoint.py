@@ -32,6 +32,7 @@ from torch import nn
 from eval.printing import stdout_kept_clean
 from eval.speed.reporting import RESULTS, keep, surroundings
 from eval.speed.timing import in_turns
+from mokamm.arguments import at_least_one
 from mokamm.config import find_path, load_config
 
 Save = Callable[[int], None]  # writes the checkpoint of a step
@@ -144,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="configs/quickstart.yaml")
     parser.add_argument("--methods", nargs="+", default=["moka", "lora"])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=at_least_one, default=9)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with stdout_kept_clean(args.json):

@@ -31,6 +31,7 @@ from eval.speed.reporting import keep, surroundings
 from eval.speed.timing import in_turns
 from mokamm.adapters import Coto, Routing, set_routing, wrap
 from mokamm.adapters.coto import rising
+from mokamm.arguments import at_least_one
 
 STEPS = 16
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -137,7 +138,7 @@ def _run(seconds: list[float], acting: list[int]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=at_least_one, default=3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=4)

@@ -24,6 +24,7 @@ from typing import Any
 
 from eval.printing import stdout_kept_clean
 from eval.speed.reporting import RESULTS, keep, surroundings
+from mokamm.arguments import at_least_one
 
 
 def one_by_one(model: Any, rows: list[Any], loader: Any, tokens: int) -> dict[int, str]:
@@ -131,9 +132,9 @@ def print_table(found: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--limit", type=int, help="rows of each benchmark (default: all)")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds after the one that warms up")
-    parser.add_argument("--batch-size", type=int, help="default: evaluation.batch_size of the run")
+    parser.add_argument("--limit", type=at_least_one, help="rows of each benchmark (default: all)")
+    parser.add_argument("--repeats", type=at_least_one, default=3, help="rounds after the one that warms up")
+    parser.add_argument("--batch-size", type=at_least_one, help="default: evaluation.batch_size of the run")
     parser.add_argument("--out", type=Path, default=RESULTS / "generation.json")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)

@@ -33,6 +33,7 @@ import torch
 from data.media import SAMPLE_RATE, MediaLoader
 from data.schema import Media
 from eval.speed.reporting import RESULTS, keep, surroundings
+from mokamm.arguments import at_least_one
 
 SEGMENTS = 10
 Decode = Callable[[], Any]
@@ -141,7 +142,7 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=at_least_one, default=7)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     clips = measure(args.rounds)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from eval import compare
 from eval.comparison.plan import DIVERGED, FAILED, FINISHED, Outcome, beyond, stand
+from eval.comparison.progress import Progress, look
 from eval.comparison.settings import CompareConfig, Comparison, Run, load_comparison, written
 from mokamm.config import ConfigError, load_config
 
@@ -89,6 +94,17 @@ def test_overrides_are_written_so_that_they_are_read_back(value: Any) -> None:
                 }
             },
             ["the score of mme is no share of its rows", "eval/score.py --against"],
+        ),
+        (
+            {
+                "overrides": {
+                    "training.deepspeed": None,
+                    "evaluation.benchmarks": [
+                        {"benchmark": "mmau", "path": "tests", "media_dir": "tests", "options": {"speach_as": "speech"}}
+                    ],
+                }
+            },
+            ["evaluation.benchmarks: mmau has no option 'speach_as'", "did you mean 'speech_as'"],
         ),
         (
             {"overrides": {"training.deepspeed": None, "training.resume_from_checkpoint": None}},
@@ -261,3 +277,26 @@ def test_rates_are_chosen_by_loss_or_accuracy_and_by_the_mean_of_rate_seeds() ->
     assert (found.chosen, found.todo) == (3e-3, [Run("lora", 3e-3, 2)])
     one_diverged = stand(plan, plan.methods["lora"], known({**two, (3e-3, 1): DIVERGED, (1e-2, 1): 9.0}))
     assert one_diverged.todo == [Run("lora", 3.3e-4, seed) for seed in (0, 1)]  # 1e-3 leads now, and is the lowest
+
+
+def test_json_is_all_that_standard_output_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = [str(ROOT / "configs/compare/rates.yaml"), "--out", str(tmp_path / "out"), "--json"]
+    assert compare.main([*plan, "--list"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["done"], len(found["runs"]), found["left"]["train"]) == (0, 28, 30)
+    assert {key: found["runs"][0][key] for key in ("method", "rate", "seed", "state")} == {
+        "method": "lora", "rate": 5e-4, "seed": 0, "state": "to do",
+    }  # fmt: skip
+
+    def talkative(comparison: Comparison, jobs: int) -> Progress:
+        print("making the miniature world")
+        subprocess.run([sys.executable, "-c", "print('the world is made')"], check=True)
+        return look(comparison)
+
+    monkeypatch.setattr(compare, "run_all", talkative)
+    assert compare.main(plan) == 0
+    told = capfd.readouterr()
+    assert json.loads(told.out)["reference"] == "lora"
+    assert "miniature world\nthe world is made\n" in told.err

@@ -121,6 +121,12 @@ def test_tables_say_what_the_tree_says(progress: Progress, tmp_path: Path) -> No
         assert (path.parent / name).stat().st_size > 10_000
 
 
+def test_a_report_names_the_gpu(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    assert ", gpu NVIDIA H200, " in page(gather(progress))[-1]
+
+
 def test_fewer_errors_are_better() -> None:
     for mean, lower, said in (
         (0.1, False, "better"),
@@ -144,6 +150,16 @@ def test_a_comparison_that_has_not_begun_and_one_in_its_middle_have_a_report_too
     assert "| lora | - | - | 0 | - |" in text  # its only rate has to be run again
     assert "| moka | 43.8 |" in text
     assert "| 2 of 3 | 0.001 = | - |" in text
+
+
+def test_a_method_that_trains_the_projectors_alone_has_its_place_in_the_report(
+    progress: Progress, tmp_path: Path
+) -> None:
+    for run, outcome in progress.known.items():
+        if run.method == "moka":
+            outcome.figures["trained_parameters"] = {"projector": 10}
+    text = write_report(gather(progress), tmp_path / "report").read_text()
+    assert "| moka | 0 | 10 |" in text
 
 
 def test_runs_that_answered_other_rows_are_not_compared(progress: Progress) -> None:

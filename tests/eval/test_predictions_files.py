@@ -546,3 +546,14 @@ def test_rows_that_one_file_lacks_are_not_compared_with_annotations_either(tmp_p
     assert (against["rows"], against["rows_only_here"], against["rows_only_there"]) == (1, 2, 0)
     assert (against["score"], against["difference"]) == (1.0, 0.0)
     assert f"{other}: 3 rows are missing: 1, 3, 4" in result["problems"]
+
+
+def test_a_true_answer_may_be_an_options_number_in_a_file_of_predictions_too(tmp_path: Path) -> None:
+    """As in the set itself: numbers from 0, even where an option is called by another number."""
+    asked = {"question": "How many?", "choices": ["1", "2", "0"]}
+    rows = [{**asked, "id": f"r{k}", "answer": k, "prediction": said} for k, said in enumerate("ABA")]
+    result = score("multiple_choice", write(tmp_path / "p.jsonl", rows))
+    assert (result["score"], result["bad"]) == (pytest.approx(2 / 3), 0)
+    own = write(tmp_path / "own.jsonl", [{key: row[key] for key in row if key != "prediction"} for row in rows])
+    again = score("multiple_choice", tmp_path / "p.jsonl", annotations=own)
+    assert (again["score"], again["problems"]) == (result["score"], [])

@@ -35,6 +35,19 @@ def test_json_holds_every_entry_that_was_meant(word, names, monkeypatch, capfd):
     assert told == ({"run": "RUN", "control": None, "benchmarks": found} if several else found[names[0]])
 
 
+def test_shares_are_told_from_points(capfd) -> None:
+    points = {"measure": "perception, points of 2000", "scale": "points", "score": 1025.9, "interval": [990.0, 1060.5]}
+    print_metrics({"pope": metrics("pope"), "mme": metrics("mme") | points | {"metrics": {}}}, "RUN")
+    lines = capfd.readouterr().out.split("\n")
+    (share,) = (line for line in lines if "pope " in line and "accuracy" in line)
+    (mme,) = (line for line in lines if "mme" in line)
+    assert "50.0" in share
+    assert "(%)" in share
+    assert "1025.9" in mme
+    assert "%" not in mme
+    assert not any("score %" in line for line in lines)
+
+
 def test_half_a_letter_and_markup_in_a_name_are_shown(tmp_path: Path, capfd) -> None:
     print_metrics({"pope": metrics("pope")}, "RUN")
     assert "<b>[/red]\\ud800" in capfd.readouterr().out

@@ -321,6 +321,9 @@ def test_options_by_their_text(text: str, letter: str | None) -> None:
         ("The answer is c major", ["A minor", "C major", "E minor", "G major"], "B"),
         ("C because A minor is sad", ["A minor", "C major", "E minor", "G major"], "C"),  # no option's word
         ("B because the cat ran", ["cat", "dog"], "B"),
+        ("A\n\nThe dog is not in it.", ["cat", "dog"], "A"),  # a line of its own
+        ("a\nThe dog is not in it.", ["cat", "dog"], "A"),
+        ("The answer is A\nThe dog is not in it.", ["cat", "dog"], "A"),
     ],
 )
 def test_a_letter_may_be_a_word(text: str, options: list[str], letter: str) -> None:

@@ -39,6 +39,11 @@ def test_whispers_normaliser(text: str, expected: str) -> None:
     assert whisper_normalised(text) == expected
 
 
+def test_an_hour_of_speech_is_normalised_whole() -> None:
+    talk = ["it's twenty-two colours ", "mr. smith won't go "] * 5000
+    assert whisper_normalised("".join(talk)) == " ".join(["it is 22 colors", "mister smith will not go"] * 5000)
+
+
 def test_diacritics_of_other_languages_stay() -> None:
     assert whisper_normalised("Café, (äh) schön!", english=False) == "café schön"
 
@@ -201,6 +206,24 @@ def test_captions_in_a_file(tmp_path: Path) -> None:
     assert again["score"] == pytest.approx(result["score"])
     test = score("audiocaps", tmp_path / "p.jsonl", tmp_path / "test.csv", against=tmp_path / "q.jsonl")["against"]
     assert (test["difference"], test["rows"]) == (0.0, 3)
+
+
+def test_clips_are_found_by_every_name_that_they_have(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text(
+        "audiocap_id,youtube_id,start_time,caption\n7,-ab,30,A dog barks\n8,-ab,30,Barking\n9,cd,0,Rain falls\n"
+    )
+    said = ["a dog barks", "rain falls"]
+    expected = sum(cider_d(said, [["A dog barks", "Barking"], ["Rain falls"]])) / 2
+    rows = BENCHMARKS["audiocaps"].load(tmp_path / "test.csv", options={"name": "Y{youtube_id}.wav"})
+    for row, text in zip(rows, said, strict=True):
+        row.prediction = text
+    records = [BENCHMARKS["audiocaps"].to_json(row) for row in rows]
+    found = [score("audiocaps", write(tmp_path / "own.jsonl", records), tmp_path / "test.csv")]
+    for key, names in (("audiocap_id", (7, 9)), ("audiocap_id", ("8", "9")), ("audio_id", ("Y-ab.wav", "Ycd"))):
+        records = [{key: name, "caption": text} for name, text in zip(names, said, strict=True)]
+        found.append(score("audiocaps", write(tmp_path / "p.jsonl", records), tmp_path / "test.csv"))
+    assert [result["score"] for result in found] == pytest.approx([expected] * 4)
+    assert [result["problems"] for result in found] == [[]] * 4
 
 
 def test_a_caption_of_any_length_is_scored() -> None:

@@ -103,6 +103,17 @@ def test_the_command(capsys: pytest.CaptureFixture, tmp_path, parts: list[str]) 
         assert set(found["decode"]["tokens_per_second"]) == {"base", "lora", "moka", "moka unfolded"}
 
 
+def test_one_round_is_enough_and_less_is_refused(capsys: pytest.CaptureFixture) -> None:
+    small = ["--parts", "layer", "--widths", "16", "--rounds", "1", "--batches", "8", "16", "--json"]
+    assert main(small) == 0
+    for row in json.loads(capsys.readouterr().out)["layer"]:
+        assert row["overhead_quartiles"]["moka"] == [row["overhead"]["moka"]] * 2
+    for wrong in (["--rounds", "0"], ["--model-rounds", "0"], ["--batches", "0"], ["--tokens", "1"]):
+        with pytest.raises(SystemExit):
+            main(["--parts", "layer", *wrong])
+        assert f"{wrong[0]}: " in capsys.readouterr().err
+
+
 def test_the_evaluation_answers_as_a_plain_loop(small_run, capsys: pytest.CaptureFixture, tmp_path) -> None:
     from eval.speed.generation import main as generation
 
