@@ -88,7 +88,7 @@ class BenchmarkTask(ConfigurableMessagesTask):
         return {metric: partial(figure, self.benchmark.name, metric) for metric in METRICS}
 
     def higher_is_better(self) -> dict[str, bool]:
-        return dict.fromkeys(METRICS, True)
+        return {metric: metric == "parsed" or not self.benchmark.lower_is_better for metric in METRICS}
 
 
 def figure(name: str, metric: str, records: list[dict[str, Any]]) -> float:
