@@ -1,4 +1,7 @@
-"""Sight: any vision transformer of open_clip, its own or one of timm's. Options as in `vision.py`, layers from 1 on.
+"""Sight: any vision tower of open_clip, its own or one of timm's. Options as in `vision.py`, layers from 1 on.
+
+A transformer's hidden states are its blocks'. A tower of stages (ConvNeXt, ResNet, FastViT, Swin) gives its stages' feature
+maps, position by position and row by row: each stage has a grid and a width of its own, and there is no class token.
 
 Cost: no block past the last chosen layer runs.
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +28,7 @@ from encoders.vision import FrameEncoder
 
 
 class OpenClipEncoder(FrameEncoder):
-    """A vision transformer of open_clip: a local folder (`open_clip_config.json` + weights), or name + `pretrained`.
+    """A vision tower of open_clip: a local folder (`open_clip_config.json` + weights), or name + `pretrained`.
 
     `pretrained` is one of open_clip's tags, or a file. Runs no block past the chosen layer.
     """
@@ -48,6 +52,9 @@ class OpenClipEncoder(FrameEncoder):
         if not hasattr(self.visual, "forward_intermediates"):
             raise EncoderError(f"'{path}': its vision tower ({type(self.visual).__name__}) gives no hidden states")
         self.indices = choose_layers(layer, self._count_blocks(), first=1)
+        self.stages = _has_stages(self.visual)
+        if self.stages and len(self.indices) > 1:
+            raise EncoderError(f"layer {layer}: the stages of '{path}' differ in their grids; choose one of them")
         self.finish(dtype)
 
     def _count_blocks(self) -> int:
@@ -62,14 +69,12 @@ class OpenClipEncoder(FrameEncoder):
 
     def forward(self, pixels: Tensor) -> Features:
         blocks = sorted({index - 1 for index in self.indices})
+        form = {} if self.stages else {"output_fmt": "NLC", "output_extra_tokens": True}
         found = self.visual.forward_intermediates(
-            pixels,
-            indices=blocks,
-            stop_early=True,
-            intermediates_only=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
+            pixels, indices=blocks, stop_early=True, intermediates_only=True, **form
         )
+        if self.stages:
+            return self.select([grid.flatten(2).transpose(1, 2) for grid in found["image_intermediates"]], [0], 0)
         states, prefixes = found["image_intermediates"], found.get("image_intermediates_prefix")
         prefix = 0 if prefixes is None else prefixes[0].shape[1]
         if prefix:
@@ -137,6 +142,14 @@ def _create(name: str, pretrained: str | None, image_size: int | None) -> Any:
         )
     finally:
         logging.disable(silenced)
+
+
+def _has_stages(visual: Any) -> bool:
+    """Whether a tower gives feature maps (F,C,h,w) of its stages, and no tokens beside them."""
+    trunk = getattr(visual, "trunk", None)
+    if trunk is None:  # open_clip's own: a transformer has one grid
+        return not hasattr(visual, "grid_size")
+    return "return_prefix_tokens" not in signature(trunk.forward_intermediates).parameters
 
 
 def _patch_size(visual: Any) -> int | Sequence[int]:
