@@ -4,6 +4,7 @@ open_clip called plainly on tiny random checkpoints."""
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -249,6 +250,18 @@ def test_mistakes(written, tmp_path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         with pytest.raises(EncoderError, match=f"its model_type is {kind}, expected .*{hint}"):
             build_encoder(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", "[]"), ("config.json", {"hidden_size": "32"}), ("preprocessor_config.json", "[]")],
+)
+def test_json_of_another_form(written, tmp_path, file: str, content) -> None:
+    shutil.copytree(written("dinov2"), tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / file
+    path.write_text(content if isinstance(content, str) else json.dumps(json.loads(path.read_text()) | content))
+    with pytest.raises(EncoderError, match=r"^dinov2 \S+ could not be read from '.*'"):
+        build_encoder("dinov2", tmp_path / "checkpoint")
 
 
 def test_half_precision(written, frames) -> None:
