@@ -98,6 +98,12 @@ def _load_open_clip(path: str | Path, pretrained: str | None, image_size: int | 
         )
     elif pretrained is not None and name not in open_clip.list_models():
         raise EncoderError(f"unknown open_clip model '{name}'{nearest(name, open_clip.list_models())}")
+    elif pretrained is not None and not (Path(pretrained).is_file() or open_clip.get_pretrained_cfg(name, pretrained)):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise EncoderError(
+            f"open_clip weights could not be read: '{pretrained}' is no file, and no tag of '{name}'"
+            f"{nearest(pretrained, tags)}"
+        )
     try:
         return _at_size(partial(_create, name, pretrained), image_size).visual
     except Exception as error:  # open_clip raises bare RuntimeErrors, and its readers whatever they like
@@ -119,9 +125,15 @@ def _at_size(create: Callable[[int | None], Any], image_size: int | None) -> Any
         model = create(image_size)
     if not hasattr(model.visual, "grid_size"):  # one of timm's, which open_clip resizes when it has been read
         return create(image_size)
-    state = create(None).state_dict()
+    whole = create(None)
+    state = whole.state_dict()
     resize_pos_embed(state, model)
     model.load_state_dict(state, assign=True)
+    size = model.visual.preprocess_cfg["size"]
+    model.visual.preprocess_cfg = {
+        **whole.visual.preprocess_cfg,
+        "size": size,
+    }  # the tag's, which came with the weights
     return model
 
 
@@ -134,7 +146,8 @@ def _create(name: str, pretrained: str | None, image_size: int | None) -> Any:
     try:
         return open_clip.create_model(
             name,
-            pretrained=pretrained,
+            pretrained=pretrained if weights else None,  # a tag's would be fetched even if they are not to be loaded
+            pretrained_text=False,
             load_weights=weights,
             require_pretrained=weights,
             device=torch.get_default_device(),

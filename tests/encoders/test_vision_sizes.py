@@ -182,7 +182,7 @@ def test_open_clip_at_another_size_of_half_precision_weights(open_clip_folder, t
     assert torch.equal(found, expected)
 
 
-def test_open_clip_by_name_and_a_file_of_weights(tmp_path, capsys) -> None:
+def test_open_clip_by_name_and_a_file_of_weights(tmp_path, capsys, monkeypatch) -> None:
     import open_clip
     from safetensors.torch import save_file
 
@@ -206,6 +206,12 @@ def test_open_clip_by_name_and_a_file_of_weights(tmp_path, capsys) -> None:
         expected = model.visual.forward_intermediates(x, output_fmt="NLC")["image_intermediates"]
     found = encoders[1].encode(frames).features
     torch.testing.assert_close(found, torch.cat([expected[2], expected[0]], dim=-1), rtol=0, atol=1e-5)
+    tag = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "resize_mode": "squash"}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-of-a-test", {"tag": tag})
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: str(tmp_path / "w.pt"))
+    for image_size, side in ((None, 32), (64, 64)):
+        encoder = build_encoder("open_clip", "tiny-of-a-test", pretrained="tag", image_size=image_size)
+        assert encoder.preprocessing.items() >= {**tag, "size": (side, side)}.items()
     torch.save({"visual.proj": _Code()}, tmp_path / "evil.pt")
     with pytest.raises(EncoderError, match="open_clip weights could not be read from 'tiny-of-a-test'"):
         build_encoder("open_clip", "tiny-of-a-test", pretrained=str(tmp_path / "evil.pt"))
