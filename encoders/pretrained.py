@@ -22,8 +22,6 @@ from encoders.errors import EncoderError
 
 def read(load: Callable[..., Any], path: str | Path, what: str, **options: Any) -> Any:
     """`load(path, **options)`; every failure becomes an EncoderError that says what could not be read and why."""
-    from safetensors import SafetensorError
-
     if not Path(path).exists() and (Path(path).parent.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))):
         raise EncoderError(
             f"{what} is missing: no folder at '{path}' (looked at {Path(path).absolute()}); "
@@ -36,7 +34,7 @@ def read(load: Callable[..., Any], path: str | Path, what: str, **options: Any) 
             f"{what} at '{path}' were refused: the file holds Python objects (possibly code) beside tensors and was "
             "not executed; take a checkpoint in safetensors"
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # of many kinds: no file, no network, a broken one, a value of another type in a config
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         local = (
             "" if Path(path).exists() else f" (no folder at {Path(path).absolute()}, so it was asked for on the hub)"
@@ -63,7 +61,7 @@ def load_model(
     import torch
     import transformers
 
-    found = read(transformers.PretrainedConfig.get_config_dict, path, f"{what} config.json")[0].get("model_type")
+    found = read(_model_type, path, f"{what} config.json")
     if found not in classes:
         hint = f"; {instead[found]}" if instead and found in instead else ""
         raise EncoderError(
@@ -90,6 +88,12 @@ def load_model(
             f"'{path}' is not a whole {what} checkpoint: {len(missing)} weights missing ({shorten(missing)})"
         )
     return model
+
+
+def _model_type(path: str) -> Any:
+    from transformers import PretrainedConfig
+
+    return PretrainedConfig.get_config_dict(path)[0].get("model_type")
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Sight: any vision transformer of open_clip, its own or one of timm's. Options as in `vision.py`, layers from 1 on.
+"""Sight: any vision tower of open_clip, its own or one of timm's. Options as in `vision.py`, layers from 1 on.
+
+A transformer's hidden states are its blocks'. A tower of stages (ConvNeXt, ResNet, FastViT, Swin) gives its stages' feature
+maps, position by position and row by row: each stage has a grid and a width of its own, and there is no class token.
 
 Cost: no block past the last chosen layer runs.
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +28,7 @@ from encoders.vision import FrameEncoder
 
 
 class OpenClipEncoder(FrameEncoder):
-    """A vision transformer of open_clip: a local folder (`open_clip_config.json` + weights), or name + `pretrained`.
+    """A vision tower of open_clip: a local folder (`open_clip_config.json` + weights), or name + `pretrained`.
 
     `pretrained` is one of open_clip's tags, or a file. Runs no block past the chosen layer.
     """
@@ -48,6 +52,9 @@ class OpenClipEncoder(FrameEncoder):
         if not hasattr(self.visual, "forward_intermediates"):
             raise EncoderError(f"'{path}': its vision tower ({type(self.visual).__name__}) gives no hidden states")
         self.indices = choose_layers(layer, self._count_blocks(), first=1)
+        self.stages = _has_stages(self.visual)
+        if self.stages and len(self.indices) > 1:
+            raise EncoderError(f"layer {layer}: the stages of '{path}' differ in their grids; choose one of them")
         self.finish(dtype)
 
     def _count_blocks(self) -> int:
@@ -62,14 +69,12 @@ class OpenClipEncoder(FrameEncoder):
 
     def forward(self, pixels: Tensor) -> Features:
         blocks = sorted({index - 1 for index in self.indices})
+        form = {} if self.stages else {"output_fmt": "NLC", "output_extra_tokens": True}
         found = self.visual.forward_intermediates(
-            pixels,
-            indices=blocks,
-            stop_early=True,
-            intermediates_only=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
+            pixels, indices=blocks, stop_early=True, intermediates_only=True, **form
         )
+        if self.stages:
+            return self.select([grid.flatten(2).transpose(1, 2) for grid in found["image_intermediates"]], [0], 0)
         states, prefixes = found["image_intermediates"], found.get("image_intermediates_prefix")
         prefix = 0 if prefixes is None else prefixes[0].shape[1]
         if prefix:
@@ -93,6 +98,12 @@ def _load_open_clip(path: str | Path, pretrained: str | None, image_size: int | 
         )
     elif pretrained is not None and name not in open_clip.list_models():
         raise EncoderError(f"unknown open_clip model '{name}'{nearest(name, open_clip.list_models())}")
+    elif pretrained is not None and not (Path(pretrained).is_file() or open_clip.get_pretrained_cfg(name, pretrained)):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise EncoderError(
+            f"open_clip weights could not be read: '{pretrained}' is no file, and no tag of '{name}'"
+            f"{nearest(pretrained, tags)}"
+        )
     try:
         return _at_size(partial(_create, name, pretrained), image_size).visual
     except Exception as error:  # open_clip raises bare RuntimeErrors, and its readers whatever they like
@@ -114,9 +125,15 @@ def _at_size(create: Callable[[int | None], Any], image_size: int | None) -> Any
         model = create(image_size)
     if not hasattr(model.visual, "grid_size"):  # one of timm's, which open_clip resizes when it has been read
         return create(image_size)
-    state = create(None).state_dict()
+    whole = create(None)
+    state = whole.state_dict()
     resize_pos_embed(state, model)
     model.load_state_dict(state, assign=True)
+    size = model.visual.preprocess_cfg["size"]
+    model.visual.preprocess_cfg = {
+        **whole.visual.preprocess_cfg,
+        "size": size,
+    }  # the tag's, which came with the weights
     return model
 
 
@@ -129,7 +146,8 @@ def _create(name: str, pretrained: str | None, image_size: int | None) -> Any:
     try:
         return open_clip.create_model(
             name,
-            pretrained=pretrained,
+            pretrained=pretrained if weights else None,  # a tag's would be fetched even if they are not to be loaded
+            pretrained_text=False,
             load_weights=weights,
             require_pretrained=weights,
             device=torch.get_default_device(),
@@ -137,6 +155,14 @@ def _create(name: str, pretrained: str | None, image_size: int | None) -> Any:
         )
     finally:
         logging.disable(silenced)
+
+
+def _has_stages(visual: Any) -> bool:
+    """Whether a tower gives feature maps (F,C,h,w) of its stages, and no tokens beside them."""
+    trunk = getattr(visual, "trunk", None)
+    if trunk is None:  # open_clip's own: a transformer has one grid
+        return not hasattr(visual, "grid_size")
+    return "return_prefix_tokens" not in signature(trunk.forward_intermediates).parameters
 
 
 def _patch_size(visual: Any) -> int | Sequence[int]:

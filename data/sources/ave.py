@@ -122,7 +122,7 @@ def _seconds(row: dict[str, Any], key: str) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError
         seconds = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         found = repr(value) if isinstance(value, str) else describe(value)
         raise BadSample(f"'{key}' must be a number of seconds, found {found}") from None
     if not 0 <= seconds < float("inf"):

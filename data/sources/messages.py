@@ -95,7 +95,7 @@ def _parts(turn: Turn, where: str) -> list[dict[str, Any]]:
 
 
 def _kind(part: dict[str, Any]) -> Any:
-    return part["type"].removesuffix("_url")
+    return str(part["type"]).removesuffix("_url")
 
 
 def _path_key(part: dict[str, Any]) -> str | None:

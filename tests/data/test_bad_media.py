@@ -181,8 +181,11 @@ def test_strips_just_within_the_limit_and_of_video(tmp_path, write_video):
 def test_broken_images(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.png")
     cut(tmp_path / "cut.png", 0.5)
+    Image.new("RGB", (16, 8)).save(tmp_path / "item.avif")  # of which Pillow says a bare RuntimeError
+    whole = (tmp_path / "item.avif").read_bytes()
+    (tmp_path / "item.avif").write_bytes(whole.replace(b"pitm", b"none"))
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "a.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
-    for name in ("cut.png", "text.png", "a.eps"):
+    for name in ("cut.png", "item.avif", "text.png", "a.eps"):
         with pytest.raises(MediaError, match=rf"{name}: cannot be read as an image"):
             frames(tmp_path, name, "image")

@@ -196,6 +196,9 @@ def test_ave_broken_rows_and_files(tmp_path):
         rows[3]
     with pytest.raises(BadSample, match=r"row 4: 'start' must be a number of seconds"):
         rows[4]
+    rows = open_source("ave", write(tmp_path / "a.json", [{"category": "Bell", "video_id": "x", "start": 10**400}]))
+    with pytest.raises(BadSample, match=r"row 0: 'start' must be a number of seconds"):
+        rows[0]
     with pytest.raises(UserError, match=r"b\.txt: is neither JSON nor AVE's annotations; .* found 'hello'"):
         open_source("ave", write(tmp_path / "b.txt", "hello\n"))
     with pytest.raises(UserError, match=r"c\.txt: holds no annotations"):
@@ -330,6 +333,7 @@ GOOD = {"messages": [user(QUESTION), said("A.")]}
             {"messages": [user({"type": "vidio", "path": "x"}), said("A")]},
             "unknown type 'vidio' of content; did you mean 'video'",
         ),
+        ({"messages": [user({"type": 1, "path": "x"}), said("A")]}, "message 0: unknown type '1' of content"),
         ({"messages": [user({"type": "video"}), said("A")]}, "message 0: 'path' is missing or empty"),
         ({"messages": [user({"type": "text"}), said("A")]}, "a text part wants 'text'"),
         (

@@ -122,6 +122,15 @@ def bare(checkpoint: Path, folder: Path) -> Path:
     return folder / "bare"
 
 
+def test_a_tag_of_open_clip_fetches_nothing(monkeypatch) -> None:
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: pytest.fail("weights were fetched"))
+    with torch.device("meta"):
+        encoder = build_encoder("open_clip", "ViT-B-32", pretrained="openai")
+        assert (encoder.num_tokens(None), encoder.width) == (49, 768)
+        with pytest.raises(EncoderError, match="'opnai' is no file, and no tag of 'ViT-B-32'; did you mean 'openai'"):
+            build_encoder("open_clip", "ViT-B-32", pretrained="opnai")
+
+
 def test_mistakes_are_still_found(checkpoints, tmp_path) -> None:
     with torch.device("meta"):
         for name, options, message in (

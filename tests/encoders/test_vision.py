@@ -146,6 +146,32 @@ def test_open_clip_with_a_timm_tower(tmp_path, frames) -> None:
     assert encoder.num_tokens(None) == features.shape[1]
 
 
+@pytest.mark.parametrize(
+    ("vision", "stages"),
+    [
+        ({"timm_model_name": "test_convnext", "timm_pool": "avg"}, {-1: "trunk.stages.3", -2: "trunk.stages.2"}),
+        ({"layers": [1, 1, 1, 1], "width": 16}, {-1: "layer4", -2: "layer3"}),
+    ],
+    ids=["convnext", "resnet"],
+)
+def test_open_clip_with_a_tower_of_stages(tmp_path, frames, vision, stages: dict[int, str]) -> None:
+    folder = _write_open_clip(tmp_path, {**vision, "image_size": 64})
+    for (layer, name), side in zip(stages.items(), (2, 4), strict=True):
+        encoder = OpenClipEncoder(folder, layer=layer)
+        seen = []
+        encoder.visual.get_submodule(name).register_forward_hook(lambda *call, seen=seen: seen.append(call[2]))
+        features, mask = encoder.encode(frames)
+        expected = torch.stack([seen[0][:, :, y, x] for y in range(side) for x in range(side)], dim=1)
+        torch.testing.assert_close(features, expected, rtol=0, atol=0)
+        assert mask.all()
+        with torch.device("meta"):
+            assert OpenClipEncoder(folder, layer=layer).num_tokens(None) == side**2
+    with pytest.raises(EncoderError, match=r"layer \[-1, -2\]: the stages .* differ in their grids"):
+        OpenClipEncoder(folder, layer=[-1, -2])
+    with pytest.raises(EncoderError, match="no class token"):
+        OpenClipEncoder(folder, features="cls")
+
+
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
 @pytest.mark.parametrize("size", [32, (24, 40)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])

@@ -4,6 +4,7 @@ open_clip called plainly on tiny random checkpoints."""
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_open_clip_at_another_size_of_half_precision_weights(open_clip_folder, t
     assert torch.equal(found, expected)
 
 
-def test_open_clip_by_name_and_a_file_of_weights(tmp_path, capsys) -> None:
+def test_open_clip_by_name_and_a_file_of_weights(tmp_path, capsys, monkeypatch) -> None:
     import open_clip
     from safetensors.torch import save_file
 
@@ -205,6 +206,12 @@ def test_open_clip_by_name_and_a_file_of_weights(tmp_path, capsys) -> None:
         expected = model.visual.forward_intermediates(x, output_fmt="NLC")["image_intermediates"]
     found = encoders[1].encode(frames).features
     torch.testing.assert_close(found, torch.cat([expected[2], expected[0]], dim=-1), rtol=0, atol=1e-5)
+    tag = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "resize_mode": "squash"}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-of-a-test", {"tag": tag})
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: str(tmp_path / "w.pt"))
+    for image_size, side in ((None, 32), (64, 64)):
+        encoder = build_encoder("open_clip", "tiny-of-a-test", pretrained="tag", image_size=image_size)
+        assert encoder.preprocessing.items() >= {**tag, "size": (side, side)}.items()
     torch.save({"visual.proj": _Code()}, tmp_path / "evil.pt")
     with pytest.raises(EncoderError, match="open_clip weights could not be read from 'tiny-of-a-test'"):
         build_encoder("open_clip", "tiny-of-a-test", pretrained=str(tmp_path / "evil.pt"))
@@ -249,6 +256,18 @@ def test_mistakes(written, tmp_path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         with pytest.raises(EncoderError, match=f"its model_type is {kind}, expected .*{hint}"):
             build_encoder(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", "[]"), ("config.json", {"hidden_size": "32"}), ("preprocessor_config.json", "[]")],
+)
+def test_json_of_another_form(written, tmp_path, file: str, content) -> None:
+    shutil.copytree(written("dinov2"), tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / file
+    path.write_text(content if isinstance(content, str) else json.dumps(json.loads(path.read_text()) | content))
+    with pytest.raises(EncoderError, match=r"^dinov2 \S+ could not be read from '.*'"):
+        build_encoder("dinov2", tmp_path / "checkpoint")
 
 
 def test_half_precision(written, frames) -> None:
