@@ -130,10 +130,7 @@ def _at_size(create: Callable[[int | None], Any], image_size: int | None) -> Any
     resize_pos_embed(state, model)
     model.load_state_dict(state, assign=True)
     size = model.visual.preprocess_cfg["size"]
-    model.visual.preprocess_cfg = {
-        **whole.visual.preprocess_cfg,
-        "size": size,
-    }  # the tag's, which came with the weights
+    model.visual.preprocess_cfg = {**whole.visual.preprocess_cfg, "size": size}  # mean and std came with the tag
     return model
 
 
