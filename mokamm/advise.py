@@ -119,10 +119,11 @@ def _beside(written: float | str, value: float) -> str:
 
 
 def advise_parameters(case: Case) -> Advice:
-    trained = case.trained()
-    whole = sum(
-        p.numel() for n, p in case.outline.llm.named_parameters() if case.method == "full" or not p.requires_grad
-    )
+    from mokamm.adapters.peft_bridge import adapter_parameters
+
+    trained, llm = case.trained(), case.outline.llm
+    own = {id(parameter) for parameter in adapter_parameters(llm)}
+    whole = sum(parameter.numel() for parameter in llm.parameters() if id(parameter) not in own)
     lines = [f"{part} {count:,} ({count / whole:.3%} of the LLM's {whole:,})" for part, count in trained.items()]
     lines += [f"not counted: {name}: {why}" for name, why in case.outline.left_out.items()]
     return Advice(

@@ -79,6 +79,14 @@ def test_llama_3_8b_without_its_weights(capsys, folder, world):
     assert advised(capsys, *plain)["compute"]["share_of_full"] == pytest.approx(2 / 3, rel=1e-3)
 
 
+@pytest.mark.parametrize(("method", "trained"), [("lori_d", 44_040_192), ("lori_s", 4_404_019)])
+def test_a_frozen_a_is_not_counted_as_the_llm_s(capsys, folder, world, method, trained):
+    """FACTS: LoRI-D trains 0.548 % of Llama-3-8B at r 32, LoRI-S 0.055 %."""
+    settings = (f"adapter.method={method}", "adapter.r=32")
+    found = advised(capsys, *text(folder, "llama3", world, *settings))["parameters"]
+    assert (found["trained"], found["llm"]) == ({"adapter": trained}, 8_030_261_248)
+
+
 def test_the_outline_counts_what_the_real_model_has(mini_base, world):
     """Quickstart, all modalities: the memory of every stage, predicted without and with the LLM's weights."""
     from mokamm.build import build_model
