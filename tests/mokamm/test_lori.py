@@ -423,6 +423,9 @@ def test_another_a_is_refused_on_load(tmp_path: Path) -> None:
     path.write_text(json.dumps(stored))
     with pytest.raises(AdapterError, match="A cannot be remade"):
         PeftModel.from_pretrained(small_llm(width=32), tmp_path)
+    path.write_text(json.dumps({**stored, "a_version": 2, "a_hash": "0" * 64}))  # into a model that is there already
+    with pytest.raises(AdapterError, match="generator version 2"):
+        load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["lori_s", "lori_moka_s"])
