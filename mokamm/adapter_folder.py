@@ -11,6 +11,7 @@ weights only. The hash of a drawn A is compared once with the one in the config.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 from collections.abc import Callable, Sequence
@@ -28,6 +29,9 @@ from mokamm.adapters.peft_bridge import PREFIX
 from mokamm.adapters.start import Source
 from mokamm.weights import ADAPTER, refuse
 
+log = logging.getLogger("mokamm")
+
+KINDS = ("LORA", "LORI_S", "MOKA")
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KEY = re.compile(
     rf"(?:{re.escape(PREFIX)})?(?P<layer>.+)\.(?:lora|lori|moka)_(?P<factor>[AB])(?:\.default)?"
@@ -90,7 +94,8 @@ class AdapterFolder:
         folder = find_adapter(Path(path))
         try:
             config = json.loads((folder / CONFIG).read_text())
-            PeftConfig.from_pretrained(str(folder))
+            if config["peft_type"] in KINDS:  # `layers` refuses the others by their name
+                PeftConfig.from_pretrained(str(folder))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise UserError(f"{folder / CONFIG} cannot be read as an adapter's: {error}") from error
         return cls(folder, config, *_tensors(folder))
@@ -107,8 +112,8 @@ class AdapterFolder:
     @cached_property
     def layers(self) -> dict[str, tuple[Shape, Shape]]:
         """Shapes of A and B by layer. Raises UserError where a layer lacks one of them, or the adapter is no plain LoRA."""
-        if self.kind not in ("LORA", "LORI_S", "MOKA"):
-            raise UserError(f"{self.folder} is a {self.kind} adapter; expected LORA, LORI_S or MOKA")
+        if self.kind not in KINDS:
+            raise UserError(f"{self.folder} is a {self.kind} adapter; expected {' or '.join(KINDS)}")
         of_no_layer = [
             t for t in self.config.get("target_parameters") or [] if t.removesuffix(".weight") not in self.keys
         ]
@@ -181,9 +186,22 @@ class AdapterFolder:
             bits[name] = self.read(parts["B.mask"]) if "B.mask" in parts else pack(self.b(name) != 0)
         return Mask(bits, {name: shapes[1] for name, shapes in self.layers.items()}, self.a_hash)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What of the file has no use here."""
+        if not self.other:
+            return []
+        shown = ", ".join(self.other[:3]) + (", ..." if len(self.other) > 3 else "")
+        return [
+            f"{len(self.other)} tensors of {self.folder} are not LoRA's and are left out: {shown}. Embedding rows of an "
+            "added pad token act on nothing here; if they are trained words, use the original folder instead"
+        ]
+
     def source(self) -> Source:
-        """To go on from; the hash of A is checked."""
+        """To go on from; the hash of A is checked, and what is left out is told."""
         assert self.a_hash
+        for warning in self.warnings:
+            log.warning("note: %s", warning)
         return Source(str(self.folder), self.layers, self.scaling, self.a, self.b, self.config)
 
 

@@ -119,10 +119,11 @@ def _beside(written: float | str, value: float) -> str:
 
 
 def advise_parameters(case: Case) -> Advice:
-    trained = case.trained()
-    whole = sum(
-        p.numel() for n, p in case.outline.llm.named_parameters() if case.method == "full" or not p.requires_grad
-    )
+    from mokamm.adapters.peft_bridge import adapter_parameters
+
+    trained, llm = case.trained(), case.outline.llm
+    own = {id(parameter) for parameter in adapter_parameters(llm)}
+    whole = sum(parameter.numel() for parameter in llm.parameters() if id(parameter) not in own)
     lines = [f"{part} {count:,} ({count / whole:.3%} of the LLM's {whole:,})" for part, count in trained.items()]
     lines += [f"not counted: {name}: {why}" for name, why in case.outline.left_out.items()]
     return Advice(
@@ -255,16 +256,22 @@ def advise_memory(case: Case) -> Advice:
 
 def advise_compute(case: Case) -> Advice:
     """Of a step's matrix products: 2 N forward, 2 N for the inputs' gradients, and 2 N for the weights' if they train."""
+    from torch.nn import Linear
+
     from mokamm.adapters import fused_experts
-    from mokamm.training.forecast import linear_elements
+    from mokamm.adapters.peft_bridge import adapter_parameters
 
     if case.method in ("full", "none"):
         return Advice("compute", ["not compared: no adapter"], {"share_of_full": None})
-    fused = set(fused_experts(case.outline.llm))
-    base = linear_elements(case.outline.llm)
-    base += sum(p.numel() for n, p in case.outline.llm.named_parameters() if n.replace(".base_layer", "") in fused)
+    llm, adapter = case.outline.llm, case.trained()["adapter"]
+    own, fused = {id(parameter) for parameter in adapter_parameters(llm)}, set(fused_experts(llm))
+    linear = {id(module.weight) for module in llm.modules() if isinstance(module, Linear)}
+    base = sum(
+        parameter.numel()
+        for name, parameter in llm.named_parameters()
+        if (id(parameter) in linear or name.replace(".base_layer", "") in fused) and id(parameter) not in own
+    )
     again = 2 if case.config.training.gradient_checkpointing else 0
-    adapter = case.trained()["adapter"]
     share = ((4 + again) * base + (6 + again) * adapter) / ((6 + again) * base)
     line = f"{share:.3f} of full fine-tuning's: the frozen weights need no gradient of their own"
     if again:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.sources import SOURCES, is_there
 from mokamm.arguments import above_zero, add_config_arguments, at_least_one
@@ -284,7 +284,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float | None) -> dict[str, An
 
 def _parameters(outline: Outline) -> dict[str, dict[str, int]]:
     """Elements of each part, and how many of them train."""
-    from mokamm.adapters.peft_bridge import tuner_layers
+    from mokamm.adapters.peft_bridge import adapter_parameters
 
     found: dict[str, dict[str, int]] = {}
 
@@ -293,8 +293,7 @@ def _parameters(outline: Outline) -> dict[str, dict[str, int]]:
         counts["all"] += parameter.numel()
         counts["trained"] += parameter.numel() if parameter.requires_grad else 0
 
-    layers = [cast(Any, layer) for layer in tuner_layers(outline.llm).values()]
-    own = {id(p) for layer in layers for n, p in layer.named_parameters() if not n.startswith("base_layer.")}
+    own = {id(parameter) for parameter in adapter_parameters(outline.llm)}
     for parameter in outline.llm.parameters():
         add("adapter" if id(parameter) in own else "llm", parameter)
     for name, projector in outline.projectors.items():

@@ -86,7 +86,7 @@ def plan_adapter(source: Path, options: Options) -> Plan | None:
             f"{source} is a MOKA adapter: its tokens take a path by their modality, which no LoRA can do. It loads with "
             "PeftModel.from_pretrained once mokamm.adapters is imported"
         )
-    layers, warnings = folder.layers, [_left_out(folder)] if folder.other else []
+    layers, warnings = folder.layers, folder.warnings
     total = sum(B[0] * B[1] for _, B in layers.values())
     kept = sum(int(folder.b(name).count_nonzero()) for name in layers)
     sparse = folder.kind == "LORI_S" or options.mask is not None or kept < (1 - MOSTLY_ZERO) * total
@@ -112,14 +112,6 @@ def plan_adapter(source: Path, options: Options) -> Plan | None:
         mask.check({name: B for name, (_, B) in layers.items()})
         _check_zeros(folder, mask)
     return Plan(found, to, lambda out: write_lori_s(folder, mask, out), warnings)
-
-
-def _left_out(folder: AdapterFolder) -> str:
-    shown = ", ".join(folder.other[:3]) + (", ..." if len(folder.other) > 3 else "")
-    return (
-        f"{len(folder.other)} tensors of {folder.folder} are not LoRA's and are left out: {shown}. Embedding rows of an "
-        "added pad token act on nothing here; if they are trained words, use the original folder instead"
-    )
 
 
 def _check_zeros(folder: AdapterFolder, mask: Mask) -> None:

@@ -28,17 +28,22 @@ VERSION = 1
 
 def draw(name: str, shape: tuple[int, int], seed: int, version: int = VERSION) -> Tensor:
     """A (rows, in_features) of a layer, float32 on the CPU. Raises AdapterError for a version it does not know."""
-    if version != VERSION:
-        raise AdapterError(
-            f"A was drawn by generator version {version}; this mokamm knows version {VERSION}. Update mokamm, or let its "
-            "writer store A (store_a=True)."
-        )
+    check_version(version)
     rows, width = shape
     fraction, exponent = math.frexp(1.0 / math.sqrt(width))  # fraction in [0.5, 1)
     most = int(fraction * 256)
     levels = (_words(name, seed, version, rows * width) >> 32) & 0xFFFFFFFF
     steps = (levels * (2 * most + 1) >> 32) - most
     return (steps.to(torch.float32) * 2.0 ** (exponent - 8)).view(rows, width)
+
+
+def check_version(version: int) -> None:
+    """Raises AdapterError for a generator that is not known here."""
+    if version != VERSION:
+        raise AdapterError(
+            f"A was drawn by generator version {version}; this mokamm knows version {VERSION}. Update mokamm, or let its "
+            "writer store A (store_a=True)."
+        )
 
 
 def digest(named: Iterable[tuple[str, Tensor]]) -> str:

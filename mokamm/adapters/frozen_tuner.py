@@ -18,7 +18,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from mokamm.adapters.frozen_a import VERSION, digest, draw
+from mokamm.adapters.frozen_a import VERSION, check_version, digest, draw
 from mokamm.adapters.masks import Mask
 from mokamm.adapters.peft_bridge import PREFIX, Tuner, TunerLayer, freeze
 from mokamm.adapters.sparse_b import SparseB
@@ -204,7 +204,9 @@ def _fit(B: SparseB, prefix: str, state: dict[str, Tensor], device: torch.device
 
 
 def check_same_a(config: PeftConfig, saved: PeftConfig) -> None:
-    """Raises AdapterError where two configs record different A's."""
+    """Raises AdapterError where two configs record different A's, or the saved one's cannot be drawn here."""
+    if getattr(saved, "frozen_a", False) and not cast(Any, saved).store_a:
+        check_version(cast(Any, saved).a_version)
     own, other = getattr(config, "a_hash", None), getattr(saved, "a_hash", None)
     if own and other and own != other:
         raise AdapterError(

@@ -252,6 +252,13 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Every parameter that adapters have added to a model, whether it trains or not (LoRI's A)."""
+    for layer in tuner_layers(model).values():
+        named = cast(nn.Module, layer).named_parameters()
+        yield from (parameter for name, parameter in named if not name.startswith("base_layer."))
+
+
 def let_act(layer: BaseTunerLayer, acts: bool) -> None:
     """Whether the layer's adapters may act in the coming forward passes; what is trainable, or disabled, stays so.
 

@@ -20,6 +20,7 @@ FULL, LORA, SHORT = 5.0e-5, 10, 15  # the rate of full fine-tuning at width 2000
 FEW_STEPS = 100
 EXPONENTS = {"Llama": 0.781, "Qwen": 0.0775}
 ALPHA = 32.0
+HIGHEST_RANK = 512
 NARROWEST = 896  # hidden size of the narrowest published Llama or Qwen (Qwen2.5-0.5B)
 # what papers used for methods that the formula says nothing about
 PUBLISHED = {
@@ -74,6 +75,10 @@ def _notes(model_type: str, hidden: int, adapter: AdapterConfig, value: float) -
             f"fitted to LoRA; for {adapter.method} it is LoRA's rate, untested"
             + (f" ({published})" if published else "")
         )
+    if adapter.coto or adapter.stochastic_depth:
+        notes.append("fitted to adapters that act in every step; those that sit out of some (CoTo) want a higher rate")
+    if adapter.r > HIGHEST_RANK:
+        notes.append(f"fitted to ranks from 1 to {HIGHEST_RANK}, here it is {adapter.r}")
     if adapter.lora_alpha != ALPHA and adapter.method != "hira":  # it has no alpha
         scaled = value * ALPHA / adapter.lora_alpha
         notes.append(

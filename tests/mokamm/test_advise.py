@@ -77,6 +77,17 @@ def test_llama_3_8b_without_its_weights(capsys, folder, world):
     assert 0.75 < found["compute"]["share_of_full"] < 0.77
     plain = text(folder, "llama3", world, "training.gradient_checkpointing=false", "adapter.r=1")
     assert advised(capsys, *plain)["compute"]["share_of_full"] == pytest.approx(2 / 3, rel=1e-3)
+    base, wide = 8_030_261_248 - 128256 * 4096 - 65 * 4096, 16 * 83_886_080  # what multiplies: no embeddings, no norms
+    share = advised(capsys, *plain, "adapter.r=512")["compute"]["share_of_full"]
+    assert share == pytest.approx((4 * base + 6 * wide) / (6 * base), rel=1e-12)
+
+
+@pytest.mark.parametrize(("method", "trained"), [("lori_d", 44_040_192), ("lori_s", 4_404_019)])
+def test_a_frozen_a_is_not_counted_as_the_llm_s(capsys, folder, world, method, trained):
+    """FACTS: LoRI-D trains 0.548 % of Llama-3-8B at r 32, LoRI-S 0.055 %."""
+    settings = (f"adapter.method={method}", "adapter.r=32")
+    found = advised(capsys, *text(folder, "llama3", world, *settings))["parameters"]
+    assert (found["trained"], found["llm"]) == ({"adapter": trained}, 8_030_261_248)
 
 
 def test_the_outline_counts_what_the_real_model_has(mini_base, world):
@@ -196,7 +207,7 @@ def test_memory_that_cannot_be_predicted_hides_nothing_else(capsys, folder, worl
     RwkvConfig(vocab_size=600, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64).save_pretrained(
         folder / "rwkv"
     )
-    found = advised(capsys, *text(folder, "rwkv", world))
+    found = advised(capsys, *text(folder, "rwkv", world, "adapter.r=1"))
     assert found["memory"]["bytes"] == {}
     assert 0.6 < found["compute"]["share_of_full"] < 1
     for command in (advise, doctor):

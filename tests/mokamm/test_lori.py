@@ -345,6 +345,15 @@ def test_what_cannot_be_gone_on_from() -> None:
     assert "lora_alpha / r is 1 there and 2 here" in str(error.value)
 
 
+def test_what_a_newer_version_wrote_is_not_gone_on_from(tmp_path: Path) -> None:
+    model = wrap(small_llm(), "lori_moka_d", ["text", "vision"], OPTIONS)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_heads": 2}))
+    with pytest.raises(AdapterError, match="attention_heads: 2 there, a setting that this version does not know"):
+        adopt_a(model, AdapterFolder.open(tmp_path).source())
+
+
 def test_other_modalities_are_refused_and_other_mathematics_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -414,6 +423,9 @@ def test_another_a_is_refused_on_load(tmp_path: Path) -> None:
     path.write_text(json.dumps(stored))
     with pytest.raises(AdapterError, match="A cannot be remade"):
         PeftModel.from_pretrained(small_llm(width=32), tmp_path)
+    path.write_text(json.dumps({**stored, "a_version": 2, "a_hash": "0" * 64}))  # into a model that is there already
+    with pytest.raises(AdapterError, match="generator version 2"):
+        load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["lori_s", "lori_moka_s"])

@@ -12,8 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from mokamm.adapter_folder import AdapterFolder
 from mokamm.adapters import wrap
-from mokamm.adapters.start import factors
+from mokamm.adapters.start import adopt_a, factors
 from mokamm.convert import main
 from mokamm.lori_mask import read_mask
 from tests.mokamm.toy_lori import IDS, OPTIONS, cut, kept, lori_s, random_b, small_llm
@@ -78,6 +79,17 @@ def test_an_adapter_that_went_on_from_another_becomes_lora_too(tmp_path: Path) -
     assert main([str(tmp_path / "sparse"), str(tmp_path / "lora")]) == 0
     saved = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert all(torch.equal(saved[f"base_model.model.{name}.lora_B.weight"], dense[name]) for name in mask.bits)
+
+
+def test_going_on_from_a_published_folder_tells_what_is_left_out(
+    published: tuple, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, _, _ = published
+    model = wrap(small_llm(), "lori_d", ["text"], {**OPTIONS, "target_modules": ["q_proj", "up_proj"]})
+    source = AdapterFolder.open(folder).source()
+    adopt_a(model, source)
+    assert "1 tensors of" in caplog.text
+    assert "embed_tokens" in caplog.text
 
 
 def test_published_folders_and_masks(published: tuple, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -168,6 +180,9 @@ def test_what_cannot_be_converted(published: tuple, tmp_path: Path, capsys: pyte
     sparse.save_pretrained(tmp_path / "newer")
     path = tmp_path / "newer" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 9}))
+    sparse.save_pretrained(tmp_path / "kind")
+    path = tmp_path / "kind" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "LORI_T"}))
     torch.save({"x.lora_B.default.weight": Evil()}, tmp_path / "evil.pt")
     torch.save({"x.lora_A.default.weight": torch.ones(2, 2)}, tmp_path / "a.pt")
     wrong = torch.load(pickled, weights_only=True)
@@ -181,6 +196,7 @@ def test_what_cannot_be_converted(published: tuple, tmp_path: Path, capsys: pyte
         ([str(tmp_path / "moka"), out], "is a MOKA adapter"),
         ([str(tmp_path / "other_seed"), out], "A cannot be remade: drawn from seed 3"),
         ([str(tmp_path / "newer"), out], "has format 9, written by a newer mokamm"),
+        ([str(tmp_path / "kind"), out], "is a LORI_T adapter; expected LORA or LORI_S or MOKA"),
         ([str(tmp_path / "evil.pt"), out], "cannot be read as a mask"),
         ([str(tmp_path / "a.pt"), out], "is none of: "),
         ([str(pickled), out, "--to", "lora"], "is a mask; it cannot become lora"),

@@ -51,6 +51,9 @@ def test_rank_changes_nothing():
         ("llama", 192, {}, "192 is narrower than any Llama or Qwen"),
         ("llama", 4096, {"method": "moka"}, "for moka it is LoRA's rate, untested (its paper trained at 1e-4"),
         ("llama", 4096, {"lora_alpha": 16}, "fitted with alpha 32, here it is 16"),
+        ("llama", 4096, {"coto": True}, "in every step; those that sit out of some (CoTo) want a higher"),
+        ("llama", 4096, {"stochastic_depth": True}, "adapters that act in every step"),
+        ("llama", 4096, {"r": 1024}, "fitted to ranks from 1 to 512, here it is 1024"),
     ],
 )
 def test_what_is_not_calibrated_is_said(model_type, hidden, options, expected):
