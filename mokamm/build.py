@@ -255,15 +255,17 @@ def from_pretrained(kind: str, llm: LLMConfig, **options: Any) -> Any:
         ) from error
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if "attn_implementation" in str(error) and options.get("attn_implementation") != "eager":
-            raise UserError(
-                f"model.llm.attention: the LLM of '{path}' has no {options['attn_implementation']}; set another (eager, "
-                "sdpa)"
-            ) from error
+            raise no_such_attention(llm) from error
         raise UserError(
             f"model.llm.path: {kind} cannot load '{path}': {_first_line(error)}\n  expected a local folder with an LLM "
             "in Hugging Face format, or a hub id (which needs the network, or a downloaded copy); for a run, "
             "--base PATH names another place"
         ) from error
+
+
+def no_such_attention(llm: LLMConfig) -> UserError:
+    others = ", ".join(name for name in ("sdpa", "eager") if name != llm.attention)
+    return UserError(f"model.llm.attention: the LLM of '{llm.path}' has no {llm.attention}; set another ({others})")
 
 
 def _first_line(error: Exception) -> str:

@@ -32,6 +32,7 @@ from mokamm import names
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -127,7 +128,7 @@ class ModelConfig(Section):
 class CotoConfig(Section):
     """Every block's adapters act with probability p in a step: p rises from p0 to 1 within `share` of all steps."""
 
-    p0: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    p0: BelowOne = 0.0
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
 
 
@@ -143,7 +144,7 @@ class AdapterConfig(Section):
     method: Annotated[str, _one_of(names.METHODS, "adapter method")] = "moka"
     r: Positive = 4
     lora_alpha: PositiveFloat = 16
-    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    lora_dropout: BelowOne = 0.0
     target_modules: Modules = "all-linear"
     exclude_modules: Modules | None = None
     target_parameters: list[str] | None = None  # fused expert weights of an MoE, such as experts.down_proj; method lora
@@ -277,8 +278,8 @@ class TrainingConfig(Section):
     warmup_ratio: Fraction = 0.0
     warmup_steps: NonNegativeFloat = 0  # below 1: a share of all steps, as in newer transformers
     weight_decay: NonNegativeFloat = 0.0
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
+    adam_beta1: BelowOne = 0.9
+    adam_beta2: BelowOne = 0.999
     adam_epsilon: NonNegativeFloat = 1.0e-8
     max_grad_norm: NonNegativeFloat = 1.0  # 0: no clipping
     on_nan: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is not finite; its update is never made

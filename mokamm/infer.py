@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -104,7 +104,7 @@ class Asker:
         from data.schema import Message, Text
         from mokamm.model import user_message
 
-        streamer = Streamer(self.model.tokenizer, out if self.args.beams == 1 else None)
+        streamer = Streamer(self.model.decode, out if self.args.beams == 1 else None)
         answer = self.model.chat(
             question,
             **media,
@@ -123,8 +123,8 @@ class Asker:
 class Streamer:
     """What `generate` hands new tokens to: writes text as soon as it can no longer change, and counts."""
 
-    def __init__(self, tokenizer: Any, out: TextIO | None) -> None:
-        self.tokenizer, self.out = tokenizer, out
+    def __init__(self, decode: Callable[[Sequence[int]], str], out: TextIO | None) -> None:
+        self.decode, self.out = decode, out
         self.ids: list[int] = []
         self.tokens, self.written = 0, ""
 
@@ -142,7 +142,7 @@ class Streamer:
             print(file=self.out, flush=True)
 
     def _text(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
+        return self.decode(self.ids).lstrip()
 
     def _write(self, text: str) -> None:
         if self.out is not None and text.startswith(self.written):

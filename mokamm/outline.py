@@ -16,7 +16,16 @@ from torch import nn
 from data.schema import UserError
 from mokamm.adapters.masks import Mask, keep_top
 from mokamm.adapters.start import factors
-from mokamm.build import check_answers, encoder_of, from_pretrained, load_tokenizer, processor_of, projector_of, wrapped
+from mokamm.build import (
+    check_answers,
+    encoder_of,
+    from_pretrained,
+    load_tokenizer,
+    no_such_attention,
+    processor_of,
+    projector_of,
+    wrapped,
+)
 from mokamm.config import RunConfig, find_path
 from mokamm.init_from import read_own_mask
 from mokamm.names import DENSE
@@ -55,10 +64,17 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
     settings = config.model.llm
     shape = llm_config(settings.path) if not find_path(settings.path).exists() else None
     shape = shape or from_pretrained("AutoConfig", settings, local_files_only=offline)
+    # FlashAttention asks for its package, which may be where the run will be
+    attention = {} if settings.attention == "flash_attention_2" else {"attn_implementation": settings.attention}
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(
-            shape, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code
-        )
+        try:
+            llm = AutoModelForCausalLM.from_config(
+                shape, dtype=getattr(torch, settings.dtype), trust_remote_code=settings.trust_remote_code, **attention
+            )
+        except ValueError as error:
+            if "attn_implementation" not in str(error):
+                raise
+            raise no_such_attention(settings) from error
         check_answers(llm, settings)
         llm = wrapped(llm, config)
     if config.method in DENSE:  # the sparse ones, which have nothing to train before

@@ -8,6 +8,7 @@ Nothing is measured here; every number is read from the run folder.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -262,13 +263,21 @@ def _pyplot() -> Any:
     return plt
 
 
-if __name__ == "__main__":
+def main() -> None:
     from mokamm.training.disk import writing
 
-    of = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+    parser = argparse.ArgumentParser(
+        prog="python -m mokamm.report", description="Write report/ of a run again, also while it is going on."
+    )
+    parser.add_argument("run", nargs="?", type=Path, default=Path("."), metavar="RUN", help="its folder (this one)")
+    of = parser.parse_args().run
     try:
         with writing(of / "report", "make room or allow it, then start the same command again"):
             print(write_report(of))
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,7 @@ def test_mistaken_overrides_are_told_with_the_rest(write):
         (("learning_rate: 1e-4", "learning_rate: -1"), "greater than 0"),
         (("learning_rate: 1e-4", "warmup_ratio: 0.1\n  warmup_steps: 5"), "both set"),
         (("learning_rate: 1e-4", "max_steps: 0"), "max_steps is 0"),
+        (("learning_rate: 1e-4", "adam_beta2: 1.0"), "adam_beta2 (line 11): input should be less than 1"),
         (("learning_rate: 1e-4", "train_sampling_strategy: longest"), "expected 'random' or 'group_by_length'"),
         (("learning_rate: 1e-4", "train_sampling_strategy: random\n  group_by_length: true"), "both set"),
         (("learning_rate: 1e-4", "learning_rate: 1e-4\n  learning_rate: 2e-4"), "sets keys twice"),
@@ -394,3 +396,15 @@ def test_a_benchmark_may_be_a_folder_and_a_path_may_name_its_media_folder(tmp_pa
     assert config.locate(entry)[0] == Path("AVE/AVE/list.txt")
     (tmp_path / "data/test-clean").mkdir(parents=True)
     config.check_files()
+
+
+def test_a_date_is_a_name_where_a_name_is_asked_for(write):
+    """A run or a revision may be called by its day; a day that there is not is told as any other mistake."""
+    config = load_config(write(GOOD), ["training.output_dir=2026-11-29", "model.llm.chat_date=2026-11-29"])
+    assert config.training.output_dir == "2026-11-29"
+    assert config.model.llm.chat_date == date(2026, 11, 29)
+    assert load_config(write(GOOD.replace("runs/x", "2026-11-29"))).training.output_dir == "2026-11-29"
+    text = GOOD.replace("some/llm", "some/llm, revision: 2024-08-06, chat_date: 2026-13-01")
+    with pytest.raises(ConfigError, match=r"model.llm.chat_date \(line 2\): .*month.*; found '2026-13-01'") as error:
+        load_config(write(text))
+    assert "revision" not in str(error.value)

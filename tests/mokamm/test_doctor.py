@@ -204,6 +204,22 @@ def test_a_tokenizer_without_chat_template_is_a_problem_before_training(capsys, 
     assert examined(capsys, *arguments, "model.llm.chat_template=plain")[1]["problems"] == []
 
 
+def test_an_attention_that_the_llm_lacks_is_a_problem_before_training(capsys, tmp_path):
+    import transformers
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.Gemma2Config(**shape, num_key_value_heads=1, vocab_size=11).save_pretrained(tmp_path)
+    arguments = ["configs/mini/av_text.yaml", f"model.llm.path={tmp_path}", "--shapes"]
+    if not transformers.Gemma2ForCausalLM._supports_sdpa:
+        code, found = examined(capsys, *arguments)
+        assert code == 1
+        assert found["problems"] == [
+            f"model.llm.attention: the LLM of '{tmp_path}' has no sdpa; set another (eager)",
+        ]
+    for attention in ("eager", "flash_attention_2"):  # whose package may be where the run will be
+        assert examined(capsys, *arguments, f"model.llm.attention={attention}")[0] == 0
+
+
 def test_an_empty_folder_is_no_model(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     paths = [f"model.{key}={tmp_path}" for key in ("llm.path", "modalities.audio.encoder.path")]

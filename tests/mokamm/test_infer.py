@@ -164,7 +164,7 @@ def test_the_stream_is_the_answer(model):
     for text in ("two red squares", " piano, violin  and flute ", "é – 日本"):
         ids = model.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         out = io.StringIO()
-        streamer = infer.Streamer(model.tokenizer, out)
+        streamer = infer.Streamer(model.decode, out)
         for i in range(len(ids)):
             streamer.put(ids[i : i + 1])
             assert "\ufffd" not in out.getvalue()

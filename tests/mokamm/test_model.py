@@ -229,6 +229,20 @@ def test_an_answer_that_is_cut_is_told_once(model, samples, caplog, monkeypatch)
     assert caplog.text.count("an answer was cut at 1 tokens") == 1
 
 
+def test_an_answer_ends_before_the_token_that_ends_it_special_or_not(make_model, samples, monkeypatch):
+    """Nor does padding behind it, which may be any token, join a shorter answer of a batch."""
+    model = make_model()
+    tokenizer = model.tokenizer
+    tokenizer.add_tokens(["<|fin|>"])
+    end = tokenizer.convert_tokens_to_ids("<|fin|>")
+    assert end not in tokenizer.all_special_ids
+    model.end_ids = [*model.end_ids, end]
+    long, short = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("two red squares", "two"))
+    rows = torch.tensor([[*long, end], [*short, end, *long[len(short) :]]])
+    monkeypatch.setattr(model.llm, "generate", lambda **_: rows)
+    assert model.generate(samples[:2]) == ["two red squares", "two"]
+
+
 def test_generation_leaves_the_mode_alone_and_takes_nothing_from_sampling_defaults(model, samples):
     expected = model.generate(samples, 8)
     settings = model.llm.get_base_model().generation_config
@@ -404,7 +418,7 @@ def test_an_llm_that_cannot_be_used_is_told_before_training(tmp_path):
         load_llm(LLMConfig(path=str(tmp_path / "gemma3")), torch.device("cpu"))
     transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SMALL)).save_pretrained(tmp_path / "gemma2")
     if not transformers.Gemma2ForCausalLM._supports_sdpa:
-        with pytest.raises(UserError, match=r"model\.llm\.attention: the LLM of .* has no sdpa; set another"):
+        with pytest.raises(UserError, match=r"llm\.attention: the LLM of .* has no sdpa; set another \(eager\)$"):
             load_llm(LLMConfig(path=str(tmp_path / "gemma2")), torch.device("cpu"))
     llm = load_llm(LLMConfig(path=str(tmp_path / "gemma2"), attention="eager"), torch.device("cpu"))
     assert llm.config._attn_implementation == "eager"

@@ -102,6 +102,12 @@ def test_the_command_tells_a_file_in_the_place_of_its_folder(run):
     assert done.stderr.startswith(f"error: {run / 'report'} cannot be written: File exists (a file lies where a folder")
 
 
+def test_the_command_has_a_help():
+    done = subprocess.run([sys.executable, "-m", "mokamm.report", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: python -m mokamm.report [-h] [RUN]")
+
+
 def test_results_are_sorted_with_controls_after(run):
     assert [(r["benchmark"], r["control"]) for r in read_results(run)] == [
         ("miniworld_avqa", None), ("miniworld_avqa", "shuffle"), ("miniworld_spoken", None)
