@@ -58,10 +58,15 @@ class MultimodalLM(nn.Module):
         self.processor = processor
         self.config: RunConfig | None = None
         self.told_of_cut = False
-        base: Any = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+        base = self.base_llm
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         ends = getattr(base.generation_config, "eos_token_id", None)
         self.end_ids = sorted({*processor.end_ids, *([ends] if isinstance(ends, int) else ends or [])})
+
+    @property
+    def base_llm(self) -> Any:
+        """The LLM itself, within PEFT's wrapper if there is one."""
+        return self.llm.get_base_model() if hasattr(self.llm, "get_base_model") else self.llm
 
     @property
     def device(self) -> torch.device:
@@ -175,8 +180,9 @@ class MultimodalLM(nn.Module):
         """
         batch = self.prompt_batch(samples, loader) if not isinstance(samples, Mapping) else samples
         settings = self._generation_config(max_new_tokens, num_beams)
-        was_training = self.training
+        was_training, shipped = self.training, self.base_llm.generation_config
         self.eval()
+        self.base_llm.generation_config = settings  # transformers takes what is unset from there
         try:
             with self.folded() if folded else nullcontext():
                 ids = self.llm.generate(
@@ -186,6 +192,7 @@ class MultimodalLM(nn.Module):
                     streamer=streamer,
                 )
         finally:
+            self.base_llm.generation_config = shipped
             self.train(was_training)
         if max_new_tokens is None:
             self._tell_of_cut(ids, settings.max_new_tokens)
@@ -210,7 +217,7 @@ class MultimodalLM(nn.Module):
         return collate(examples, self.processor.pad_id, side="left")
 
     def _generation_config(self, max_new_tokens: int | None, num_beams: int) -> Any:
-        """Plain greedy or beam search: nothing is taken over from the sampling defaults that chat LLMs ship with."""
+        """Plain greedy or beam search, nothing of the defaults that chat LLMs ship with."""
         from transformers import GenerationConfig
 
         evaluation = self.config.evaluation if self.config else EvaluationConfig()
@@ -218,11 +225,6 @@ class MultimodalLM(nn.Module):
             max_new_tokens=max_new_tokens or evaluation.max_new_tokens,
             num_beams=num_beams,
             do_sample=False,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
             pad_token_id=self.processor.pad_id,
             eos_token_id=self.end_ids or None,
         )

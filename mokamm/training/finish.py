@@ -46,8 +46,7 @@ def versions(config: RunConfig, model: Any) -> dict[str, Any]:
             continue
     found["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores"
     llm = config.model.llm
-    inner = model.llm.get_base_model() if hasattr(model.llm, "get_base_model") else model.llm
-    base = {"llm": llm.path, "revision": llm.revision, "commit": getattr(inner.config, "_commit_hash", None)}
+    base = {"llm": llm.path, "revision": llm.revision, "commit": getattr(model.base_llm.config, "_commit_hash", None)}
     if find_path(llm.path).is_dir():
         base["fingerprint"] = fingerprint(find_path(llm.path))
     found["base"] = base

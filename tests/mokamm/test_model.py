@@ -243,17 +243,24 @@ def test_an_answer_ends_before_the_token_that_ends_it_special_or_not(make_model,
     assert model.generate(samples[:2]) == ["two red squares", "two"]
 
 
-def test_generation_leaves_the_mode_alone_and_takes_nothing_from_sampling_defaults(model, samples):
+def test_generation_leaves_the_mode_alone_and_takes_nothing_from_the_defaults_that_llms_ship_with(
+    model, samples, monkeypatch
+):
+    from transformers import GenerationConfig
+
     expected = model.generate(samples, 8)
-    settings = model.llm.get_base_model().generation_config
-    settings.do_sample, settings.temperature, settings.repetition_penalty = True, 5.0, 9.0
+    shipped = GenerationConfig(
+        do_sample=True, temperature=5.0, repetition_penalty=9.0, stop_strings=["e"], num_return_sequences=2,
+        forced_eos_token_id=5, return_dict_in_generate=True,
+    )  # fmt: skip
+    monkeypatch.setattr(model.base_llm, "generation_config", shipped)
     model.train()
     try:
         assert model.generate(samples, 8) == expected
         assert model.training
+        assert model.base_llm.generation_config is shipped  # and is saved with a whole LLM
     finally:
         model.eval()
-        settings.do_sample, settings.temperature, settings.repetition_penalty = False, None, None
 
 
 def test_beams_give_one_answer_a_sample_alone_and_in_a_batch(model, samples):
