@@ -222,7 +222,7 @@ class MultimodalLM(nn.Module):
 
         evaluation = self.config.evaluation if self.config else EvaluationConfig()
         return GenerationConfig(
-            max_new_tokens=max_new_tokens or evaluation.max_new_tokens,
+            max_new_tokens=evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens,
             num_beams=num_beams,
             do_sample=False,
             pad_token_id=self.processor.pad_id,

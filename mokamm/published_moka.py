@@ -177,11 +177,17 @@ def _load(file: Path, mmap: bool = False) -> dict[str, Tensor]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
+    """What its adapter_config.json says, or the published code's own values. Raises UserError where it is none."""
     path = folder / "adapter_config.json"
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        return {
+            "lora_alpha": float(settings.get("lora_alpha", 16)),
+            "lora_dropout": float(settings.get("lora_dropout", 0.05)),
+            "base_model_name_or_path": settings.get("base_model_name_or_path"),
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read as an adapter's configuration: {error}") from None
 
 
 # ---- projectors ------------------------------------------------------------------------------------------------------
@@ -250,8 +256,8 @@ def _adapter(
         result.adapter[f"base_model.model.{module}.moka_B.weight"] = found[needed[-1]]
     result.moka = {
         "r": ranks.pop(),
-        "lora_alpha": float(settings.get("lora_alpha", 16)),
-        "lora_dropout": float(settings.get("lora_dropout", 0.05)),
+        "lora_alpha": settings["lora_alpha"],
+        "lora_dropout": settings["lora_dropout"],
         "modalities": ["text", "vision"] if visual else ["text", "vision", "audio"],
         "target_modules": sorted({module.rpartition(".")[2] for module in matrices}),
         "scale_logits": not visual,
@@ -289,7 +295,7 @@ def plan_published(source: Path, options: Options) -> Plan | None:
     if options.to not in (None, "moka"):
         raise UserError(f"{source} is a checkpoint of MokA; it cannot become {options.to}")
     folder = source if source.is_dir() else source.parent
-    published, base = read_published(source, options.logits_by_keys), _settings(folder).get("base_model_name_or_path")
+    published, base = read_published(source, options.logits_by_keys), _settings(folder)["base_model_name_or_path"]
     return Plan(
         "\n  ".join(account(published)), "moka", lambda out: write_published(published, out, base), left_out(published)
     )

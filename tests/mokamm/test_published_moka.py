@@ -227,6 +227,14 @@ def test_a_projector_that_is_not_whole_is_refused_and_told_what_lacks(tmp_path, 
         read_published(publish(tmp_path / "b", {}, only_text))
 
 
+@pytest.mark.parametrize("content", ["[1]", '{"lora_alpha": null}', '{"lora_alpha": "x"}', "{"])
+def test_a_damaged_configuration_beside_it_is_named(content, tmp_path):
+    folder = publish(tmp_path / "a", adapter_state(llama(), AUDIO_VISUAL), {})
+    (folder / "adapter_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read"):
+        read_published(folder)
+
+
 def test_a_layer_without_a_module_that_others_have_is_named(tmp_path):
     state = adapter_state(llama(), AUDIO_VISUAL)
     state = {key: tensor for key, tensor in state.items() if "layers.0.mlp.up_proj" not in key}
