@@ -39,6 +39,8 @@ def picture(path: Path, limits: MediaLimits) -> Tensor:
             image = Image.open(path, formats=IMAGE_FORMATS)
         except Image.DecompressionBombError as error:
             raise OverLimit(f"{path}: the header claims too large an image ({error}); scale it down") from None
+        except RuntimeError as error:  # of a damaged AVIF
+            raise ValueError(str(error)) from None
         with image:
             return pixels(image, path, limits)
 

@@ -35,7 +35,9 @@ def read(load: Callable[..., Any], path: str | Path, what: str, **options: Any) 
             "not executed; take a checkpoint in safetensors"
         ) from error
     except Exception as error:  # of many kinds: no file, no network, a broken one, a value of another type in a config
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        if not reason or not isinstance(error, OSError | ValueError | RuntimeError):
+            reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
         local = (
             "" if Path(path).exists() else f" (no folder at {Path(path).absolute()}, so it was asked for on the hub)"
         )

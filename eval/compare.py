@@ -115,15 +115,14 @@ def print_plan(progress: Progress, as_json: bool) -> None:
         state = outcome.status if outcome else "to do"
         state += ", scored" if outcome and progress.scored(run) else ""
         words = ["python", "mokamm/train.py", str(comparison.config.base), *comparison.overrides(run)]
-        runs.append({**asdict(run), "state": state, "command": shlex.join(words)})
-        if not as_json:
-            print(f"{run}: {state}\n  {runs[-1]['command']}")
+        runs.append((run, {"state": state, "command": shlex.join(words)}))
+    done = len(progress.known)
     if as_json:
-        print(json.dumps({"runs": runs, "done": len(progress.known), "left": left}))
-    else:
-        print(
-            f"{len(progress.known)} runs done; {left['train']} trainings and {left['evaluate']} tests to do, at least"
-        )
+        print(json.dumps({"runs": [{**asdict(run), **told} for run, told in runs], "done": done, "left": left}))
+        return
+    for run, told in runs:
+        print(f"{run}: {told['state']}\n  {told['command']}")
+    print(f"{done} runs done; {left['train']} trainings and {left['evaluate']} tests to do, at least")
 
 
 if __name__ == "__main__":

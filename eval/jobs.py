@@ -13,6 +13,7 @@ from data.schema import UserError
 from eval.benchmarks import Benchmark, Row, find_benchmark
 from eval.controls import Control
 from mokamm.config import RunConfig
+from mokamm.config_file import Loader
 from mokamm.config_sections import BenchmarkConfig
 
 
@@ -106,7 +107,7 @@ def read_options(words: list[str]) -> dict[str, Any]:
         if not equals or not name:
             raise UserError(f"--option {word}: expected NAME=VALUE, such as circular=true")
         try:
-            options[name] = yaml.safe_load(text)
+            options[name] = yaml.load(text, Loader)
         except yaml.YAMLError:
             options[name] = text
     return options

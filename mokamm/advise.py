@@ -264,7 +264,8 @@ def advise_compute(case: Case) -> Advice:
     if case.method in ("full", "none"):
         return Advice("compute", ["not compared: no adapter"], {"share_of_full": None})
     llm, adapter = case.outline.llm, case.trained()["adapter"]
-    own, fused = {id(parameter) for parameter in adapter_parameters(llm)}, set(fused_experts(llm))
+    added, fused = list(adapter_parameters(llm)), set(fused_experts(llm))
+    own, frozen = {id(parameter) for parameter in added}, sum(p.numel() for p in added if not p.requires_grad)
     linear = {id(module.weight) for module in llm.modules() if isinstance(module, Linear)}
     base = sum(
         parameter.numel()
@@ -272,7 +273,7 @@ def advise_compute(case: Case) -> Advice:
         if (id(parameter) in linear or name.replace(".base_layer", "") in fused) and id(parameter) not in own
     )
     again = 2 if case.config.training.gradient_checkpointing else 0
-    share = ((4 + again) * base + (6 + again) * adapter) / ((6 + again) * base)
+    share = ((4 + again) * (base + frozen) + (6 + again) * adapter) / ((6 + again) * base)
     line = f"{share:.3f} of full fine-tuning's: the frozen weights need no gradient of their own"
     if again:
         line += " (2/3 and a little without gradient_checkpointing, which repeats the forward pass in both)"

@@ -26,11 +26,11 @@ OVERRIDE = "override"
 TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML in which a date is text: a run or a revision may be called so, and a key for dates reads it by itself."""
 
 
-_Loader.yaml_implicit_resolvers = {
+Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in known if tag != TIMESTAMP]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -88,7 +88,7 @@ def _read_one(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     try:
-        tree, node = yaml.load(text, _Loader), yaml.compose(text, _Loader)
+        tree, node = yaml.load(text, Loader), yaml.compose(text, Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -132,7 +132,7 @@ def apply_overrides(tree: dict[str, Any], lines: Lines, overrides: list[str]) ->
             problems.append(f"override '{override}': expected dotted.key=value, as in training.max_steps=20")
             continue
         try:
-            value = yaml.load(text, _Loader)
+            value = yaml.load(text, Loader)
         except yaml.YAMLError as error:
             problems.append(f"override '{override}': the value is not valid YAML: {error}")
             continue

@@ -72,6 +72,9 @@ class MultipleChoice(RightOrWrong):
         return row
 
     def truth(self, fields: Fields) -> str:
+        """In this format, unlike those of publishers and of eval/run.py, a number is that of an option."""
+        if fields.own or type(self) is not MultipleChoice:
+            return fields.truth
         choices = self.choices_of(Row("", 0, meta=fields.meta))
         return numbered(fields.meta.get("answer"), choices) or fields.truth
 

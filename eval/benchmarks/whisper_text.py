@@ -8,7 +8,7 @@ OpenAI publishes with Whisper (github.com/openai/whisper, whisper/normalizers/en
 
 The normaliser's own patterns take time that grows with the square of some inputs (a million spaces, brackets that never
 close), and it fails on numbers of thousands of digits. So white space is joined first, brackets that never close become
-spaces, the English rules apply to the first MOST words (more than five hours of speech), and a text that they fail on gets
+spaces, the English rules apply to the first MOST words (two hours of speech), and a text that they fail on gets
 the basic ones.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-MOST = 50_000
+MOST = 20_000
 
 
 @lru_cache(maxsize=1)
@@ -33,14 +33,14 @@ def _normalisers() -> tuple[Callable[[str], str], Callable[[str], str]]:
 @lru_cache(maxsize=16384)
 def whisper_normalised(text: str, english: bool = True) -> str:
     """The text as Whisper's word error rates see it."""
-    words = _closed(text).split()
+    words = text.split()
     told, plain = _normalisers() if english else (_normalisers()[1],) * 2
+    head, tail = (_closed(" ".join(part)) for part in (words[:MOST], words[MOST:]))
     try:
-        head = told(" ".join(words[:MOST]))
+        head = told(head)
     except (ValueError, ArithmeticError):  # a number that it cannot build
-        head = plain(" ".join(words[:MOST]))
-    tail = plain(" ".join(words[MOST:])) if len(words) > MOST else ""
-    return " ".join([*head.split(), *tail.split()])
+        head = plain(head)
+    return " ".join([*head.split(), *plain(tail).split()])
 
 
 def _closed(text: str) -> str:

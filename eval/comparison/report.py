@@ -48,10 +48,9 @@ def page(results: Tree) -> list[str]:
     lines += ["## Costs", "", *cost_table(results), ""]
     lines += [
         "Step time: median over the stretches between two log lines, the first left out, then over seeds. Memory: "
+        "greatest peak of a run, of the GPU's where one is named below, else of its process, Python and libraries "
+        "included. Sizes: the adapter (or the LLM) of `final/`, and a whole checkpoint with projectors and optimizer."
     ]
-    lines[-1] += "greatest peak of a run, of the GPU's where one is named below, else of its process, Python and "
-    lines[-1] += "libraries included. Sizes: the adapter (or the LLM) of "
-    lines[-1] += "`final/`, and a whole checkpoint with projectors and optimizer."
     lines += ["", "## Validation at every rate", "", *rate_table(results), ""]
     lines += [f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items())}. {_processes(results)}"]
     return lines

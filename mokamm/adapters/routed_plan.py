@@ -128,13 +128,13 @@ def attention_backward(dz: Tensor, own: Tensor, key_BRK: Tensor, p_BTK: Tensor, 
 
 def stacked_a(weights: Sequence[Tensor], plan: Plan, dtype: torch.dtype) -> Tensor:
     """(L*blocks*r, D): the A of every layer, each with its block of zeros where there are such."""
-    parts, more = list(weights), plan.blocks - plan.at.modalities
-    if more < 0:
-        parts = [weight[: plan.blocks * plan.at.r] for weight in weights]
-    elif more > 0 and len(weights) == 1:
-        parts = [nn.functional.pad(weights[0], (0, 0, 0, more * plan.at.r))]
-    elif more > 0:
-        zeros = weights[0].new_zeros(more * plan.at.r, weights[0].shape[1])
+    parts, r = list(weights), plan.at.r
+    if plan.blocks < plan.at.modalities:
+        parts = [weight[: plan.blocks * r] for weight in weights]
+    elif plan.blocks > plan.at.modalities and len(weights) == 1:
+        parts = [nn.functional.pad(weights[0], (0, 0, 0, r))]
+    elif plan.blocks > plan.at.modalities:
+        zeros = weights[0].new_zeros(r, weights[0].shape[1])
         parts = [part for weight in weights for part in (weight, zeros)]
     return as_dtype(parts[0] if len(parts) == 1 else torch.cat(parts), dtype)
 
@@ -164,7 +164,7 @@ def update_backward_z(g_ND: Tensor, b: Tensor, plan: Plan) -> Tensor:
 def update_backward_b(g_ND: Tensor, z: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     """dB of one layer, laid out by columns."""
     db = (as_dtype(_spread(z, plan), g_ND.dtype).t() @ g_ND).t()  # z^T g: a GEMM is fast on wide rows
-    return as_dtype(db if plan.at.shared_b else _with_columns(db, weight.shape[1]), weight.dtype)
+    return as_dtype(db if plan.at.shared_b else _as_wide(db, weight.shape[1]), weight.dtype)
 
 
 def _spread(z: Tensor, plan: Plan) -> Tensor:
@@ -174,14 +174,13 @@ def _spread(z: Tensor, plan: Plan) -> Tensor:
 
 def _b(weight: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     """B as wide as `_spread` makes z."""
-    weight = as_dtype(weight, dtype)
-    return weight if plan.at.shared_b else _with_columns(weight, plan.at.r * plan.blocks)
+    return as_dtype(weight if plan.at.shared_b else _as_wide(weight, plan.at.r * plan.blocks), dtype)
 
 
-def _with_columns(matrix: Tensor, columns: int) -> Tensor:
-    """The first of its columns; more of them are zeros."""
+def _as_wide(matrix: Tensor, columns: int) -> Tensor:
+    """The first of its columns, or all of them and zeros behind."""
     more = columns - matrix.shape[1]
-    return nn.functional.pad(matrix, (0, more)) if more else matrix
+    return nn.functional.pad(matrix, (0, more)) if more > 0 else matrix[:, :columns]
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -62,8 +62,8 @@ def adopt_a(model: Any, source: Source, adapter_name: str = "default") -> None:
     something else with them."""
     own, config = factors(model, adapter_name), model.peft_config[adapter_name]
     settings = dict(source.settings)
-    if settings.get("peft_type") != config.peft_type:
-        settings.pop("peft_type", None)  # a LoRI-S may begin at a LoRI-D
+    if settings.get("peft_type") != config.peft_type or "format_version" not in settings:
+        settings.pop("peft_type", None)  # a LoRI-S may begin at a LoRI-D; what PEFT's own folders say is PEFT's matter
     problems = other_settings(config, settings)
     problems += [f"{name} is adapted here and not there" for name in own if name not in source.shapes]
     problems += [f"{name} is adapted there and not here" for name in source.shapes if name not in own]

@@ -178,6 +178,16 @@ def test_strips_just_within_the_limit_and_of_video(tmp_path, write_video):
         frames(tmp_path, "strip.mkv")
 
 
+def test_a_shortage_of_memory_is_no_broken_image(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(torch, "from_numpy", fail)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        frames(tmp_path, "a.png", "image")
+
+
 def test_broken_images(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.png")
     cut(tmp_path / "cut.png", 0.5)

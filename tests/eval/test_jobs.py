@@ -11,7 +11,7 @@ import pytest
 from data.schema import UserError
 from eval.benchmarks import BENCHMARKS
 from eval.controls import Control
-from eval.jobs import Job, plan_jobs
+from eval.jobs import Job, plan_jobs, read_options
 from eval.run import parse_arguments
 from mokamm.config import ConfigError, RunConfig, load_config, load_run_config
 
@@ -75,6 +75,10 @@ def test_every_option_that_a_docstring_names_is_known() -> None:
     for benchmark in BENCHMARKS.values():
         assert benchmark.option_problems(benchmark.options) == []
         assert benchmark.option_problems(benchmark.truth_options) == []
+
+
+def test_options_of_the_command_line_are_read_as_those_of_a_configuration() -> None:
+    assert read_options(["circular=true", "name=2026-13-01"]) == {"circular": True, "name": "2026-13-01"}
 
 
 @pytest.mark.parametrize(

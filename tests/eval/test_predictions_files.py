@@ -557,3 +557,12 @@ def test_a_true_answer_may_be_an_options_number_in_a_file_of_predictions_too(tmp
     own = write(tmp_path / "own.jsonl", [{key: row[key] for key in row if key != "prediction"} for row in rows])
     again = score("multiple_choice", tmp_path / "p.jsonl", annotations=own)
     assert (again["score"], again["problems"]) == (result["score"], [])
+
+
+def test_a_number_as_the_true_answer_of_a_published_set_is_an_options_text(tmp_path: Path) -> None:
+    asked = {"id": "r0", "audio_id": "a.wav", "question": "How many?", "choices": ["3", "4", "5", "2"], "answer": 3}
+    own = find_benchmark("mmau").prompt({**asked, "task": "sound"}, 0)
+    assert own.messages[-1].text == "A"
+    row = {"id": own.id, "index": 0, "prediction": "A", "answer": "A", "unit": "a.wav", "meta": own.meta, "error": None}
+    for name, told in (("own", row), ("published", {**asked, "model_output": "A"})):
+        assert score("mmau", write(tmp_path / f"{name}.jsonl", [told]))["score"] == 1.0

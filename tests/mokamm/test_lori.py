@@ -354,6 +354,13 @@ def test_what_a_newer_version_wrote_is_not_gone_on_from(tmp_path: Path) -> None:
         adopt_a(model, AdapterFolder.open(tmp_path).source())
 
 
+def test_what_another_peft_wrote_of_its_own_is_gone_on_from(tmp_path: Path) -> None:
+    wrap(small_llm(), "lori_d", ["text"], OPTIONS).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "a_later_option": 16}))
+    adopt_a(wrap(small_llm(), "lori_d", ["text"], OPTIONS), AdapterFolder.open(tmp_path).source())
+
+
 def test_other_modalities_are_refused_and_other_mathematics_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
