@@ -55,6 +55,15 @@ def _regex(value: str | list[str]) -> str | list[str]:
     return value
 
 
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"'{value}' is not a regex: {error}") from None
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
 Modules = Annotated[str | list[str], AfterValidator(_regex)]  # all-linear, a regex of whole names, or last names
 
 
@@ -147,9 +156,9 @@ class AdapterConfig(Section):
     lora_dropout: BelowOne = 0.0
     target_modules: Modules = "all-linear"
     exclude_modules: Modules | None = None
-    target_parameters: list[str] | None = None  # fused expert weights of an MoE, such as experts.down_proj; method lora
+    target_parameters: list[Pattern] | None = None  # fused expert weights, such as experts.down_proj; method lora
     attention_weight: float = 1.0
-    attention_weight_pattern: dict[str, float] = {}
+    attention_weight_pattern: dict[Pattern, float] = {}
     scale_logits: bool = True
     logits_by_keys: bool | None = None  # of checkpoints of MokA's own code until 2025-12-28
     shared_b: bool | None = None

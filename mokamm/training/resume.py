@@ -94,7 +94,7 @@ def common(config: RunConfig, shape: Plan) -> dict[str, Any]:
         "model.llm": llm.model_dump(mode="json", exclude={"path", "trust_remote_code", "chat_date"}),
         **({DAY: llm.chat_date.isoformat()} if llm.chat_date else {}),
         "the base's weights": fingerprint(base) if base.is_dir() else llm.path,
-        "adapter": config.adapter.model_dump(mode="json", exclude_none=True, exclude={"mask"}),
+        "adapter": adapter_settings(config),
         "adapter.mask": read_mask(find_path(config.adapter.mask)).digest() if config.adapter.mask else None,
         # pairs, because the order of the modalities counts
         "model.modalities": [[name, entry.model_dump(mode="json")] for name, entry in config.model.modalities.items()],
@@ -104,6 +104,10 @@ def common(config: RunConfig, shape: Plan) -> dict[str, Any]:
         "data.train": [described(config, entry) for entry in config.data.train],
         "data.validation": [described(config, entry) for entry in config.data.validation],
     }
+
+
+def adapter_settings(config: RunConfig) -> dict[str, Any]:
+    return config.adapter.model_dump(mode="json", exclude_none=True, exclude={"mask"})
 
 
 def described(config: RunConfig, entry: SourceConfig) -> dict[str, Any]:

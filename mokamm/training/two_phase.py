@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from mokamm.config import RunConfig, find_path
 from mokamm.lori_mask import cut, made_from, read_mask, write_mask
 from mokamm.names import DENSE
+from mokamm.training import checkpoint
 from mokamm.training.disk import writing
-from mokamm.training.resume import described
+from mokamm.training.resume import adapter_settings, described
 from mokamm.training.watch import METRICS, read_metrics
 from mokamm.weights import fingerprint
 
@@ -45,6 +46,7 @@ def calibrate(config: RunConfig, run: Path, ranks: Ranks, train: Callable[[RunCo
     folder, fresh = Path(dense.training.output_dir), config.training.resume_from_checkpoint is None
     origin, there = ranks.shared(lambda: (_origin(dense, config, ranks.world), made_from(path)))
     if fresh or there != origin:
+        ranks.shared(lambda: _refuse_another(config, run))  # before its mask is cut anew
         if ranks.main:
             print(f"phase 1 of 2: {dense.adapter.method} in {folder}, from which the mask is cut", flush=True)
             with writing(folder, "choose another training.output_dir"):
@@ -85,6 +87,12 @@ def phase_one(config: RunConfig) -> RunConfig:
     dense.evaluation.benchmarks = []
     dense.versions = {}
     return dense
+
+
+def _refuse_another(config: RunConfig, run: Path) -> None:
+    """UserError where phase 2 has begun with other adapter settings, of which phase 1 may know nothing (sparsity)."""
+    if begun := checkpoint.find(run, config.training.resume_from_checkpoint):
+        checkpoint.read_state(begun, {"adapter": adapter_settings(config)})
 
 
 def _origin(dense: RunConfig, config: RunConfig, world: int) -> str:

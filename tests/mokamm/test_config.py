@@ -225,6 +225,14 @@ def test_single_mistakes(write, change, expected):
     assert expected in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "override", ["target_modules='q_proj|('", "target_parameters=['x.(']", "attention_weight_pattern={'(': 0.0}"]
+)
+def test_broken_patterns_are_told_with_the_config(write, override):
+    with pytest.raises(ConfigError, match="unterminated subpattern"):
+        load_config(write(GOOD), [f"adapter.{override}"])
+
+
 def test_missing_file_names_its_neighbours(write):
     path = write(GOOD)
     with pytest.raises(ConfigError, match=r"did you mean '.*config\.yaml'"):

@@ -133,13 +133,15 @@ def test_another_sparsity_or_seed_is_another_run(toy: Any, tmp_path: Path) -> No
     train = trainer(toy, [], {"lori_s": 4})
     with pytest.raises(Killed):
         train(toy_config(toy, run), run, toy.alone())
+    mask = (run / two_phase.MASK).read_bytes()
     with pytest.raises(UserError, match="comes from another run") as error:
         train(toy_config(toy, run, sparsity=0.5), run, toy.alone())
-    assert "adapter.mask" in str(error.value)
+    assert "adapter.sparsity: 0.8 there, 0.5 now" in str(error.value)
+    assert (run / two_phase.MASK).read_bytes() == mask
     with pytest.raises(UserError, match="comes from another run"):
         train(toy_config(toy, run, a_seed=1), run, toy.alone())
     before = losses(run)
-    train(toy_config(toy, run), run, toy.alone())  # the mask is cut again as it was
+    train(toy_config(toy, run), run, toy.alone())
     assert losses(run)[: len(before)] == before
 
 
