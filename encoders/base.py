@@ -19,7 +19,7 @@ Legend: F segments, P patches (of the longest segment in the call), C feature wi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,15 +218,23 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], where: str | Pat
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
         "of another shape": [
-            f"{key}: {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            reshaped(key, state[key].shape, own[key].shape)
             for key in sorted(own.keys() & state.keys())
             if own[key].shape != state[key].shape
         ],
     }
-    found = [f"{len(keys)} {problem} ({shorten(keys)})" for problem, keys in problems.items() if keys]
-    if found:
-        raise EncoderError(f"{where} is not a checkpoint of {type(model).__name__}: weights " + "; ".join(found))
+    if found := counted(problems):
+        raise EncoderError(f"{where} is not a checkpoint of {type(model).__name__}: weights {found}")
     model.load_state_dict(state, assign=True)
+
+
+def reshaped(key: str, found: Iterable[int], expected: Iterable[int]) -> str:
+    return f"{key}: {tuple(found)} instead of {tuple(expected)}"
+
+
+def counted(problems: Mapping[str, list[str]]) -> str:
+    """How many names each problem holds for, and the first of them; empty where there are none."""
+    return "; ".join(f"{len(names)} {problem} ({shorten(names)})" for problem, names in problems.items() if names)
 
 
 def shorten(names: list[str], limit: int = 5) -> str:

@@ -371,6 +371,10 @@ def load_beats(path: str | Path) -> BEATs:
     not read from the file; all keys and shapes are compared all the same.
     """
     file = require_path(path, "BEATs checkpoint")
+    if file.is_dir():
+        raise EncoderError(
+            f"{file} is a folder; expected BEATs' .pt, or the .safetensors that mokamm convert makes of it"
+        )
     cfg, state = _read_pt(file) if file.suffix in {".pt", ".pth", ".bin"} else _read_safetensors(file)
     with torch.device("meta"):
         model = BEATs(BeatsConfig.from_dict({**cfg, "finetuned_model": "predictor.weight" in state}))

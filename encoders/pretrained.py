@@ -79,17 +79,24 @@ def load_model(
             path,
             f"{what} weights",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
             dtype=torch.float32,
             **config,
         )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        from encoders.base import shorten
-
-        raise EncoderError(
-            f"'{path}' is not a whole {what} checkpoint: {len(missing)} weights missing ({shorten(missing)})"
-        )
+    if problems := misfits(report, "weights "):
+        raise EncoderError(f"'{path}' is not a whole {what} checkpoint: {problems}")
     return model
+
+
+def misfits(report: Mapping[str, Any], start: str) -> str:
+    """The weights that a loading report of transformers has as missing or of another shape; empty: none.
+
+    start: of each problem, such as "weights ".
+    """
+    from encoders.base import counted, reshaped
+
+    shapes = sorted(reshaped(*mismatch) for mismatch in report["mismatched_keys"])
+    return counted({f"{start}missing": sorted(report["missing_keys"]), f"{start}of another shape": shapes})
 
 
 def _model_type(path: str) -> Any:

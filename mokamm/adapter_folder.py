@@ -205,10 +205,10 @@ class AdapterFolder:
         return Source(str(self.folder), self.layers, self.scaling, self.a, self.b, self.config)
 
 
-def load_pickle(path: Path, what: str) -> Any:
+def load_pickle(path: Path, what: str, mmap: bool = False) -> Any:
     """torch.load as weights only, on the CPU. UserError for what is no such file, or holds more than tensors."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} cannot be read as {what}: it holds Python objects (possibly code) beside tensors, or is no pickle; "

@@ -26,8 +26,9 @@ from torch import nn
 from data.media import MediaLimits, MediaLoader
 from data.schema import UserError
 from encoders import build_encoder
-from encoders.base import Encoder, shorten
+from encoders.base import Encoder
 from encoders.cache import FeatureCache
+from encoders.pretrained import misfits
 from mokamm.adapters import OPTIONS, wrap
 from mokamm.config import RunConfig, find_path, load_run_config
 from mokamm.config_sections import LimitsConfig, LLMConfig, ModalityConfig
@@ -214,14 +215,15 @@ def load_llm(settings: LLMConfig, device: torch.device) -> Any:
         dtype=getattr(torch, settings.dtype),
         attn_implementation=settings.attention,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told below, by name
         **quantized(settings, device),
     )
     parameters = {name for name, _ in llm.named_parameters(remove_duplicate=False)}  # buffers are computed
-    if missing := sorted(set(report["missing_keys"]) & parameters):
+    report["missing_keys"] = set(report["missing_keys"]) & parameters
+    if problems := misfits(report, "weights are "):
         raise UserError(
-            f"model.llm.path: '{settings.path}' is not a whole {type(llm).__name__}: {len(missing)} weights are missing "
-            f"({shorten(missing)}), and would be random. Fetch or copy it again; a checkpoint without its output head, or "
-            "of another architecture, is no LLM to begin from"
+            f"model.llm.path: '{settings.path}' is not a whole {type(llm).__name__}: {problems}, and would be random. Fetch "
+            "or copy it again; a checkpoint without its output head, or of another architecture, is no LLM to begin from"
         )
     check_answers(llm, settings)
     return llm

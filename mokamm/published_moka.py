@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from data.schema import UserError
+from mokamm.adapter_folder import load_pickle
 from mokamm.convert import Options, Plan
 from mokamm.weights import ADAPTER, PROJECTORS, differences, refuse, write_manifest
 
@@ -166,11 +167,7 @@ def write_published(published: Published, out: str | Path, base: str | None = No
 
 
 def _load(file: Path, mmap: bool = False) -> dict[str, Tensor]:
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
-    except Exception as error:  # torch tells a pickle that holds code, a cut file and a text file by different errors
-        first = str(error).strip().partition("\n")[0]
-        raise UserError(f"{file} cannot be read as tensors (weights_only): {first}") from error
+    content = load_pickle(file, "tensors (weights_only)", mmap=mmap and zipfile.is_zipfile(file))
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{file} holds no plain mapping from names to tensors")
     return content

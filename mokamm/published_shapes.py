@@ -83,11 +83,12 @@ def _clip_large() -> StandIn:
 
 
 def _beats() -> StandIn:
-    """BEATs iter3+: 12 layers of width 768, 8 patches for every 16 frames of 10 ms."""
+    """BEATs iter3+: 12 layers of width 768, 8 patches for every 16 frames of 10 ms; without the tagging head."""
     from encoders.beats import BEATs, BeatsConfig
     from encoders.fbank import num_frames
 
-    return StandIn("waveform", 768, lambda n: max(1, num_frames(n) // 16) * 8, BEATs(BeatsConfig()))
+    network = BEATs(BeatsConfig(finetuned_model=False))
+    return StandIn("waveform", 768, lambda n: max(1, num_frames(n) // 16) * 8, network)
 
 
 def _whisper_large() -> StandIn:

@@ -472,6 +472,8 @@ def test_missing_truncated_and_foreign_files(model: BEATs, tmp_path) -> None:
 
     with pytest.raises(EncoderError, match=r"nothing at 'nowhere.safetensors' \(looked at /"):
         load_beats("nowhere.safetensors")
+    with pytest.raises(EncoderError, match=r"is a folder; expected BEATs' \.pt, or the \.safetensors"):
+        load_beats(tmp_path)
     save_beats(tmp_path / "b.safetensors", model)
     content = (tmp_path / "b.safetensors").read_bytes()
     (tmp_path / "short.safetensors").write_bytes(content[: len(content) // 2])

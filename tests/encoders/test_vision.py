@@ -248,3 +248,8 @@ def test_checkpoint_without_its_weights(clip, tmp_path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(EncoderError, match="clip weights could not be read"):
         ClipEncoder(tmp_path)
+    save_file(weights | {name: weights[name][1:].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        EncoderError, match=r"1 weights of another shape .*class_embedding: \(\d+,\) instead of \(\d+,\)"
+    ):
+        ClipEncoder(tmp_path)

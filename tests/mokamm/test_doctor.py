@@ -79,6 +79,8 @@ def test_the_published_sizes():
     tower = stand_in("clip", "openai/clip-vit-large-patch14", {})
     assert sum(p.numel() for p in tower.parameters()) == 303_179_776
     assert all(p.is_meta for p in tower.parameters())
+    hearing = stand_in("beats", "anything", {})  # 90,717,055 with the tagging head, which the encoder leaves out
+    assert sum(p.numel() for p in hearing.parameters()) == 90_311_792
     assert CLIPVisionConfig().image_size == 224
 
 

@@ -388,6 +388,11 @@ def test_an_llm_that_is_not_whole_is_refused(tmp_path, capsys):
         whole.save_pretrained(tmp_path / name, state_dict=kept | others)
         with pytest.raises(UserError, match=f"is not a whole LlamaForCausalLM: .*{words}"):
             load_llm(LLMConfig(path=str(tmp_path / name)), cpu)
+    whole.save_pretrained(tmp_path / "wide")
+    transformers.LlamaConfig(**{**SMALL, "intermediate_size": 40}).save_pretrained(tmp_path / "wide")
+    words = r"6 weights are of another shape \(\S+layers\.0\.mlp\.down_proj\.weight: \(32, 48\) instead of \(32, 40\)"
+    with pytest.raises(UserError, match=f"is not a whole LlamaForCausalLM: {words}"):
+        load_llm(LLMConfig(path=str(tmp_path / "wide")), cpu)
     whole.save_pretrained(tmp_path / "whole")
     assert load_llm(LLMConfig(path=str(tmp_path / "whole"), dtype="float32"), cpu).lm_head.weight.equal(
         whole.lm_head.weight

@@ -263,6 +263,9 @@ def test_projectors_of_stage_1_in_files_of_any_name(tmp_path, capsys):
     (folder / "more.bin").write_bytes(b"cut off")
     assert convert([str(folder), "--dry-run"]) == 2
     assert "more.bin cannot be read as tensors" in capsys.readouterr().err
+    torch.save(Code(), folder / "more.bin")
+    assert convert([str(folder), "--dry-run"]) == 2
+    assert "more.bin cannot be read as tensors (weights_only): it holds Python objects" in capsys.readouterr().err
     torch.save({"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)}, folder / ADAPTER_FILE)
     (folder / "more.bin").unlink()
     assert (
