@@ -33,9 +33,9 @@ def _normalisers() -> tuple[Callable[[str], str], Callable[[str], str]]:
 @lru_cache(maxsize=16384)
 def whisper_normalised(text: str, english: bool = True) -> str:
     """The text as Whisper's word error rates see it."""
-    words = text.split()
+    words = _closed(text).split()
     told, plain = _normalisers() if english else (_normalisers()[1],) * 2
-    head, tail = (_closed(" ".join(part)) for part in (words[:MOST], words[MOST:]))
+    head, tail = (_closed(" ".join(part)) for part in (words[:MOST], words[MOST:]))  # the cut may open others
     try:
         head = told(head)
     except (ValueError, ArithmeticError):  # a number that it cannot build
