@@ -40,8 +40,8 @@ def test_whispers_normaliser(text: str, expected: str) -> None:
 
 
 def test_an_hour_of_speech_is_normalised_whole() -> None:
-    talk = ["it's twenty-two colours ", "mr. smith won't go "] * 5000
-    assert whisper_normalised("".join(talk)) == " ".join(["it is 22 colors", "mister smith will not go"] * 5000)
+    talk = ["it's twenty-two colours ", "mr. smith won't go "] * 1400
+    assert whisper_normalised("".join(talk)) == " ".join(["it is 22 colors", "mister smith will not go"] * 1400)
 
 
 def test_diacritics_of_other_languages_stay() -> None:
