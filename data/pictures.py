@@ -7,6 +7,8 @@ entry of it is damaged, as is common in images from the web.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +38,10 @@ def picture(path: Path, limits: MediaLimits) -> Tensor:
     with reading(path, limits, "an image"), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
         try:
-            image = Image.open(path, formats=IMAGE_FORMATS)
+            with _decoding():
+                image = Image.open(path, formats=IMAGE_FORMATS)
         except Image.DecompressionBombError as error:
             raise OverLimit(f"{path}: the header claims too large an image ({error}); scale it down") from None
-        except RuntimeError as error:  # of a damaged AVIF
-            raise ValueError(str(error)) from None
         with image:
             return pixels(image, path, limits)
 
@@ -48,12 +49,22 @@ def picture(path: Path, limits: MediaLimits) -> Tensor:
 def pixels(image: Image.Image, name: Path | str, limits: MediaLimits) -> Tensor:
     """An opened image as `picture` gives it. Raises MediaError, which calls it by `name`, for one over the limits."""
     check_pixels(name, image.width, image.height, limits)
-    image.load()  # which turns a TIFF, and takes its orientation away
+    with _decoding():
+        image.load()  # which turns a TIFF, and takes its orientation away
     upright = _eight_bits(image, name)
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     if orientation in _TURNS:
         upright = upright.transpose(_TURNS[orientation])
     return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)[None].contiguous()
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Pillow's bare RuntimeErrors, of damaged AVIFs, as the ValueErrors that it has for others."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _eight_bits(image: Image.Image, name: Path | str) -> Image.Image:

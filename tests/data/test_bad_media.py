@@ -194,8 +194,10 @@ def test_broken_images(tmp_path):
     Image.new("RGB", (16, 8)).save(tmp_path / "item.avif")  # of which Pillow says a bare RuntimeError
     whole = (tmp_path / "item.avif").read_bytes()
     (tmp_path / "item.avif").write_bytes(whole.replace(b"pitm", b"none"))
+    start = whole.index(b"mdat") + 4  # the header stays whole
+    (tmp_path / "pixels.avif").write_bytes(whole[:start] + bytes(len(whole) - start))
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "a.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
-    for name in ("cut.png", "item.avif", "text.png", "a.eps"):
+    for name in ("cut.png", "item.avif", "pixels.avif", "text.png", "a.eps"):
         with pytest.raises(MediaError, match=rf"{name}: cannot be read as an image"):
             frames(tmp_path, name, "image")
