@@ -1,4 +1,4 @@
-"""Examples to a batch: pad to T tokens, and find on the CPU every position that the model will need.
+"""Examples to a batch: pad to T tokens, or join in one row, and find on the CPU every position that the model will need.
 
 Training pads on the right, generation on the left. Padding has modality id -1 and attention 0. Media stay lists of
 items, because their sizes differ; what the model needs to place them are flat positions b*T + t.
@@ -42,6 +42,34 @@ def collate(examples: Sequence[Example], pad_id: int, side: Literal["right", "le
         key_index=key_index,
         key_valid=key_valid,
         media=_media(examples, (torch.arange(len(examples)) * width + shifts).tolist()),
+        samples=[example.sample for example in examples],
+    )
+
+
+def joined(examples: Sequence[Example]) -> Batch:
+    """All examples in one row, one after another, nothing padded: B = 1, T the sum of their lengths.
+
+    `sample_ids` and `position_ids` tell them apart. No label stands at an example's first token: in a padded batch no
+    token predicts it either. ValueError: as `collate`.
+    """
+    if not examples:
+        raise ValueError("joined wants at least one example")
+    lengths = torch.tensor([len(example.input_ids) for example in examples])
+    sample_ids = torch.arange(len(examples)).repeat_interleave(lengths)
+    position_ids = torch.arange(len(sample_ids)) - (lengths.cumsum(0) - lengths)[sample_ids]
+    key_mask = torch.cat([e.key_mask for e in examples])[None]
+    key_index, key_valid = key_positions(key_mask)
+    return Batch(
+        input_ids=torch.cat([e.input_ids for e in examples])[None],
+        labels=torch.cat([e.labels for e in examples]).masked_fill(position_ids == 0, IGNORED)[None],
+        modality_ids=torch.cat([e.modality_ids for e in examples])[None],
+        key_mask=key_mask,
+        attention_mask=torch.ones_like(sample_ids)[None],
+        key_index=key_index,
+        key_valid=key_valid,
+        sample_ids=sample_ids[None],
+        position_ids=position_ids[None],
+        media=_media(examples, (lengths.cumsum(0) - lengths).tolist()),
         samples=[example.sample for example in examples],
     )
 

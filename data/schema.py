@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 from urllib.parse import unquote
 
 if TYPE_CHECKING:  # importing torch takes seconds, and messages about mistakes should not wait for it
@@ -175,7 +175,11 @@ class MediaBatch:
 
 
 class Batch(TypedDict):
-    """B examples padded to T tokens. key_index (B,Q) lists each row's key positions, key_valid says which are real."""
+    """B examples padded to T tokens, or all of them in one row (B = 1).
+
+    key_index (B,Q) lists each row's key positions, key_valid says which are real. Where a row holds several examples,
+    sample_ids (1,T) says which of them a token is of, and position_ids (1,T) its place in it.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -184,5 +188,7 @@ class Batch(TypedDict):
     attention_mask: Tensor
     key_index: Tensor
     key_valid: Tensor
+    sample_ids: NotRequired[Tensor]
+    position_ids: NotRequired[Tensor]
     media: dict[str, MediaBatch]
     samples: list[Sample]

@@ -59,7 +59,7 @@ class MultimodalLM(nn.Module):
         self.config: RunConfig | None = None
         self.told_of_cut = False
         base = self.base_llm
-        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         ends = getattr(base.generation_config, "eos_token_id", None)
         self.end_ids = sorted({*processor.end_ids, *([ends] if isinstance(ends, int) else ends or [])})
 
@@ -85,15 +85,21 @@ class MultimodalLM(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """logits (B,T,V); loss_sum: cross entropy summed over the answer tokens in fp32; tokens: their number."""
         embeddings = self.embed(batch)
-        mask = batch["attention_mask"].to(self.device)
-        positions = {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
-        logits = self.llm(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **positions).logits
+        logits = self.llm(inputs_embeds=embeddings, use_cache=False, **self._places(batch)).logits
         # the collated labels still lie on the CPU, so that finding the answer tokens needs no device sync
         targets = nn.functional.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
         where = (targets != IGNORED).nonzero().flatten()
         rows = logits.flatten(0, 1).index_select(0, where.to(logits.device)).float()
         loss_sum = nn.functional.cross_entropy(rows, targets[where].to(logits.device), reduction="sum")
         return {"logits": logits, "loss_sum": loss_sum, "tokens": torch.tensor(len(where), device=logits.device)}
+
+    def _places(self, batch: Batch) -> dict[str, Tensor | None]:
+        """Which tokens the LLM attends to, and their positions; samples in one row are parted by these alone."""
+        if "position_ids" in batch:  # transformers parts a row where they begin anew, if there is no mask
+            return {"attention_mask": None, "position_ids": batch["position_ids"].to(self.device)}
+        mask = batch["attention_mask"].to(self.device)
+        positions = {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)} if self.takes_positions else {}
+        return {"attention_mask": mask, **positions}
 
     def embed(self, batch: Batch) -> Tensor:
         """Input embeddings (B,T,D) with all media in place; encodes what is not encoded yet and sets the routing."""
@@ -119,8 +125,9 @@ class MultimodalLM(nn.Module):
 
     def routing(self, batch: Batch) -> Routing:
         return Routing(
-            batch["modality_ids"], batch["key_mask"], key_index=batch["key_index"], key_valid=batch["key_valid"]
-        ).to(self.device)
+            batch["modality_ids"], batch["key_mask"], key_index=batch["key_index"], key_valid=batch["key_valid"],
+            sample_ids=batch.get("sample_ids"),
+        ).to(self.device)  # fmt: skip
 
     def _project(self, projector: Projector, media: MediaBatch, index: list[Tensor], vectors: list[Tensor]) -> None:
         """Append the tokens of all items of one modality, and their boundary vectors, with their flat positions."""

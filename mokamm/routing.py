@@ -9,6 +9,8 @@ attend to the question's tokens. Both are facts of the batch, not of a layer, so
         v
     key_index (B,Q), key_valid (B,Q)   positions of the keys, padded to the longest question
 
+A row may hold several samples one after another (`sample_ids`): a media token then attends to its own sample's keys.
+
 A tuner hands it to all of its layers (`mokamm/adapters/routed_context.py`).
 
 Cost: a handful of small kernels per batch, memoised per dtype. Built from CPU tensors nothing here waits for a device.
@@ -39,6 +41,7 @@ class Routing:
         modality_ids: (B,T) integers, -1 = padding (the adapter adds nothing there), 0 = text, 1.. = media.
         key_mask: (B,T) bool, the keys of the cross-modal attention, read through the text path; never answer tokens.
         key_index, key_valid: (B,Q) the same keys as positions, where the collator has them ready; else computed.
+        sample_ids: (B,T) integers, equal for the tokens of one sample, where a row holds several; else a row is one.
 
     Raises:
         AdapterError: shapes or dtypes disagree, or an id is below -1 (not looked for in CUDA tensors with `key_index`).
@@ -51,16 +54,17 @@ class Routing:
         *,
         key_index: Tensor | None = None,
         key_valid: Tensor | None = None,
+        sample_ids: Tensor | None = None,
     ) -> None:
         self._memo: dict[tuple, Any] = {}
         self.max_id: int | None = None
         self.keys_are_text = True  # as far as is known without waiting for a device
         self.may_be_padded = True  # likewise
         self.modality_ids, self.key_mask = modality_ids, key_mask
-        self.key_index, self.key_valid = key_index, key_valid
+        self.key_index, self.key_valid, self.sample_ids = key_index, key_valid, sample_ids
         if modality_ids is None:
             return
-        _check(modality_ids, key_mask, key_index, key_valid)
+        _check(modality_ids, key_mask, key_index, key_valid, sample_ids)
         device = modality_ids.device
         if device.type != "cpu" and key_index is None and key_mask is not None:
             found = Routing(modality_ids.cpu(), key_mask.cpu()).to(device)
@@ -148,9 +152,8 @@ class Routing:
         """(B,T,M,1): 1 at a media token's own modality, if its sample has any key; text and padding are 0."""
 
         def make() -> Tensor:
-            assert self.key_valid is not None
-            has_key_B = self.key_valid.any(dim=1)
-            media_BTM1 = self.selection(modalities, dtype) * has_key_B[:, None, None, None]
+            has_key_BT11 = self._open_keys().any(dim=2)[..., None, None]
+            media_BTM1 = self.selection(modalities, dtype) * has_key_BT11
             return torch.cat([torch.zeros_like(media_BTM1[:, :, :1]), media_BTM1[:, :, 1:]], dim=2)
 
         return self._once(("media", modalities, dtype), make)
@@ -160,11 +163,11 @@ class Routing:
         return self._once(("any", modalities, dtype), lambda: self.media(modalities, dtype).sum(2))
 
     def key_bias(self, dtype: torch.dtype) -> Tensor:
-        """(B,1,Q): 0 at keys; elsewhere so low that softmax gives 0, yet finite, so that no key at all gives no NaN."""
+        """(B,1,Q), with several samples in a row (B,T,Q): 0 at keys; elsewhere so low that softmax gives 0, yet finite,
+        so that no key at all gives no NaN."""
 
         def make() -> Tensor:
-            assert self.key_valid is not None
-            return (~self.key_valid).to(dtype).mul(torch.finfo(dtype).min / 2).unsqueeze(1)
+            return (~self._open_keys()).to(dtype).mul(torch.finfo(dtype).min / 2)
 
         return self._once(("bias", dtype), make)
 
@@ -203,11 +206,10 @@ class Routing:
         """
 
         def make() -> Tensor:
-            assert self.key_valid is not None
             assert self.modality_ids is not None
-            Q, K = self.key_valid.shape[1], self._columns()
-            reads_BT1 = ((self.modality_ids > 0) & self.key_valid.any(dim=1, keepdim=True)).unsqueeze(-1)
-            open_BTK = reads_BT1 & nn.functional.pad(self.key_valid, (0, K - Q)).unsqueeze(1)
+            Q, K, keys_BTQ = self.most_keys, self._columns(), self._open_keys()
+            reads_BT1 = (self.modality_ids > 0).unsqueeze(-1) & keys_BTQ.any(dim=2, keepdim=True)
+            open_BTK = reads_BT1 & nn.functional.pad(keys_BTQ, (0, K - Q))
             open_BTK[..., Q : Q + 1] = ~reads_BT1
             return (~open_BTK).to(dtype).mul(torch.finfo(dtype).min / 2)
 
@@ -230,19 +232,25 @@ class Routing:
         return not bool(((self.modality_ids.gather(1, self.key_index) != 0) & self.key_valid).any())
 
     def inverse_root_of_keys(self, dtype: torch.dtype) -> Tensor:
-        """(B,1,1): 1 / sqrt(number of keys), 1 where there is none."""
+        """(B,1,1), with several samples in a row (B,T,1): 1 / sqrt(number of keys), 1 where there is none."""
+        return self._once(
+            ("root", dtype), lambda: self._open_keys().sum(2, keepdim=True).clamp_min(1).to(dtype).rsqrt()
+        )
 
-        def make() -> Tensor:
-            assert self.key_valid is not None
-            return self.key_valid.sum(1).clamp_min(1).to(dtype).rsqrt()[:, None, None]
-
-        return self._once(("root", dtype), make)
+    def _open_keys(self) -> Tensor:
+        """(B,1,Q) bool, with several samples in a row (B,T,Q): the keys that a media token there attends to."""
+        assert self.key_index is not None
+        assert self.key_valid is not None
+        valid_B1Q = self.key_valid.unsqueeze(1)
+        if self.sample_ids is None:
+            return valid_B1Q
+        return valid_B1Q & (self.sample_ids.unsqueeze(2) == self.sample_ids.gather(1, self.key_index).unsqueeze(1))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Routing:
         """A copy with `change` applied to every tensor, without checking or synchronising again."""
         copy = Routing.text_only()
         copy._take_facts(self)
-        for name in ("modality_ids", "key_mask", "key_index", "key_valid"):
+        for name in ("modality_ids", "key_mask", "key_index", "key_valid", "sample_ids"):
             tensor = getattr(self, name)
             setattr(copy, name, None if tensor is None else change(tensor))
         return copy
@@ -261,13 +269,22 @@ class Routing:
         return self._memo[key]
 
 
-def _check(modality_ids: Tensor, key_mask: Tensor | None, key_index: Tensor | None, key_valid: Tensor | None) -> None:
+def _check(
+    modality_ids: Tensor,
+    key_mask: Tensor | None,
+    key_index: Tensor | None,
+    key_valid: Tensor | None,
+    sample_ids: Tensor | None,
+) -> None:
     shape = tuple(modality_ids.shape)
     if modality_ids.dim() != 2 or modality_ids.is_floating_point() or modality_ids.dtype == torch.bool:
         raise AdapterError(f"modality_ids must be (B,T) integers; found {shape} {modality_ids.dtype}.")
     if key_mask is None or key_mask.dtype != torch.bool or key_mask.shape != modality_ids.shape:
         found = None if key_mask is None else f"{tuple(key_mask.shape)} {key_mask.dtype}"
         raise AdapterError(f"key_mask must be bool of modality_ids' shape {shape}; found {found}.")
+    if sample_ids is not None and (sample_ids.shape != modality_ids.shape or sample_ids.is_floating_point()):
+        found = f"{tuple(sample_ids.shape)} {sample_ids.dtype}"
+        raise AdapterError(f"sample_ids must be integers of modality_ids' shape {shape}; found {found}.")
     if (key_index is None) != (key_valid is None):
         raise AdapterError("key_index and key_valid come together: give both or neither.")
     if key_index is not None and key_valid is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from data.collate import collate, packed
+from data.collate import collate, joined, packed
 from data.dataset import MultimodalDataset, Part
 from data.ledger import Ledger
 from data.media import MediaLimits, MediaLoader
@@ -81,12 +81,15 @@ def open_parts(
     return parts
 
 
-def batches(dataset: MultimodalDataset, sampler: Iterable[list[int]], pad_id: int, workers: int) -> DataLoader:
+def batches(
+    dataset: MultimodalDataset, sampler: Iterable[list[int]], pad_id: int, workers: int, padding_free: bool = False
+) -> DataLoader:
     """A loader whose workers decode and tokenise. Its generator is its own: iterating does not touch the training's."""
+    join = joined if padding_free else partial(collate, pad_id=pad_id)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=partial(_for_main_process if workers else collate, pad_id=pad_id),
+        collate_fn=partial(_for_main_process, join) if workers else join,
         num_workers=workers,
         worker_init_fn=_give_way,
         prefetch_factor=4 if workers else None,
@@ -94,8 +97,8 @@ def batches(dataset: MultimodalDataset, sampler: Iterable[list[int]], pad_id: in
     )
 
 
-def _for_main_process(examples: Sequence[Example], pad_id: int) -> Batch:
-    return packed(collate(examples, pad_id))
+def _for_main_process(join: Callable[[Sequence[Example]], Batch], examples: Sequence[Example]) -> Batch:
+    return packed(join(examples))
 
 
 def _give_way(worker: int) -> None:

@@ -27,6 +27,7 @@ from mokamm.adapters import Coto
 from mokamm.config import RunConfig
 from mokamm.config_sections import TrainingConfig
 from mokamm.training import checkpoint
+from mokamm.training.apart import check_apart
 from mokamm.training.bad_steps import BadSteps, marked
 from mokamm.training.checkpoint import TrainerState
 from mokamm.training.corpus import Corpus, batches
@@ -115,6 +116,8 @@ def start(
         window = checkpoint.restore(folder, engine, ranks)
         if ranks.main:
             print(f"resuming from {folder}", flush=True)
+    if training.padding_free:
+        check_apart(engine, model)
     engine.train(True)
     return engine, window
 
@@ -207,7 +210,8 @@ class Loop:
         rows = MicroBatches(
             self.plan, training.seed, self.ranks.rank, self.state.step, length if training.group_by_length else None
         )
-        return loaded(batches(self.corpus.train, rows, self.corpus.pad_id, self.training.dataloader_num_workers))
+        workers, padding_free = training.dataloader_num_workers, training.padding_free
+        return loaded(batches(self.corpus.train, rows, self.corpus.pad_id, workers, padding_free))
 
     def _gather(self, micro_batches: Iterator[Any]) -> list[Any]:
         began = time.monotonic()

@@ -1,0 +1,190 @@
+"""Samples one after another in one row: the loss, the gradients and the routing of the padded batch, or a refusal."""
+
+from __future__ import annotations
+
+import json
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from torch import nn
+
+from data.collate import collate, joined
+from data.schema import IGNORED, PADDING, Message, Text, UserError
+from mokamm import train
+from mokamm.adapters import AdapterError, MokaConfig
+from mokamm.model import MultimodalLM
+from mokamm.perception import Perception
+from mokamm.routing import Routing
+from mokamm.training.apart import check_apart
+from mokamm.training.watch import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+HEADS = {"num_key_value_heads": 2, "head_dim": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@pytest.fixture(scope="module")
+def samples(make_sample):
+    history = (Message("user", (Text("Which?"),)), Message("assistant", (Text("two"),)))
+    return [
+        make_sample(("video", "clip.mp4"), ("audio", "long.wav"), "How many are sounding?"),
+        make_sample("Only text here?", answer="yes"),
+        make_sample(("audio", "short.wav"), "Which one?", ("image", "wide.png"), ("image", "picture.png"), answer="no"),
+        make_sample(("audio", "short.wav"), answer="a violin", history=history),
+    ]
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad(set_to_none=True)
+    out = model(batch)
+    (out["loss_sum"] / out["tokens"]).backward()
+    gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    return float(out["loss_sum"].detach()), int(out["tokens"]), gradients
+
+
+@pytest.mark.parametrize("method", ["moka", "multi_lora", "lori_moka_d", "lora", "dora", "hira", "full", "none"])
+def test_loss_and_gradients_are_those_of_the_padded_batch(make_model, samples, method):
+    model = make_model(method).train()
+    examples = [model.processor(sample) for sample in samples]
+    loss, tokens, gradients = loss_and_gradients(model, joined(examples))
+    expected_loss, expected_tokens, expected = loss_and_gradients(model, collate(examples, model.processor.pad_id))
+    assert tokens == expected_tokens > 0
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert set(gradients) == set(expected)
+    for name, value in expected.items():
+        assert (gradients[name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
+
+
+def test_a_row_holds_every_token_once_and_no_label_at_a_first_token(make_model, samples):
+    model = make_model()
+    examples = [model.processor(sample) for sample in samples]
+    examples[1].labels[0] = examples[1].input_ids[0]  # as for a model of text without a prompt
+    row, padded = joined(examples), collate(examples, model.processor.pad_id)
+    kept = padded["attention_mask"].bool()
+    for name in ("input_ids", "modality_ids", "key_mask"):
+        assert torch.equal(row[name][0], padded[name][kept]), name
+    assert int((row["labels"][:, 1:] != IGNORED).sum()) == int((padded["labels"][:, 1:] != IGNORED).sum())
+    assert row["sample_ids"].tolist() == [[i for i, e in enumerate(examples) for _ in e.input_ids]]
+    assert row["position_ids"].tolist() == [[t for e in examples for t in range(len(e.input_ids))]]
+    with pytest.raises(ValueError, match="at least one example"):
+        joined([])
+
+
+SWITCHES = [
+    {}, {"scale_logits": False}, {"logits_by_keys": True}, {"shared_b": False}, {"attention_weight": 0.0},
+    {"attention_weight": 0.5, "frozen_a": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda switches: " ".join(switches) or "default")
+@pytest.mark.parametrize("path", ["fast", "plain", "folded"])
+def test_media_attend_to_their_own_samples_keys_alone(switches, path, monkeypatch):
+    """Each sample by itself is the reference; one has no key, one no media, one stands twice, padding is at the end."""
+    torch.manual_seed(0)
+    holder = nn.ModuleDict({"proj": nn.Linear(6, 5)}).double()
+    model = get_peft_model(holder, MokaConfig(r=3, lora_alpha=5, target_modules=["proj"], **switches))
+    layer = model.base_model.model["proj"]
+    for parameter in (*layer.moka_A.parameters(), *layer.moka_B.parameters()):
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float64)
+    kinds = [[0, 1, 1, 0, 2, 0], [2, 1, 0], [0, 0], [1, 0, 2, 0, 0]]
+    keys = [[0, 0, 0, 1, 0, 1], [0, 0, 0], [0, 1], [0, 1, 0, 0, 1]]
+    xs = [torch.randn(1, len(kind), 6, dtype=torch.float64) for kind in kinds]
+    if path == "plain":
+        monkeypatch.setattr(type(layer), "_can_be_fast", lambda *_: False)
+    if path == "folded":
+        model.eval()
+        model.base_model.fold_text()
+
+    def output(x, modality_ids, key_mask, sample_ids=None):
+        routing = Routing(torch.tensor([modality_ids]), torch.tensor([key_mask]).bool(), sample_ids=sample_ids)
+        model.base_model.set_routing(routing)
+        return layer(x)[0]
+
+    expected = torch.cat([output(x, *sample) for x, *sample in zip(xs, kinds, keys, strict=True)])
+    row = torch.cat([*xs, torch.randn(1, 2, 6, dtype=torch.float64)], dim=1)
+    number = torch.tensor([[i for i, kind in enumerate(kinds) for _ in kind] + [len(kinds)] * 2])
+    ids, mask = [*chain(*kinds), PADDING, PADDING], [*chain(*keys), 0, 0]
+    together = output(row, ids, mask, number)
+    torch.testing.assert_close(together[:-2], expected, rtol=1e-10, atol=1e-12)
+    if switches.get("attention_weight", 1.0):
+        mixed = output(row, ids, mask)
+        assert not torch.allclose(mixed[:-2], expected, atol=1e-3)
+
+
+def test_sample_ids_of_another_shape_are_refused():
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    with pytest.raises(
+        AdapterError, match=r"sample_ids must be integers of modality_ids' shape \(2, 5\); found \(5,\)"
+    ):
+        Routing(ids, ids.bool(), sample_ids=torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(AdapterError, match="float32"):
+        Routing(ids, ids.bool(), sample_ids=torch.zeros(2, 5))
+
+
+def llm_of(kind: str) -> MultimodalLM:
+    """A random LLM of a family, without adapter, projectors and encoders."""
+    torch.manual_seed(0)
+    more = {
+        "Qwen3": HEADS, "Mistral": {**HEADS, "sliding_window": 4}, "Gemma3Text": {**HEADS, "sliding_window": 4},
+        "Qwen3Moe": {**HEADS, **EXPERTS}, "Mamba": {"state_size": 4},
+        "Phi3": {"pad_token_id": 0},
+        "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+        "Qwen3Next": {
+            **HEADS, **EXPERTS, "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        },
+    }.get(kind, {})  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **more, "initializer_range": 0.2})
+    llm = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager" if kind == "Bloom" else None
+    )
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=64), end_ids=[], senses={})
+    return MultimodalLM(llm, {}, Perception({}, None), processor)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mistral", "Gemma3Text", "Phi3", "GPT2", "GPTNeoX", "Qwen3Moe"])
+def test_llms_that_keep_samples_apart_are_taken(kind):
+    model = llm_of(kind)
+    check_apart(model, model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("Mamba", "takes position_ids"), ("Bloom", "takes position_ids"), ("Qwen3Next", "does not keep the samples")],
+)
+def test_llms_that_do_not_are_refused(kind, message):
+    model = llm_of(kind)
+    with pytest.raises(UserError, match=f"(?s)padding_free.*{message}.*group_by_length"):
+        check_apart(model, model)
+
+
+def test_a_run_gives_the_losses_of_the_padded_run_and_resumes_only_as_it_began(mini_base, world, tmp_path, capsys):
+    told = {split: world / split / "told.jsonl" for split in ("train", "test")}
+
+    def arguments(name, padding_free, *more):
+        return [
+            str(ROOT / "configs/mini/text.yaml"), "data.world=null", f"data.train.0.path={told['train']}",
+            f"data.validation.0.path={told['test']}", "evaluation.benchmarks=[]", f"training.output_dir={tmp_path / name}",
+            "training.deepspeed=null", "training.max_steps=4", "training.logging_steps=1", "training.eval_steps=4",
+            "training.per_device_train_batch_size=4", "training.dataloader_num_workers=1", "training.report_to=none",
+            "training.save_steps=2", "training.use_cpu=true", f"training.padding_free={json.dumps(padding_free)}", *more,
+        ]  # fmt: skip
+
+    found = {}
+    for name, padding_free in (("row", True), ("padded", False)):
+        train.main(arguments(name, padding_free))
+        records = read_metrics(tmp_path / name / "metrics.jsonl")
+        found[name] = [r["loss"] for r in records if r["kind"] in ("train", "validation")]
+        shares = [r["padding_share"] for r in records if r["kind"] == "train"]
+        assert all(share == 0 for share in shares) == padding_free
+    assert found["row"] == pytest.approx(found["padded"], rel=1e-4)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train.main(arguments("row", False, "training.max_steps=6"))
+    assert "training.padding_free: True there, False now" in capsys.readouterr().err
