@@ -1,4 +1,4 @@
-"""Examples to a batch: pad to T tokens, or join in one row, and find on the CPU every position that the model will need.
+"""Examples to a batch: pad to T tokens, and find on the CPU every position that the model will need.
 
 Training pads on the right, generation on the left. Padding has modality id -1 and attention 0. Media stay lists of
 items, because their sizes differ; what the model needs to place them are flat positions b*T + t.
@@ -11,7 +11,7 @@ Axis letters: B batch, T tokens, Q keys, I items of a modality, N media tokens o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -46,31 +46,52 @@ def collate(examples: Sequence[Example], pad_id: int, side: Literal["right", "le
     )
 
 
-def joined(examples: Sequence[Example]) -> Batch:
-    """All examples in one row, one after another, nothing padded: B = 1, T the sum of their lengths.
+def share_rows(examples: Sequence[Example], pad_id: int, one_row: bool = False) -> Batch:
+    """As `collate`, padded on the right, but examples share rows: B rows as long as the longest, or a single one.
 
-    `sample_ids` and `position_ids` tell them apart. No label stands at an example's first token: in a padded batch no
-    token predicts it either. ValueError: as `collate`.
+    `sample_ids` and `position_ids` tell them apart. No label stands at an example's first token: where it has a row of
+    its own no token predicts it either. ValueError: as `collate`.
     """
     if not examples:
-        raise ValueError("joined wants at least one example")
+        raise ValueError("share_rows wants at least one example")
+    lengths = [len(example.input_ids) for example in examples]
+    rows = _fitted(lengths, sum(lengths) if one_row else max(lengths))
+    batch = collate([_joined([examples[i] for i in row]) for row in rows], pad_id)
+    width = batch["input_ids"].shape[1]
+    parts = [[*(lengths[i] for i in row), width - sum(lengths[i] for i in row)] for row in rows]  # the last is padding
+    batch["sample_ids"] = torch.stack([torch.arange(len(p)).repeat_interleave(torch.tensor(p)) for p in parts])
+    batch["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in p]) for p in parts])
+    batch["samples"] = [examples[i].sample for row in rows for i in row]
+    return batch
+
+
+def _fitted(lengths: list[int], width: int) -> list[list[int]]:
+    """Rows of indices whose lengths sum to at most `width`: the longest first, each in the first row with room."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((r for r, left in enumerate(room) if left >= lengths[i]), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[place].append(i)
+        room[place] -= lengths[i]
+    return rows
+
+
+def _joined(examples: list[Example]) -> Example:
+    """Examples one after another, as one that bears the first's name."""
     lengths = torch.tensor([len(example.input_ids) for example in examples])
-    sample_ids = torch.arange(len(examples)).repeat_interleave(lengths)
-    position_ids = torch.arange(len(sample_ids)) - (lengths.cumsum(0) - lengths)[sample_ids]
-    key_mask = torch.cat([e.key_mask for e in examples])[None]
-    key_index, key_valid = key_positions(key_mask)
-    return Batch(
-        input_ids=torch.cat([e.input_ids for e in examples])[None],
-        labels=torch.cat([e.labels for e in examples]).masked_fill(position_ids == 0, IGNORED)[None],
-        modality_ids=torch.cat([e.modality_ids for e in examples])[None],
-        key_mask=key_mask,
-        attention_mask=torch.ones_like(sample_ids)[None],
-        key_index=key_index,
-        key_valid=key_valid,
-        sample_ids=sample_ids[None],
-        position_ids=position_ids[None],
-        media=_media(examples, (lengths.cumsum(0) - lengths).tolist()),
-        samples=[example.sample for example in examples],
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    labels = torch.cat([example.labels for example in examples])
+    labels[starts] = IGNORED
+    return Example(
+        torch.cat([example.input_ids for example in examples]),
+        labels,
+        torch.cat([example.modality_ids for example in examples]),
+        torch.cat([example.key_mask for example in examples]),
+        [replace(item, start=item.start + t) for e, t in zip(examples, starts, strict=True) for item in e.media],
+        examples[0].sample,
     )
 
 

@@ -175,10 +175,10 @@ class MediaBatch:
 
 
 class Batch(TypedDict):
-    """B examples padded to T tokens, or all of them in one row (B = 1).
+    """B rows of examples, padded to T tokens. key_index (B,Q) lists each row's key positions, key_valid says which are real.
 
-    key_index (B,Q) lists each row's key positions, key_valid says which are real. Where a row holds several examples,
-    sample_ids (1,T) says which of them a token is of, and position_ids (1,T) its place in it.
+    Where a row may hold several examples, sample_ids (B,T) says which of its row's a token is of (padding counts as one),
+    and position_ids (B,T) its place in it.
     """
 
     input_ids: Tensor

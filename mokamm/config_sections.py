@@ -296,7 +296,7 @@ class TrainingConfig(Section):
     bf16: bool = False
     gradient_checkpointing: bool = False
     group_by_length: bool = False  # rows of like length together; or train_sampling_strategy, its newer name
-    padding_free: bool = False  # the rows of a batch one after another, none padded; see mokamm/training/apart.py
+    packing: bool = False  # samples of a batch share rows, each kept to itself; see mokamm/training/packing.py
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 2
     logging_steps: Positive = 10
     eval_steps: Positive | None = None

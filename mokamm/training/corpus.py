@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from data.collate import collate, joined, packed
+from data.collate import collate, packed
 from data.dataset import MultimodalDataset, Part
 from data.ledger import Ledger
 from data.media import MediaLimits, MediaLoader
@@ -21,6 +21,8 @@ from data.sources import open_source
 from mokamm.config import RunConfig
 from mokamm.config_sections import SourceConfig
 from mokamm.training.stopping import ignore_signals
+
+Join = Callable[[Sequence[Example], int], Batch]
 
 
 class HeldOut(MultimodalDataset):
@@ -82,14 +84,16 @@ def open_parts(
 
 
 def batches(
-    dataset: MultimodalDataset, sampler: Iterable[list[int]], pad_id: int, workers: int, padding_free: bool = False
+    dataset: MultimodalDataset, sampler: Iterable[list[int]], pad_id: int, workers: int, join: Join = collate
 ) -> DataLoader:
-    """A loader whose workers decode and tokenise. Its generator is its own: iterating does not touch the training's."""
-    join = joined if padding_free else partial(collate, pad_id=pad_id)
+    """A loader whose workers decode, tokenise and make batches by `join(examples, pad_id)`.
+
+    Its generator is its own: iterating does not touch the training's.
+    """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=partial(_for_main_process, join) if workers else join,
+        collate_fn=partial(_joined, join=join, pad_id=pad_id, in_worker=workers > 0),
         num_workers=workers,
         worker_init_fn=_give_way,
         prefetch_factor=4 if workers else None,
@@ -97,8 +101,9 @@ def batches(
     )
 
 
-def _for_main_process(join: Callable[[Sequence[Example]], Batch], examples: Sequence[Example]) -> Batch:
-    return packed(join(examples))
+def _joined(examples: Sequence[Example], join: Join, pad_id: int, in_worker: bool) -> Batch:
+    batch = join(examples, pad_id)
+    return packed(batch) if in_worker else batch
 
 
 def _give_way(worker: int) -> None:

@@ -27,7 +27,6 @@ from mokamm.adapters import Coto
 from mokamm.config import RunConfig
 from mokamm.config_sections import TrainingConfig
 from mokamm.training import checkpoint
-from mokamm.training.apart import check_apart
 from mokamm.training.bad_steps import BadSteps, marked
 from mokamm.training.checkpoint import TrainerState
 from mokamm.training.corpus import Corpus, batches
@@ -35,6 +34,7 @@ from mokamm.training.engine import Engine, build_engine
 from mokamm.training.forecast import Forecast, explained
 from mokamm.training.launch import Ranks
 from mokamm.training.optimization import Parts, parameter_groups, schedule
+from mokamm.training.packing import check_apart, joining
 from mokamm.training.resume import Beginning
 from mokamm.training.stopping import SignalWatch, Stopped, agreed
 from mokamm.training.stream import MicroBatches, Plan, ValidationBatches
@@ -116,7 +116,7 @@ def start(
         window = checkpoint.restore(folder, engine, ranks)
         if ranks.main:
             print(f"resuming from {folder}", flush=True)
-    if training.padding_free:
+    if training.packing:
         check_apart(engine, model)
     engine.train(True)
     return engine, window
@@ -143,6 +143,7 @@ class Loop:
         self.model, self.engine, self.corpus = model, engine, corpus
         self.ranks, self.plan, self.state = ranks, shape, state
         self.folder = Path(self.training.output_dir)
+        self.join = joining(config)
         self.factor = schedule(self.training, shape.total_steps)
         adapter = config.adapter.model_dump() if self.training.stage == 2 else {}
         self.coto = Coto.of(model.llm, adapter, shape.total_steps, self.training.seed)
@@ -210,8 +211,8 @@ class Loop:
         rows = MicroBatches(
             self.plan, training.seed, self.ranks.rank, self.state.step, length if training.group_by_length else None
         )
-        workers, padding_free = training.dataloader_num_workers, training.padding_free
-        return loaded(batches(self.corpus.train, rows, self.corpus.pad_id, workers, padding_free))
+        workers = training.dataloader_num_workers
+        return loaded(batches(self.corpus.train, rows, self.corpus.pad_id, workers, self.join))
 
     def _gather(self, micro_batches: Iterator[Any]) -> list[Any]:
         began = time.monotonic()

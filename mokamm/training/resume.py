@@ -67,7 +67,7 @@ DAY = "model.llm.chat_date"
 SAME = (
     "stage", "init_from", "learning_rate", "projector_learning_rate", "lr_scheduler_type", "warmup_ratio",
     "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16",
-    "group_by_length", "padding_free", "metric_for_best_model", "seed",
+    "group_by_length", "packing", "metric_for_best_model", "seed",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Samples one after another in one row: the loss, the gradients and the routing of the padded batch, or a refusal."""
+"""Samples that share rows: the loss, the gradients and the routing of the padded batch, or a refusal."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
 
-from data.collate import collate, joined
-from data.schema import IGNORED, PADDING, Message, Text, UserError
+from data.collate import collate, share_rows
+from data.schema import IGNORED, PADDING, Example, Message, Sample, Text, UserError
 from mokamm import train
 from mokamm.adapters import AdapterError, MokaConfig
 from mokamm.model import MultimodalLM
 from mokamm.perception import Perception
 from mokamm.routing import Routing
-from mokamm.training.apart import check_apart
+from mokamm.training.packing import check_apart
 from mokamm.training.watch import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +35,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 def samples(make_sample):
     history = (Message("user", (Text("Which?"),)), Message("assistant", (Text("two"),)))
     return [
-        make_sample(("video", "clip.mp4"), ("audio", "long.wav"), "How many are sounding?"),
+        make_sample(("video", "clip.mp4"), ("audio", "long.wav"), "How many are sounding? " * 8),
         make_sample("Only text here?", answer="yes"),
         make_sample(("audio", "short.wav"), "Which one?", ("image", "wide.png"), ("image", "picture.png"), answer="no"),
         make_sample(("audio", "short.wav"), answer="a violin", history=history),
@@ -48,11 +50,14 @@ def loss_and_gradients(model, batch):
     return float(out["loss_sum"].detach()), int(out["tokens"]), gradients
 
 
+@pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("method", ["moka", "multi_lora", "lori_moka_d", "lora", "dora", "hira", "full", "none"])
-def test_loss_and_gradients_are_those_of_the_padded_batch(make_model, samples, method):
+def test_loss_and_gradients_are_those_of_the_padded_batch(make_model, samples, method, one_row):
     model = make_model(method).train()
     examples = [model.processor(sample) for sample in samples]
-    loss, tokens, gradients = loss_and_gradients(model, joined(examples))
+    batch = share_rows(examples, model.processor.pad_id, one_row)
+    assert len(batch["input_ids"]) == (1 if one_row else 2)
+    loss, tokens, gradients = loss_and_gradients(model, batch)
     expected_loss, expected_tokens, expected = loss_and_gradients(model, collate(examples, model.processor.pad_id))
     assert tokens == expected_tokens > 0
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -61,19 +66,48 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(make_model, samples, m
         assert (gradients[name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
 
 
-def test_a_row_holds_every_token_once_and_no_label_at_a_first_token(make_model, samples):
+@pytest.mark.parametrize("one_row", [False, True])
+def test_rows_hold_every_token_once_and_no_label_at_a_first_token(make_model, samples, one_row):
     model = make_model()
     examples = [model.processor(sample) for sample in samples]
+    for number, example in enumerate(examples):
+        example.sample.meta["number"] = number
     examples[1].labels[0] = examples[1].input_ids[0]  # as for a model of text without a prompt
-    row, padded = joined(examples), collate(examples, model.processor.pad_id)
-    kept = padded["attention_mask"].bool()
-    for name in ("input_ids", "modality_ids", "key_mask"):
-        assert torch.equal(row[name][0], padded[name][kept]), name
-    assert int((row["labels"][:, 1:] != IGNORED).sum()) == int((padded["labels"][:, 1:] != IGNORED).sum())
-    assert row["sample_ids"].tolist() == [[i for i, e in enumerate(examples) for _ in e.input_ids]]
-    assert row["position_ids"].tolist() == [[t for e in examples for t in range(len(e.input_ids))]]
+    batch = share_rows(examples, model.processor.pad_id, one_row)
+    rows = len(batch["input_ids"])
+    assert batch["input_ids"].numel() < collate(examples, 0)["input_ids"].numel()
+    found = iter(batch["samples"])
+    seen = []
+    for b in range(rows):
+        ids = batch["sample_ids"][b].tolist()
+        assert ids == sorted(ids)
+        for sample_id in sorted({i for i, real in zip(ids, batch["attention_mask"][b], strict=True) if real}):
+            number = next(found).meta["number"]
+            seen.append(number)
+            here, example = batch["sample_ids"][b] == sample_id, examples[number]
+            for name in ("input_ids", "modality_ids", "key_mask"):
+                assert torch.equal(batch[name][b][here], getattr(example, name)), name
+            assert torch.equal(batch["labels"][b][here][1:], example.labels[1:])
+            assert batch["labels"][b][here][0] == IGNORED
+            assert batch["position_ids"][b][here].tolist() == list(range(len(example.input_ids)))
+    assert sorted(seen) == [0, 1, 2, 3]
+    assert all(example.media[0].start < len(example.input_ids) for example in examples if example.media)  # as it was
     with pytest.raises(ValueError, match="at least one example"):
-        joined([])
+        share_rows([], 0)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20))
+def test_rows_are_no_longer_than_the_longest_sample_and_no_more_than_needed(lengths):
+    def example(n):
+        ids = torch.arange(n)
+        return Example(ids, ids.clone(), torch.zeros_like(ids), torch.zeros_like(ids).bool(), [], Sample(str(n), ()))
+
+    batch = share_rows([example(n) for n in lengths], 0)
+    rows, width = batch["input_ids"].shape
+    assert width == max(lengths)
+    assert int(batch["attention_mask"].sum()) == sum(lengths)
+    assert rows == 1 or 2 * sum(lengths) > rows * width  # first fit: at most one row less than half full
+    assert sorted(int(sample.id) for sample in batch["samples"]) == sorted(lengths)
 
 
 SWITCHES = [
@@ -144,7 +178,7 @@ def llm_of(kind: str) -> MultimodalLM:
     llm = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager" if kind == "Bloom" else None
     )
-    processor = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=64), end_ids=[], senses={})
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=64), end_ids=[], senses={}, pad_id=0)
     return MultimodalLM(llm, {}, Perception({}, None), processor)
 
 
@@ -160,31 +194,37 @@ def test_llms_that_keep_samples_apart_are_taken(kind):
 )
 def test_llms_that_do_not_are_refused(kind, message):
     model = llm_of(kind)
-    with pytest.raises(UserError, match=f"(?s)padding_free.*{message}.*group_by_length"):
+    with pytest.raises(UserError, match=f"(?s)packing.*{message}.*group_by_length"):
         check_apart(model, model)
 
 
 def test_a_run_gives_the_losses_of_the_padded_run_and_resumes_only_as_it_began(mini_base, world, tmp_path, capsys):
-    told = {split: world / split / "told.jsonl" for split in ("train", "test")}
+    told = (world / "train" / "told.jsonl").read_text().splitlines()[:24]
+    short = [
+        json.dumps({"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]})
+        for n in range(24)
+    ]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join([*told, *short]))
 
-    def arguments(name, padding_free, *more):
+    def arguments(name, packing, *more):
         return [
-            str(ROOT / "configs/mini/text.yaml"), "data.world=null", f"data.train.0.path={told['train']}",
-            f"data.validation.0.path={told['test']}", "evaluation.benchmarks=[]", f"training.output_dir={tmp_path / name}",
+            str(ROOT / "configs/mini/text.yaml"), "data.world=null", f"data.train.0.path={rows}",
+            f"data.validation.0.path={rows}", "evaluation.benchmarks=[]", f"training.output_dir={tmp_path / name}",
             "training.deepspeed=null", "training.max_steps=4", "training.logging_steps=1", "training.eval_steps=4",
-            "training.per_device_train_batch_size=4", "training.dataloader_num_workers=1", "training.report_to=none",
-            "training.save_steps=2", "training.use_cpu=true", f"training.padding_free={json.dumps(padding_free)}", *more,
+            "training.per_device_train_batch_size=8", "training.dataloader_num_workers=1", "training.report_to=none",
+            "training.save_steps=2", "training.use_cpu=true", f"training.packing={json.dumps(packing)}", *more,
         ]  # fmt: skip
 
-    found = {}
-    for name, padding_free in (("row", True), ("padded", False)):
-        train.main(arguments(name, padding_free))
+    found, padding = {}, {}
+    for name, packing in (("packed", True), ("padded", False)):
+        train.main(arguments(name, packing))
         records = read_metrics(tmp_path / name / "metrics.jsonl")
         found[name] = [r["loss"] for r in records if r["kind"] in ("train", "validation")]
-        shares = [r["padding_share"] for r in records if r["kind"] == "train"]
-        assert all(share == 0 for share in shares) == padding_free
-    assert found["row"] == pytest.approx(found["padded"], rel=1e-4)
+        padding[name] = sum(r["padding_share"] for r in records if r["kind"] == "train")
+    assert found["packed"] == pytest.approx(found["padded"], rel=1e-4)
+    assert padding["packed"] < padding["padded"]
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        train.main(arguments("row", False, "training.max_steps=6"))
-    assert "training.padding_free: True there, False now" in capsys.readouterr().err
+        train.main(arguments("packed", False, "training.max_steps=6"))
+    assert "training.packing: True there, False now" in capsys.readouterr().err
