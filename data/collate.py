@@ -55,7 +55,7 @@ def share_rows(examples: Sequence[Example], pad_id: int, one_row: bool = False) 
     if not examples:
         raise ValueError("share_rows wants at least one example")
     lengths = [len(example.input_ids) for example in examples]
-    rows = _fitted(lengths, sum(lengths) if one_row else max(lengths))
+    rows = first_fit(lengths, sum(lengths) if one_row else max(lengths))
     batch = collate([_joined([examples[i] for i in row]) for row in rows], pad_id)
     width = batch["input_ids"].shape[1]
     parts = [[*(lengths[i] for i in row), width - sum(lengths[i] for i in row)] for row in rows]  # the last is padding
@@ -65,7 +65,7 @@ def share_rows(examples: Sequence[Example], pad_id: int, one_row: bool = False) 
     return batch
 
 
-def _fitted(lengths: list[int], width: int) -> list[list[int]]:
+def first_fit(lengths: list[int], width: int) -> list[list[int]]:
     """Rows of indices whose lengths sum to at most `width`: the longest first, each in the first row with room."""
     rows: list[list[int]] = []
     room: list[int] = []

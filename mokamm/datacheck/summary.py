@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data.collate import first_fit
 from data.dataset import Part
 from data.ledger import allowed_bad
 from data.order import epoch_order
@@ -153,7 +154,7 @@ def describe(lengths: np.ndarray) -> dict[str, float]:
 
 
 def padding(lengths: np.ndarray, batch: int) -> dict[str, float]:
-    """The share of a batch's tokens that is padding: rows as they come, and rows of like length together."""
+    """The share of a batch's tokens that is padding: rows as they come, rows of like length together, rows shared."""
     count, block = len(lengths) // batch * batch, BLOCK * batch
     if not count:
         return {}
@@ -163,7 +164,8 @@ def padding(lengths: np.ndarray, batch: int) -> dict[str, float]:
     for name, rows in (("random", shuffled), ("group_by_length", grouped)):
         table = rows.reshape(-1, batch)
         shares[name] = round(1 - float(rows.sum() / (table.max(axis=1).sum() * batch)), 4)
-    return shares
+    packed = sum(len(first_fit(row, max(row))) * max(row) for row in shuffled.reshape(-1, batch).tolist())
+    return {**shares, "packing": round(1 - float(shuffled.sum() / packed), 4)}
 
 
 def would_stop(rows: int, checked: int, bad: int, max_bad_fraction: float) -> list[str]:

@@ -232,6 +232,7 @@ def test_padding_of_a_batch():
     found = padding(lengths, 2)
     assert found["group_by_length"] == pytest.approx(0, abs=0.01)
     assert found["random"] == pytest.approx(1 - 40 / (0.25 * 20 + 0.75 * 60), abs=0.02)  # E[sum] / E[2 max]
+    assert padding(np.array([30] * 250 + [10] * 750), 1000) == {"random": 0.5, "group_by_length": 0.5, "packing": 0.0}
     assert padding(lengths[:1], 2) == {}
     assert describe(np.arange(1, 101)) == {"mean": 50.5, "min": 1, "p50": 50, "p95": 95, "p99": 99, "max": 100}
     assert describe(np.zeros(0)) == {}
