@@ -241,6 +241,17 @@ def test_alpaca_as_published(tmp_path):
     assert "'history' 0: must be a pair" in reason("alpaca", tmp_path, row | {"history": ["Hi"]})
 
 
+@pytest.mark.parametrize("source", ["alpaca", "swift"])
+def test_alpaca_with_one_of_instruction_and_input(tmp_path, source):
+    """LLaMA-Factory joins those of the two that hold something (`convert_alpaca`)."""
+    row = {"instruction": "1+1?", "input": "", "output": "2"}
+    for asked in (row, row | {"instruction": "", "input": "1+1?"}, row | {"instruction": None, "input": "1+1?"}):
+        assert open_source(source, write(tmp_path / "a.json", [asked]))[0].messages == (user("1+1?"), said("2"))
+    assert "'instruction' is missing or empty" in reason("alpaca", tmp_path, row | {"instruction": ""})
+    unnamed = {"instuction": "Translate.", "input": "Hallo", "output": "Hello"}
+    assert "is 'instruction' called 'instuction' there?" in reason("alpaca", tmp_path, unnamed)
+
+
 # --- ms-swift
 
 
