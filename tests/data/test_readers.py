@@ -603,6 +603,10 @@ def test_an_empty_system_message_is_none(tmp_path, empty):
                         ("llava", told)):  # fmt: skip
         rows = open_source(source, write(tmp_path / "a.json", [row]))
         assert rows[0].messages == (user("Hi"), said("Ho"))
+    typed = {"messages": [{"role": "system", "content": [{"type": "text", "text": empty}]}, *openai("Hi", "Ho")]}
+    column = {"conversations": talk("Hi", "Ho"), "system": empty}
+    for source, row in (("messages", typed), ("swift", typed), ("sharegpt", column), ("llava", column)):
+        assert open_source(source, write(tmp_path / "a.json", [row]))[0].messages == (user("Hi"), said("Ho"))
     rows = open_source("llava", write(tmp_path / "a.json", [told | {"system": "Be brief."}]))
     assert rows[0].messages[0].text == "Be brief."
 
