@@ -3,7 +3,8 @@
 With [start, start + duration) the stream's extent, the k-th of F target times is start + (k + 1/2) / F * duration, and the
 frame shown at time t is the one with pts <= t < next pts. Times are exact fractions, so variable frame rates need no
 special care. The file is decoded once, in order, to its end, so that a file that was cut off is noticed instead of
-yielding less.
+yielding less. Where its last frame is shown only after that extent, it is decoded again over the true one: an MP4's header
+adds the durations up in decoding order, which B-frames of uneven durations leave early (slides with -vsync vfr).
 
 Cost: one sequential decode on one thread (data loader workers are the parallelism); memory: the F frames. F: frames.
 """
@@ -33,20 +34,24 @@ def video_frames(path: Path, segments: int, limits: MediaLimits) -> Tensor:
         stream.codec_context.options = {"max_pixels": str(2 * limits.max_pixels)}
         start, duration, exact = extent(container, stream, path)
         check_seconds(path, duration, limits)
-        targets = [start + duration * Fraction(2 * k + 1, 2 * segments) for k in range(segments)]
-        frames, end = _pick(container, stream, targets, start, path, limits)
+        frames, last, end = _pick(container, stream, start, duration, segments, path, limits)
         if exact:
             tolerance = max(Fraction(1, 10), duration / 50, 2 * frame_time(stream))
             check_complete(path, end - start, duration, tolerance)
+        if last >= start + duration:
+            container.seek(stream.start_time or 0, stream=stream)
+            shown = last - start + frame_time(stream)
+            frames, _last, _end = _pick(container, stream, start, shown, segments, path, limits)
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
 
 
 def _pick(
-    container: Any, stream: Any, targets: list[Fraction], start: Fraction, path: Path, limits: MediaLimits
-) -> tuple[list[np.ndarray], Fraction]:
-    """The frame shown at each target time, as RGB (H,W,3), and the time at which the last decoded frame ends."""
+    container: Any, stream: Any, start: Fraction, duration: Fraction, segments: int, path: Path, limits: MediaLimits
+) -> tuple[list[np.ndarray], Fraction, Fraction]:
+    """The frame shown at each target time, as RGB (H,W,3), and the times at which the last decoded one begins and ends."""
+    targets = [start + duration * Fraction(2 * k + 1, 2 * segments) for k in range(segments)]
     picked: list[np.ndarray] = []
-    held, held_rgb, end = None, None, start
+    held, held_rgb, last, end = None, None, start, start
     reformatter = VideoReformatter()  # one for the whole video: a frame's own would be set up anew for each
 
     def take() -> None:
@@ -61,12 +66,12 @@ def _pick(
         while held is not None and len(picked) < len(targets) and targets[len(picked)] < time:
             take()
         shown = frame.duration * frame.time_base if frame.duration else frame_time(stream)
-        held, held_rgb, end = frame, None, max(end, time + shown)
+        held, held_rgb, last, end = frame, None, time, max(end, time + shown)
     if held is None:
         raise MediaError(f"{path}: not one picture can be decoded; the file was cut off or is damaged: fetch it again")
     while len(picked) < len(targets):
         take()
-    return picked, end
+    return picked, last, end
 
 
 def _rgb(

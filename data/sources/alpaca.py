@@ -3,7 +3,8 @@
     {"instruction": "<image>Describe it.", "input": "", "output": "A cat.", "images": ["a.png"],
      "system": "...", "history": [["an earlier question", "its answer"]]}
 
-What the user says is the instruction, a line break and the input. The answers in `history` are samples too.
+What the user says is the instruction, a line break and the input, or that one of them which is not empty. The answers in
+`history` are samples too.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ def exchanges(row: dict[str, Any], column: Mapping[str, str]) -> list[Turn]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadSample(f"'{column['history']}' {k}: must be a pair of question and answer, found {describe(pair)}")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
-    question = text_of(row, column["prompt"])
-    if row.get(column["query"]):
-        question = f"{question}\n{text_of(row, column['query'])}"
+    asked = [name for name in (column["prompt"], column["query"]) if row.get(name)]
+    if not asked or column["prompt"] not in row:
+        asked = [column["prompt"]]
+    question = "\n".join(text_of(row, name) for name in asked)
     turns += [Turn("user", question), Turn("assistant", text_of(row, column["response"]))]
     return with_system(row, turns, column["system"])
 

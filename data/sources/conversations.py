@@ -84,15 +84,23 @@ def turns_of(
             raise BadSample(f"{where}'{content_key}' is missing ({columns_of(message, content_key)})")
         learned = message.get("loss") != 0 and message.get("weight") != 0  # False, 0, 0.0; tables have None for neither
         turns.append(Turn(roles[role], message[content_key], learned))
-    blank = turns and turns[0].role == "system" and isinstance(turns[0].content, str) and not turns[0].content.strip()
-    return turns[1:] if blank else turns
+    return turns[1:] if turns and turns[0].role == "system" and _is_blank(turns[0].content) else turns
 
 
 def with_system(row: dict[str, Any], turns: list[Turn], column: str = "system") -> list[Turn]:
     """The turns after the system message of a column of its own; one that stands among the turns goes before it."""
-    if not row.get(column) or (turns and turns[0].role == "system"):
+    if not row.get(column) or _is_blank(row[column]) or (turns and turns[0].role == "system"):
         return turns
     return [Turn("system", row[column]), *turns]
+
+
+def _is_blank(content: Any) -> bool:
+    """Whether a content, a text or typed parts, is white space."""
+    texts = [
+        part.get("text") if isinstance(part, dict) else part
+        for part in (content if isinstance(content, list) else [content])
+    ]
+    return all(isinstance(text, str) and not text.strip() for text in texts)
 
 
 def sample_of(row: Any, index: int, turn: int, name: str, layout: Layout) -> Sample:

@@ -8,7 +8,8 @@
 Content is a text or a list of parts. A medium has a path (also under its type's name or `url`, as in Hugging Face's and
 OpenAI's chats: {"type": "image_url", "image_url": {"url": ...}}) and, where the default is not meant, `as`: the modality
 whose encoder perceives it. Where the parts have no path, {"type": "image"}, columns of the row list them in their order,
-or by the parts' `index`: `images` (or `image`), `videos`, `audios`. A text is a text, also where it says `<image>`.
+or by the parts' `index`: `images` (or `image`), `videos`, `audios`. A text is a text, also where it says `<image>`. Media
+are taken whole: a part with Qwen's `video_start` or the like makes its row bad.
 
     text     `question: true` marks the text whose tokens are keys; where none of the turn is marked, all of it is
     video    its picture only                           as vision
@@ -18,6 +19,7 @@ or by the parts' `index`: `images` (or `image`), `videos`, `audios`. A text is a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -28,6 +30,8 @@ from data.schema import BadSample, Kind, Media, Message, Text, nearest
 from data.sources.conversations import Layout, Turn, conversation_rows, turns_of
 from data.sources.placeholders import COLUMNS, OTHER_NUMBER, media_of, names_media, path_of
 from data.sources.rows import Rows, describe, text_of
+
+_CUT = re.compile(r"((video|audio)_)?(start|end)(_time)?")  # keys of a part: from and to which second it is meant
 
 
 def read(path: Path, *, audio_as: str = "audio") -> Rows:
@@ -113,6 +117,11 @@ def _part(part: dict[str, Any], role: str, audio_as: str, listed: Mapping[int, M
         return Text(part["text"], question=part.get("question") is True)
     if role != "user":
         raise BadSample(f"{where}a {kind} may stand in the user's messages only, not in the {role}'s")
+    if cut := [key for key in part if _CUT.fullmatch(key) and part[key] is not None]:
+        raise BadSample(
+            f"{where}'{cut[0]}' means a stretch of the {kind}, and media are read whole: cut it out (ffmpeg -ss START "
+            "-to END -i IN OUT) and name the new file"
+        )
     if (key := _path_key(part)) is None:
         medium = listed[id(part)]
     else:

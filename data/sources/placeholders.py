@@ -26,8 +26,14 @@ _ELSEWHERE = "(text that only looks like one belongs into the format 'messages')
 def media_of(row: dict[str, Any], columns: Mapping[Kind, str], audio_as: str) -> dict[Kind, list[Media]]:
     """The media that the row's columns list. A column holds a path, {"path": ...}, a list of such, or nothing.
 
-    Where it is called `image` or `images`, `video` or `videos`, ..., the other of the two names does as well.
+    Where it is called `image` or `images`, `video` or `videos`, ..., the other of the two names does as well. BadSample for
+    a row with sound in a column `speech` (LLaMA-Omni's), which would be lost.
     """
+    if "speech" not in columns.values() and names_media(row.get("speech")):
+        raise BadSample(
+            f"a column 'speech' names a sound, which is not read: call it '{columns['audio']}' and its place in the text "
+            "<audio>, and set the source's options: {audio_as: speech}"
+        )
     found: dict[Kind, list[Media]] = {}
     for kind in KINDS:
         column = columns[kind]

@@ -58,6 +58,16 @@ def test_variable_frame_rate(tmp_path, write_video, colour_of):
     assert colour_of(frames) == [2, 2, 4, 4, 4, 4, 5, 5]
 
 
+def test_slides_with_b_frames_are_seen_to_the_last(tmp_path, write_video, colour_of):
+    """Their MP4's header claims 35.0 s, the sum of the frames' durations in decoding order."""
+    starts = [0, 3000, 9000, 9500, 20000, 26000, 30000, 50000]
+    write_video(tmp_path / "v.mp4", list(range(8)), starts)
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        assert container.streams.video[0].duration * container.streams.video[0].time_base < 36
+    frames = MediaLoader(tmp_path).frames(video("v.mp4"), 10)  # middles: 2.7, 8.2, 13.6, ... of 54.4 s
+    assert colour_of(frames) == [0, 1, 3, 3, 4, 5, 6, 6, 6, 7]
+
+
 def test_duration_is_counted_where_no_header_has_it(tmp_path, write_video, colour_of):
     write_video(tmp_path / "live.mkv", [k // 5 for k in range(20)], options={"live": "1"})
     write_video(tmp_path / "raw.h264", [k // 5 for k in range(20)])

@@ -241,6 +241,17 @@ def test_alpaca_as_published(tmp_path):
     assert "'history' 0: must be a pair" in reason("alpaca", tmp_path, row | {"history": ["Hi"]})
 
 
+@pytest.mark.parametrize("source", ["alpaca", "swift"])
+def test_alpaca_with_one_of_instruction_and_input(tmp_path, source):
+    """LLaMA-Factory joins those of the two that hold something (`convert_alpaca`)."""
+    row = {"instruction": "1+1?", "input": "", "output": "2"}
+    for asked in (row, row | {"instruction": "", "input": "1+1?"}, row | {"instruction": None, "input": "1+1?"}):
+        assert open_source(source, write(tmp_path / "a.json", [asked]))[0].messages == (user("1+1?"), said("2"))
+    assert "'instruction' is missing or empty" in reason("alpaca", tmp_path, row | {"instruction": ""})
+    unnamed = {"instuction": "Translate.", "input": "Hallo", "output": "Hello"}
+    assert "is 'instruction' called 'instuction' there?" in reason("alpaca", tmp_path, unnamed)
+
+
 # --- ms-swift
 
 
@@ -592,6 +603,10 @@ def test_an_empty_system_message_is_none(tmp_path, empty):
                         ("llava", told)):  # fmt: skip
         rows = open_source(source, write(tmp_path / "a.json", [row]))
         assert rows[0].messages == (user("Hi"), said("Ho"))
+    typed = {"messages": [{"role": "system", "content": [{"type": "text", "text": empty}]}, *openai("Hi", "Ho")]}
+    column = {"conversations": talk("Hi", "Ho"), "system": empty}
+    for source, row in (("messages", typed), ("swift", typed), ("sharegpt", column), ("llava", column)):
+        assert open_source(source, write(tmp_path / "a.json", [row]))[0].messages == (user("Hi"), said("Ho"))
     rows = open_source("llava", write(tmp_path / "a.json", [told | {"system": "Be brief."}]))
     assert rows[0].messages[0].text == "Be brief."
 
@@ -600,3 +615,32 @@ def test_sharegpt_knows_the_names_of_tools(tmp_path):
     columns, tags = {"messages": "conversations", "tools": "tools"}, {"observation_tag": "seen", "function_tag": "call"}
     path = write(tmp_path / "a.json", [{"conversations": talk("Hi", "Ho"), "tools": "[]"}])
     assert open_source("sharegpt", path, columns=columns, tags=tags)[0].answer == "Ho"
+
+
+@pytest.mark.parametrize("source", ["llava", "sharegpt", "swift"])
+def test_a_recording_in_a_column_of_its_own_is_not_lost(tmp_path, source):
+    """LLaMA-Omni's rows: {"speech": path, "conversations": [... "<speech>\\nPlease directly answer ..."]}."""
+    texts = ("<speech>\nPlease answer the question in the user's speech.", "Yes.")
+    talked = {"messages": openai(*texts)} if source == "swift" else {"conversations": talk(*texts)}
+    assert "a column 'speech' names a sound" in reason(source, tmp_path, talked | {"speech": "a.wav"})
+    number = open_source(source, write(tmp_path / "a.json", [talked | {"speech": 7}]))
+    assert number[0].meta == {"speech": 7}
+    if source == "sharegpt":
+        heard = {"conversations": talk(texts[0].replace("speech>", "audio>"), "Yes."), "speech": "a.wav"}
+        rows = open_source(source, write(tmp_path / "a.json", [heard]), columns={"audios": "speech"}, audio_as="speech")
+        assert rows[0].media == [audio("a.wav", "speech")]
+
+
+@pytest.mark.parametrize("cut", [{"video_start": 1.0, "video_end": 3.0}, {"start": 2}, {"end_time": 2}])
+def test_a_stretch_of_a_video_is_not_taken_for_the_whole(tmp_path, cut):
+    """qwen-vl-utils reads `video_start` and `video_end` of a part."""
+    part = {"type": "video", "video": "v.mp4"}
+    row = {
+        "messages": [
+            {"role": "user", "content": [part | cut, {"type": "text", "text": "What?"}]},
+            *openai("", "A.")[1:],
+        ]
+    }
+    assert f"'{next(iter(cut))}' means a stretch of the video" in reason("messages", tmp_path, row)
+    row["messages"][0]["content"][0] = part | dict.fromkeys(cut) | {"fps": 1.0, "max_pixels": 50_000}
+    assert open_source("messages", jsonl(tmp_path / "a.jsonl", row))[0].media == [video("v.mp4")]
