@@ -137,8 +137,10 @@ def _page(run: Path, records: list[dict], results: list[Result]) -> list[str]:
 def _training(records: list[dict]) -> list[str]:
     train, first = (_of(records, kind) for kind in ("train", "calibration"))
     last, bad_steps = train[-1], len(_of(records, "bad_step"))
-    seconds = sum(r["seconds"] for r in train)
-    speed = sum(r["tokens_per_second"] * r["seconds"] for r in train) / max(seconds, 1e-9)
+    seconds = max(sum(r["seconds"] for r in train), 1e-9)
+    waited = sum(r["data_wait_share"] * r["seconds"] for r in train)
+    tokens = [r["tokens_per_second"] * r["seconds"] for r in train]
+    places = sum(number / (1 - r["padding_share"]) for number, r in zip(tokens, train, strict=True))
     return [
         "![loss](loss_plot.png)",
         "",
@@ -151,9 +153,8 @@ def _training(records: list[dict]) -> list[str]:
             f"| before it, {r['run']}, from which the mask was cut | {r['steps']} steps, {duration(r['seconds'])} |"
             for r in first
         ),
-        f"| speed | {short(speed)} tokens/s, {100 * sum(r['data_wait_share'] for r in train) / len(train):.1f} % "
-        f"waiting for data |",
-        f"| padding | {100 * sum(r['padding_share'] for r in train) / len(train):.1f} % of all places |",
+        f"| speed | {short(sum(tokens) / seconds)} tokens/s, {100 * waited / seconds:.1f} % waiting for data |",
+        f"| padding | {100 * (1 - sum(tokens) / max(places, 1e-9)):.1f} % of all places |",
         f"| peak memory | {max(r['memory_gb'] for r in train):.2f} GB |",
         *([f"| steps without an update | {bad_steps}; their rows: `bad_step` in metrics.jsonl |"] if bad_steps else []),
         "",

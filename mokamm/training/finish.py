@@ -12,12 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data.schema import UserError
+from data.schema import MEDIA, UserError
 from mokamm.config import RunConfig, find_path
 from mokamm.training.disk import replacing
 from mokamm.training.launch import plain_environment
 from mokamm.training.world import REPOSITORY
-from mokamm.weights import fingerprint
+from mokamm.weights import ADAPTER, fingerprint
 
 LIBRARIES = (
     "mokamm",
@@ -71,8 +71,8 @@ def finish(config: RunConfig, run: Path) -> None:
     write_up(config, run)
     if not evaluated:
         raise UserError(
-            f"the evaluation failed, its message stands above; {run}/final is whole. Try again: python eval/run.py "
-            f"all {run}"
+            f"the evaluation failed, its message stands above; {run}/final is whole. Try again: "
+            f"{shlex.join(['python', 'eval/run.py', 'all', str(run)])}"
         )
 
 
@@ -91,16 +91,15 @@ def write_up(config: RunConfig, run: Path) -> None:
 def talk_command(config: RunConfig, run: Path) -> str:
     """An infer.py command for a row of the run's own sources, else one with names to fill in."""
     try:
-        return f"python mokamm/infer.py {run} {_example(config)}"
+        asked = _example(config)
     except Exception:  # an example is a courtesy; no run should fail for it
-        options = " ".join(
-            "--audio sound.wav" if "audio" in m or "speech" in m else "--video clip.mp4"
-            for m in config.model.modalities
-        )
-        return f'python mokamm/infer.py {run} {options} "your question"'
+        options = {modality: option for option, (_, modality) in reversed(MEDIA.items())}  # --video before --image
+        asked = [word for m in config.model.modalities if m in options for word in (f"--{options[m]}", "FILE")]
+        asked.append("your question")
+    return shlex.join(["python", "mokamm/infer.py", str(run), *asked])
 
 
-def _example(config: RunConfig) -> str:
+def _example(config: RunConfig) -> list[str]:
     from data.schema import Media, Text
     from data.sources import open_source
 
@@ -115,43 +114,45 @@ def _example(config: RunConfig) -> str:
     for part in (p for message in sample.prompt for p in message.content):
         if isinstance(part, Media):
             name = part.kind if part.kind in ("video", "image") else part.modality
-            options += [f"--{name}", shlex.quote((media_dir / part.path).as_posix())]
+            options += [f"--{name}", (media_dir / part.path).as_posix()]
             words += [f"{{{name}}}"] if words else []  # a marker where it does not come first
         elif isinstance(part, Text):
             words.append(part.text.strip())
-    return " ".join([*options, shlex.quote(" ".join(w for w in words if w))])
+    return [*options, " ".join(w for w in words if w)]
 
 
 # ---- model card ------------------------------------------------------------------------------------------------------
 
 
 def model_card(config: RunConfig, run: Path) -> str:
-    """A README with the front matter that the hub reads."""
-    adapter, training = config.adapter, config.training
-    base = config.versions.get("base", {})
+    """A README with the front matter that the hub reads; a folder of this machine is no base model there."""
+    from mokamm.training.optimization import base_rates
+
+    training, llm = config.training, config.model.llm
+    base, adapter = config.versions.get("base", {}), _adapter(config, run)
+    rates = base_rates(training, config.versions.get("trained_parameters", {}))
     front = [
         "---",
-        "library_name: peft",
-        f"base_model: {config.model.llm.path}",
-        "tags: [mokamm, multimodal, moka]",
+        *(["library_name: peft"] if adapter else []),
+        *([] if find_path(llm.path).is_dir() else [f"base_model: {llm.path}"]),
+        f"tags: [mokamm, multimodal{f', {config.method}' if adapter else ''}]",
         "---",
     ]
-    what = f"`{adapter.method}`" if training.stage == 2 else "projectors only (stage 1)"
+    what = f"`{config.adapter.method}`" if training.stage == 2 else "projectors only (stage 1)"
     lines = [
         f"# {run.name}",
         "",
-        f"Trained with mokamm: {what} on `{config.model.llm.path}`, modalities "
-        f"{', '.join(config.model.modality_names)}.",
+        f"Trained with mokamm: {what} on `{llm.path}`, modalities {', '.join(config.model.modality_names)}.",
         "",
         "| setting | value |",
         "|---|---|",
-        f"| base | {config.model.llm.path}, revision {base.get('revision') or base.get('commit') or '-'} |",
-        f"| adapter | r {adapter.r}, alpha {adapter.lora_alpha:g}, dropout {adapter.lora_dropout:g}, "
-        f"attention weight {adapter.attention_weight:g}, keys {adapter.keys} |",
+        f"| base | {llm.path}, revision {base.get('revision') or base.get('commit') or '-'} |",
+        *([f"| adapter | {adapter} |"] if adapter else []),
         f"| encoders | "
         f"{'; '.join(f'{n}: {m.encoder.name} {m.encoder.path}' for n, m in config.model.modalities.items())} |",
         f"| data | {', '.join(f'{s.source} {s.path}' for s in config.data.train)} |",
-        f"| rate | {training.learning_rate:g}, {training.lr_scheduler_type}, seed {training.seed} |",
+        f"| rate | {''.join(f'{part} {rate:g}, ' for part, rate in rates.items())}{training.lr_scheduler_type}, "
+        f"seed {training.seed} |",
         "",
         *_results(run),
         "## Use",
@@ -165,6 +166,15 @@ def model_card(config: RunConfig, run: Path) -> str:
         "The base is not part of this folder: `--base` names it where it lies elsewhere.",
     ]
     return "\n".join([*front, "", *lines, ""])
+
+
+def _adapter(config: RunConfig, run: Path) -> str:
+    """What the adapter's own file says of it: a method has no use for some of the section. Empty where there is none."""
+    file = run / "final" / ADAPTER / "adapter_config.json"
+    saved = json.loads(file.read_text()) if file.is_file() else {}
+    called = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "attention_weight": "attention weight"}
+    found = [f"{name} {saved[key]:g}" for key, name in called.items() if key in saved]
+    return ", ".join([*found, *([f"keys {config.adapter.keys}"] if saved.get("attention_weight") else [])])
 
 
 def _results(run: Path) -> list[str]:

@@ -83,6 +83,21 @@ def test_report_has_pictures_and_every_score(run):
     assert "loss_plot.png" in page
 
 
+def test_shares_of_the_run_weigh_a_line_by_its_time_and_its_places(run):
+    """The first line is slow and waits; the last one stands for fewer steps."""
+    first, last = {"seconds": 60.0, "data_wait_share": 0.5}, {"seconds": 20.0, "data_wait_share": 0.1}
+    first |= {"tokens_per_second": 10.0, "padding_share": 0.25}  # 600 of 800 places
+    last |= {"tokens_per_second": 60.0, "padding_share": 0.4}  # 1200 of 2000
+    head = {"kind": "train", "epoch": 1.0, "loss": 1.0, "learning_rate": {"adapter": 1e-3}}
+    head |= {"grad_norm": 1.0, "memory_gb": 1.0}
+    lines = [{**head, "step": 10, **first}, {**head, "step": 12, **last}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(run).read_text()
+    assert "| time in steps | 1:20 |" in page
+    assert "| speed | 22 tokens/s, 40.0 % waiting for data |" in page  # 1800 in 80 s; 32 s of them
+    assert "| padding | 35.7 % of all places |" in page  # 1000 of 2800
+
+
 def test_report_without_evaluation(run):
     for path in (run / "predictions").iterdir():
         path.unlink()
