@@ -129,6 +129,7 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
         best = fit(config, model, parts, corpus, ranks, beginning, forecast=forecast)
     if ranks.main:
         checkpoint.write_final(folder, best)
+        print(f"{folder / 'final'} holds the weights of {best.name}", flush=True)
     ranks.barrier()
 
 
