@@ -71,9 +71,10 @@ def score_table(results: Tree, benchmark: str) -> list[str]:
         gap = found["difference"]
         versus = "-" if gap is None else f"{_signed(gap['mean'])} ({_between(gap['interval'], signed=True)})"
         tests = ("-", "-") if gap is None else (_p(gap["p_clips_holm"]), _p(gap["p_methods_holm"]))
+        said = "reference" if method["name"] == reference else verdict(gap)
         lines.append(
             f"| {method['name']} | {percent(found['mean'])} | {_between(found['interval'])} | {_seeds(method, found)} "
-            f"| {rate} | {versus} | {tests[0]} | {tests[1]} | {verdict(gap)} |"
+            f"| {rate} | {versus} | {tests[0]} | {tests[1]} | {said} |"
         )
     return lines
 
@@ -81,14 +82,11 @@ def score_table(results: Tree, benchmark: str) -> list[str]:
 def verdict(gap: Tree | None) -> str:
     """better or worse where the corrected t test, which knows of clips and seeds, says so; else `not told apart`.
 
-    With one seed, or one clip, there is no such test.
+    With one seed, one clip, or no score of the reference there is no such test.
     """
-    if gap is None:
-        return "reference"
-    p = gap["p_methods_holm"]
-    if p is None:
+    if gap is None or gap["p_methods_holm"] is None:
         return "not tested"
-    if p >= 0.05:
+    if gap["p_methods_holm"] >= 0.05:
         return "not told apart"
     return "better" if (gap["mean"] > 0) != gap.get("lower_is_better", False) else "worse"
 
@@ -115,7 +113,7 @@ def _legend(results: Tree) -> list[str]:
         "In per cent, means over seeds. Intervals hold the variation of clips and of seeds (with one seed, of clips only). "
         "Differences are paired by clip. p, clips: sign flips over clips, seeds averaged, for the trained models at hand; "
         "p, methods: a t test that knows of clips and seeds; both two-sided and corrected by Holm over all methods and "
-        "benchmarks. The verdict goes by the second, at 5 %; not tested: it needs two seeds."
+        "benchmarks. The verdict goes by the second, at 5 %; not tested: it needs two seeds, of the method and of the reference."
     ]
     if any(method["end"] for method in results["methods"]):
         lines[0] += (

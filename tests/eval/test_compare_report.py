@@ -149,7 +149,8 @@ def test_a_comparison_that_has_not_begun_and_one_in_its_middle_have_a_report_too
     text = write_report(gather(progress), tmp_path / "b").read_text()
     assert "| lora | - | - | 0 | - |" in text  # its only rate has to be run again
     assert "| moka | 43.8 |" in text
-    assert "| 2 of 3 | 0.001 = | - |" in text
+    assert "| 2 of 3 | 0.001 = | - | - | - | not tested |" in text  # there is no reference to be told from
+    assert "| reference |" not in text
 
 
 def test_a_method_that_trains_the_projectors_alone_has_its_place_in_the_report(
