@@ -113,7 +113,8 @@ def _legend(results: Tree) -> list[str]:
         "In per cent, means over seeds. Intervals hold the variation of clips and of seeds (with one seed, of clips only). "
         "Differences are paired by clip. p, clips: sign flips over clips, seeds averaged, for the trained models at hand; "
         "p, methods: a t test that knows of clips and seeds; both two-sided and corrected by Holm over all methods and "
-        "benchmarks. The verdict goes by the second, at 5 %; not tested: it needs two seeds, of the method and of the reference."
+        "benchmarks. The verdict goes by the second, at 5 %; not tested: it needs two seeds of the method and of the "
+        "reference."
     ]
     if any(method["end"] for method in results["methods"]):
         lines[0] += (

@@ -12,7 +12,7 @@ from data.schema import UserError
 from eval.benchmarks import BENCHMARKS
 from eval.comparison.differences import difference, holm, sign_flips
 from eval.comparison.plan import DIVERGED, FINISHED, Outcome
-from eval.comparison.plots import side_by_side
+from eval.comparison.plots import side_by_side, styles
 from eval.comparison.progress import Progress, look
 from eval.comparison.report import page, verdict, write_report
 from eval.comparison.results import gather
@@ -239,6 +239,16 @@ def test_settings_of_an_older_version_get_the_defaults_of_what_it_did_not_know()
     older["model"]["modalities"].pop("audio")
     assert as_of_now(older) != settings
     assert as_of_now({"from": "elsewhere"}) == {"from": "elsewhere"}
+
+
+def test_methods_differ_in_colour_and_marker_and_the_reference_alone_is_grey() -> None:
+    names = ["lora", *(f"method {k}" for k in range(12))]  # as many as the main comparison has
+    looks = styles({"reference": "lora", "methods": [{"name": name, "group": None} for name in names]})
+    colours = {name: colour for name, (colour, _) in looks.items()}
+    assert len(set(colours.values())) == len({marker for _, marker in looks.values()}) == len(names)
+    assert all(max(colours[name][:3]) - min(colours[name][:3]) > 0.1 for name in names[1:])
+    together = styles({"reference": "lora", "methods": [{"name": name, "group": "one"} for name in names]})
+    assert len({together[name][0] for name in names[1:]}) == 1
 
 
 def test_counts_that_would_lie_on_each_other_stand_side_by_side() -> None:
