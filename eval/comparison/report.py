@@ -41,6 +41,7 @@ def page(results: Tree) -> list[str]:
         f"({config['rate_seeds']} seed{'s' if config['rate_seeds'] > 1 else ''} a rate), then seeds "
         f"{', '.join(map(str, config['seeds']))} at the chosen rate; the test split was answered by those runs only.",
         "",
+        *_first_phases(results),
     ]
     for name, measure in results["benchmarks"].items():
         lines += [f"## {name}: {measure}, test split", "", *score_table(results, name), ""]
@@ -54,6 +55,15 @@ def page(results: Tree) -> list[str]:
     lines += ["", "## Validation at every rate", "", *rate_table(results), ""]
     lines += [f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items())}. {_processes(results)}"]
     return lines
+
+
+def _first_phases(results: Tree) -> list[str]:
+    """What some methods train before the steps that all have."""
+    found = [f"{m['name']} {m['calibration_steps']}" for m in results["methods"] if m.get("calibration_steps")]
+    if not found:
+        return []
+    told = f"Steps before these, for the mask alone (LoRI's first phase): {', '.join(found)}."
+    return [f"{told} They count in the time of a run, not in that of a step.", ""]
 
 
 def score_table(results: Tree, benchmark: str) -> list[str]:

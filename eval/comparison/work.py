@@ -130,6 +130,7 @@ def measured(config: RunConfig, folder: Path, seconds: float) -> Outcome:
     step = int(validation["step"])
     figures = {
         "trained_parameters": yaml.safe_load((folder / "config.yaml").read_text())["versions"]["trained_parameters"],
+        "calibration_steps": calibration_steps(records),
         "step_seconds": step_seconds(records),
         "memory_gb": round(memory_gb(), 4),
         "checkpoint_bytes": _bytes(folder / f"checkpoint-{step}"),
@@ -154,6 +155,11 @@ def final_validation(records: list[dict[str, Any]], config: RunConfig) -> dict[s
     if best is None:
         raise ValueError("metrics.jsonl holds no validation")
     return {key: best[key] for key in ("step", "loss", "accuracy", "samples", "missing")}
+
+
+def calibration_steps(records: list[dict[str, Any]]) -> int:
+    """The steps of a first phase that went before the run's own (mokamm/training/two_phase.py)."""
+    return sum(record["steps"] for record in records if record["kind"] == "calibration")
 
 
 def step_seconds(records: list[dict[str, Any]]) -> float | None:

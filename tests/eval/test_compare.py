@@ -153,6 +153,7 @@ def test_figures_of_a_method(plan: Path, results: dict[str, Any]) -> None:
         seconds = [r["seconds"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"]
         assert method["runs"][0]["figures"]["step_seconds"] == pytest.approx(sum(seconds[1:]) / 2)  # median of two
         assert 0.1 < method["memory_gb"] < 8
+        assert method["calibration_steps"] == 0
 
 
 def test_scores_are_those_of_the_predictions(plan: Path, results: dict[str, Any]) -> None:

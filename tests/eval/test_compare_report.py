@@ -17,7 +17,15 @@ from eval.comparison.progress import Progress, look
 from eval.comparison.report import page, verdict, write_report
 from eval.comparison.results import gather
 from eval.comparison.settings import CompareConfig, Comparison, Run
-from eval.comparison.work import as_of_now, final_validation, read_outcome, settings_of, step_seconds, write_outcome
+from eval.comparison.work import (
+    as_of_now,
+    calibration_steps,
+    final_validation,
+    read_outcome,
+    settings_of,
+    step_seconds,
+    write_outcome,
+)
 from mokamm.config import RunConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,6 +169,17 @@ def test_a_method_that_trains_the_projectors_alone_has_its_place_in_the_report(
             outcome.figures["trained_parameters"] = {"projector": 10}
     text = write_report(gather(progress), tmp_path / "report").read_text()
     assert "| moka | 0 | 10 |" in text
+
+
+def test_steps_that_a_method_trains_beyond_the_others_are_told(progress: Progress) -> None:
+    assert not any("Steps before these" in line for line in page(gather(progress)))
+    records = [{"kind": "calibration", "step": 0, "steps": 150}, line(5, 1.0), {"kind": "validation", "step": 5}]
+    for run, outcome in progress.known.items():
+        if run.method == "moka":
+            outcome.figures["calibration_steps"] = calibration_steps(records)
+    assert any(said.startswith("Steps before these, for the mask alone (LoRI's first phase): moka 150.")
+               for said in page(gather(progress)))  # fmt: skip
+    assert calibration_steps(records[1:]) == 0
 
 
 def test_runs_that_answered_other_rows_are_not_compared(progress: Progress) -> None:
