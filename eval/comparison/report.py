@@ -50,7 +50,8 @@ def page(results: Tree) -> list[str]:
     lines += [
         "Step time: median over the stretches between two log lines, the first left out, then over seeds. Memory: "
         "greatest peak of a run, of the GPU's where one is named below, else of its process, Python and libraries "
-        "included. Sizes: the adapter (or the LLM) of `final/`, and a whole checkpoint with projectors and optimizer."
+        "included. Run: median over seeds, of runs that were never stopped. Sizes: the adapter (or the LLM) of `final/`, "
+        "and a whole checkpoint with projectors and optimizer."
     ]
     lines += ["", "## Validation at every rate", "", *rate_table(results), ""]
     lines += [f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items())}. {_processes(results)}"]
@@ -145,12 +146,13 @@ def cost_table(results: Tree) -> list[str]:
     for m in results["methods"]:
         if "trained_parameters" not in m:
             continue
-        step = m["step_seconds"]
+        step, whole = m["step_seconds"], m["seconds"]
         ratio = f"{step / base:.2f}" if step and base else "-"
         lines.append(
             f"| {m['name']} | {m['trained_parameters']:,} | {m['trained_parameters'] + m['projector_parameters']:,} "
             f"| {'-' if step is None else f'{1000 * step:.0f}'} | {ratio} | {m['memory_gb']:.2f} "
-            f"| {m['adapter_bytes'] / 1e3:,.0f} | {m['checkpoint_bytes'] / 1e3:,.0f} | {m['seconds']:.0f} |"
+            f"| {m['adapter_bytes'] / 1e3:,.0f} | {m['checkpoint_bytes'] / 1e3:,.0f} "
+            f"| {'-' if whole is None else f'{whole:.0f}'} |"
         )
     return lines
 

@@ -167,19 +167,24 @@ def _figures(figures: list[Tree]) -> Tree:
     if not figures:
         return {}
     parts = figures[0]["trained_parameters"]
-    steps = [f["step_seconds"] for f in figures if f["step_seconds"] is not None]
     return {
         "trained_parameters": sum(count for part, count in parts.items() if part != "projector"),
         "projector_parameters": parts.get("projector", 0),
         "calibration_steps": figures[0].get("calibration_steps", 0),  # which an older version did not note
-        "step_seconds": statistics.median(steps) if steps else None,
+        "step_seconds": _median([f["step_seconds"] for f in figures]),
         "memory_gb": max(f["memory_gb"] for f in figures),
         "checkpoint_bytes": figures[0]["checkpoint_bytes"],
         "adapter_bytes": figures[0]["adapter_bytes"],
-        "seconds": statistics.median(f["seconds"] for f in figures),
+        "seconds": _median([f["seconds"] for f in figures]),
         "threads": figures[0]["threads"],
         "jobs": max(f["jobs"] for f in figures),
     }
+
+
+def _median(values: list[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def _run(progress: Progress, run: Run) -> Tree:

@@ -45,15 +45,16 @@ def train(base: Path, overrides: list[str], folder: Path, jobs: int = 1) -> None
         from mokamm.train import run
         from mokamm.training.stopping import BadStep
 
-        config, start = load_config(base, overrides), time.monotonic()
+        config, start = load_config(base, overrides), None if begun else time.monotonic()
         try:
             run(config, finishing=False)
         except BadStep as error:
             return Outcome(DIVERGED, reason=str(error).partition("\n")[0])
-        outcome = measured(config, folder, time.monotonic() - start)
+        outcome = measured(config, folder, start)
         outcome.figures["jobs"] = jobs
         return outcome
 
+    begun = (folder / LOG).exists()  # by a process that was stopped: the time of this one is not that of the run
     _in_process(folder, task, then=lambda outcome: write_outcome(folder, outcome, load_config(base, overrides)))
 
 
@@ -119,8 +120,9 @@ def _samples(config: RunConfig, processor: Any) -> Iterator[tuple[Any, Any]]:
 # ---- outcomes --------------------------------------------------------------------------------------------------------
 
 
-def measured(config: RunConfig, folder: Path, seconds: float) -> Outcome:
-    """What a trained run's folder says of it; diverged where its validation loss is no number."""
+def measured(config: RunConfig, folder: Path, start: float | None) -> Outcome:
+    """What a trained run's folder says of it; diverged where its validation loss is no number. start: of its one process,
+    by time.monotonic; None where it took several, so that this one cannot tell how long it took."""
     import yaml
 
     from mokamm.training.watch import memory_gb, read_metrics
@@ -135,8 +137,8 @@ def measured(config: RunConfig, folder: Path, seconds: float) -> Outcome:
         "memory_gb": round(memory_gb(), 4),
         "checkpoint_bytes": _bytes(folder / f"checkpoint-{step}"),
         "adapter_bytes": sum(_bytes(folder / "final" / part) for part in ("adapter", "llm")),
-        "seconds": round(seconds, 2),
-        "processor_seconds": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 2),
+        "seconds": None if start is None else round(time.monotonic() - start, 2),
+        "processor_seconds": None if start is None else round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 2),
         "threads": _threads(),
     }
     finite = math.isfinite(validation["loss"])

@@ -17,6 +17,7 @@ from eval.comparison.progress import Progress, look
 from eval.comparison.report import page, verdict, write_report
 from eval.comparison.results import gather
 from eval.comparison.settings import CompareConfig, Comparison, Run
+from eval.comparison.shown import Shown
 from eval.comparison.work import (
     as_of_now,
     calibration_steps,
@@ -169,6 +170,21 @@ def test_a_method_that_trains_the_projectors_alone_has_its_place_in_the_report(
             outcome.figures["trained_parameters"] = {"projector": 10}
     text = write_report(gather(progress), tmp_path / "report").read_text()
     assert "| moka | 0 | 10 |" in text
+
+
+def test_runs_that_went_on_after_a_stop_tell_no_time(progress: Progress, tmp_path: Path) -> None:
+    def table() -> list[str]:
+        return [line for line in page(gather(progress)) if line.startswith("| moka | 1,000 |")]
+
+    for seed, took in ((0, 10.0), (1, 90.0), (2, 30.0)):
+        progress.known[Run("moka", 1e-3, seed)].figures["seconds"] = took
+    assert table()[0].endswith("| 9 | 30 |")
+    progress.known[Run("moka", 1e-3, 0)].figures["seconds"] = None
+    assert table()[0].endswith("| 9 | 60 |")
+    for seed in SEEDS:
+        progress.known[Run("moka", 1e-3, seed)].figures["seconds"] = None
+    assert table()[0].endswith("| 9 | - |")
+    assert Shown(progress, 1).time_left() != "?"  # by the other methods' runs
 
 
 def test_steps_that_a_method_trains_beyond_the_others_are_told(progress: Progress) -> None:
