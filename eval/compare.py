@@ -28,7 +28,7 @@ from eval.comparison.progress import Progress, look
 from eval.comparison.settings import Comparison, load_comparison
 from eval.comparison.shown import Shown
 from eval.printing import stdout_kept_clean
-from mokamm.arguments import at_least_one
+from mokamm.arguments import at_least_one, started_as
 from mokamm.mistakes import tell
 from mokamm.training.disk import hold, writing
 from mokamm.training.world import make_world
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return compare(args)
     except (KeyboardInterrupt, pool.Terminated) as stopped:
-        print(f"stopped; to go on:\n  {shlex.join(['python', *sys.argv])}", file=sys.stderr)
+        print(f"stopped; to go on:\n  {shlex.join([*started_as(), *sys.argv[1:]])}", file=sys.stderr)
         return 143 if isinstance(stopped, pool.Terminated) else 130
     except Exception as error:
         return tell(error)

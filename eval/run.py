@@ -16,7 +16,8 @@ Answers are kept as they come (eval/journal.py): after a kill the same command g
 number of processes; once it has finished, the same command begins anew. Under a launcher the rows are divided over the
 ranks (eval/ranks.py), and rank 0 scores, writes and prints.
 
-Exit codes: 0 done; 2 a mistake told in one message; 75 another rank went away, the same command goes on.
+Exit codes: 0 done; 2 a mistake told in one message; 75 another rank went away, 130 Ctrl-C: the same command
+goes on.
 
 Cost: the model is loaded once by each rank; media pass the frozen encoders once a clip where the run has a feature cache.
 """
@@ -325,6 +326,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stdout_kept_clean(args.json or rank_here() > 0):
             results = run(args, report=True)
+    except KeyboardInterrupt:
+        if rank_here() == 0:
+            print("stopped; the same command goes on from the answers that are kept", file=sys.stderr)
+        return 130
     except Exception as error:
         if not is_users(error):
             raise

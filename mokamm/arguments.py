@@ -1,15 +1,22 @@
-"""What the command lines of several commands share: the configuration's arguments, and numbers that have a least value."""
+"""What the command lines of several commands share: the configuration's arguments, numbers that have a least value,
+and how the command was started."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The two arguments of every command that reads a configuration."""
     parser.add_argument("config", help="YAML file, as in configs/")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values to use instead of the file's")
+
+
+def started_as() -> list[str]:
+    """The words before the arguments: `python eval/compare.py`, or `mokamm compare` (mokamm/cli.py)."""
+    return ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else sys.argv[0].split()
 
 
 def at_least_one(text: str) -> int:

@@ -4,7 +4,7 @@
 
 Any subset of media, each option as often as needed; the answer is streamed. `--json` prints one JSON object instead.
 A bare RUN on a terminal opens a chat. Arguments, the run folder and the media files are checked before anything heavy
-is imported. Exit code 2 and one message for a user's mistake.
+is imported. Exit code 2 and one message for a user's mistake; 130 for a Ctrl-C.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Streamer:
 
 
 def repl(asker: Asker, config: RunConfig, lines: Iterable[str], out: TextIO) -> None:
-    """A chat: each line is a question or a command."""
+    """A chat: each line is a question or a command. Ctrl-C stops an answer; at the prompt it ends the chat."""
     media = given_media(asker.args)
     for line in lines:
         command, _, rest = line.strip().partition(" ")
@@ -173,6 +173,8 @@ def repl(asker: Asker, config: RunConfig, lines: Iterable[str], out: TextIO) -> 
             elif line.strip() or media.get("speech"):
                 asker.ask(line.strip(), media, out)
                 media = {}
+        except KeyboardInterrupt:
+            print("\n[stopped; neither the question nor its answer is remembered]", file=out)
         except Exception as error:
             if not is_users(error):
                 raise
@@ -200,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
 
     asker = Asker(MultimodalLM.from_run(args.run, args.base, args.device), args)
     if interactive:
-        print(f"{args.run}: text, {', '.join(config.model.modalities)}\n{HELP}")
+        print(f"{args.run}: {', '.join(config.model.modality_names)}\n{HELP}")
         repl(asker, config, _typed_lines(), sys.stdout)
         return
     media = given_media(args)
@@ -222,6 +224,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         run(args)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # the answer so far may have no end of line
+        sys.exit(130)
     except Exception as error:
         sys.exit(tell(error))
 

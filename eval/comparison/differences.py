@@ -10,8 +10,9 @@ of the *method*, so the variances of the two are added:
     interval = score -+ t(df) sqrt(V),  df = V^2 / (V_clips^2 / (clips - 1) + V_seeds^2 / (seeds - 1))
 
 the degrees of freedom being Satterthwaite's (1946). What varies with clip and seed together is in both terms, so that
-V is a little too large rather than too small. With one seed V_seeds is not known: the interval then speaks of that one
-trained model only. For a difference the clips are paired (both methods saw the same) and the seeds are not.
+V is too large rather than too small: at most twice the true variance, where nothing else varies. With one seed V_seeds
+is not known: the interval then speaks of that one trained model only. For a difference the clips are paired (both methods
+saw the same) and the seeds are not.
 
 Two tests of a difference, both against "no difference":
     sign flips   each clip's difference (seeds averaged) keeps or changes its sign by a coin (Fisher 1935): exact, for the

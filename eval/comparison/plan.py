@@ -26,7 +26,7 @@ class Outcome:
     """How a run ended. diverged: a result of its rate; failed: a mistake, a crash; it is tried again another time.
 
     validation: {"loss", "accuracy", "step", ...} of the weights that the run ended with.
-    figures: trained_parameters, step_seconds, memory_gb, checkpoint_bytes, adapter_bytes, seconds, ...
+    figures: trained_parameters, calibration_steps, step_seconds, memory_gb, checkpoint_bytes, adapter_bytes, seconds, ...
     """
 
     status: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,13 @@ COLUMNS = 4  # panels beside each other
 
 
 def styles(results: Tree) -> dict[str, tuple[Any, str]]:
-    """(colour, marker) of each method; the reference is grey, members of a group share a colour."""
+    """(colour, marker) of each method; grey is the reference's alone, members of a group share a colour."""
     from matplotlib import colormaps
 
     keys = list(dict.fromkeys(m["group"] or m["name"] for m in results["methods"] if m["name"] != results["reference"]))
-    hues = {key: colormaps["tab20"]((2 * i) % 20 + (i >= 10)) for i, key in enumerate(keys)}
+    pairs = [colormaps["tab20"](i) for i in range(20)]  # each colour, then the same in pale
+    palette = [colour for colour in (*pairs[::2], *pairs[1::2]) if len(set(colour[:3])) > 1]
+    hues = dict(zip(keys, itertools.cycle(palette), strict=False))
     return {
         m["name"]: (hues.get(m["group"] or m["name"], GREY), MARKERS[i % len(MARKERS)])
         for i, m in enumerate(results["methods"])

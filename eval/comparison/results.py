@@ -3,7 +3,8 @@
 {"config": {...}, "machine": {...}, "reference": name, "benchmarks": {name: measure}, "methods": [
     {"name", "group", "overrides", "rates": [{"rate", "runs": [{"seed", "status", "reason", "loss", "accuracy"}]}],
      "chosen": rate | null, "end": "" | "lowest" | "highest" | "only",
-     "trained_parameters", "projector_parameters", "step_seconds", "memory_gb", "checkpoint_bytes", "adapter_bytes",
+     "trained_parameters", "projector_parameters", "calibration_steps", "step_seconds", "memory_gb", "checkpoint_bytes",
+     "adapter_bytes",
      "runs": [{"seed", "status", "figures", "scores": {benchmark: share}}],
      "benchmarks": {name: {"mean", "interval", "seeds": [share], "difference": {"mean", "lower_is_better", "interval",
                            "p_clips", "p_methods", "p_clips_holm", "p_methods_holm"} | null}}}]}
@@ -166,18 +167,24 @@ def _figures(figures: list[Tree]) -> Tree:
     if not figures:
         return {}
     parts = figures[0]["trained_parameters"]
-    steps = [f["step_seconds"] for f in figures if f["step_seconds"] is not None]
     return {
         "trained_parameters": sum(count for part, count in parts.items() if part != "projector"),
         "projector_parameters": parts.get("projector", 0),
-        "step_seconds": statistics.median(steps) if steps else None,
+        "calibration_steps": figures[0].get("calibration_steps", 0),  # which an older version did not note
+        "step_seconds": _median([f["step_seconds"] for f in figures]),
         "memory_gb": max(f["memory_gb"] for f in figures),
         "checkpoint_bytes": figures[0]["checkpoint_bytes"],
         "adapter_bytes": figures[0]["adapter_bytes"],
-        "seconds": statistics.median(f["seconds"] for f in figures),
+        "seconds": _median([f["seconds"] for f in figures]),
         "threads": figures[0]["threads"],
         "jobs": max(f["jobs"] for f in figures),
     }
+
+
+def _median(values: list[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def _run(progress: Progress, run: Run) -> Tree:

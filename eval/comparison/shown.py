@@ -58,7 +58,7 @@ class Shown:
         from mokamm.training.watch import duration
 
         progress, left = self.progress, self.progress.left()
-        earlier = [outcome.figures.get("seconds", 0.0) for outcome in progress.known.values() if outcome.figures]
+        earlier = [took for outcome in progress.known.values() if (took := outcome.figures.get("seconds")) is not None]
         trained = progress.seconds.get("train") or earlier
         if not trained:
             return "?"

@@ -45,15 +45,16 @@ def train(base: Path, overrides: list[str], folder: Path, jobs: int = 1) -> None
         from mokamm.train import run
         from mokamm.training.stopping import BadStep
 
-        config, start = load_config(base, overrides), time.monotonic()
+        config, start = load_config(base, overrides), None if begun else time.monotonic()
         try:
             run(config, finishing=False)
         except BadStep as error:
             return Outcome(DIVERGED, reason=str(error).partition("\n")[0])
-        outcome = measured(config, folder, time.monotonic() - start)
+        outcome = measured(config, folder, start)
         outcome.figures["jobs"] = jobs
         return outcome
 
+    begun = (folder / LOG).exists()  # by a process that was stopped: the time of this one is not that of the run
     _in_process(folder, task, then=lambda outcome: write_outcome(folder, outcome, load_config(base, overrides)))
 
 
@@ -119,8 +120,9 @@ def _samples(config: RunConfig, processor: Any) -> Iterator[tuple[Any, Any]]:
 # ---- outcomes --------------------------------------------------------------------------------------------------------
 
 
-def measured(config: RunConfig, folder: Path, seconds: float) -> Outcome:
-    """What a trained run's folder says of it; diverged where its validation loss is no number."""
+def measured(config: RunConfig, folder: Path, start: float | None) -> Outcome:
+    """What a trained run's folder says of it; diverged where its validation loss is no number. start: of its one process,
+    by time.monotonic; None where it took several, so that this one cannot tell how long it took."""
     import yaml
 
     from mokamm.training.watch import memory_gb, read_metrics
@@ -130,12 +132,13 @@ def measured(config: RunConfig, folder: Path, seconds: float) -> Outcome:
     step = int(validation["step"])
     figures = {
         "trained_parameters": yaml.safe_load((folder / "config.yaml").read_text())["versions"]["trained_parameters"],
+        "calibration_steps": calibration_steps(records),
         "step_seconds": step_seconds(records),
         "memory_gb": round(memory_gb(), 4),
         "checkpoint_bytes": _bytes(folder / f"checkpoint-{step}"),
         "adapter_bytes": sum(_bytes(folder / "final" / part) for part in ("adapter", "llm")),
-        "seconds": round(seconds, 2),
-        "processor_seconds": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 2),
+        "seconds": None if start is None else round(time.monotonic() - start, 2),
+        "processor_seconds": None if start is None else round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 2),
         "threads": _threads(),
     }
     finite = math.isfinite(validation["loss"])
@@ -154,6 +157,11 @@ def final_validation(records: list[dict[str, Any]], config: RunConfig) -> dict[s
     if best is None:
         raise ValueError("metrics.jsonl holds no validation")
     return {key: best[key] for key in ("step", "loss", "accuracy", "samples", "missing")}
+
+
+def calibration_steps(records: list[dict[str, Any]]) -> int:
+    """The steps of a first phase that went before the run's own (mokamm/training/two_phase.py)."""
+    return sum(record["steps"] for record in records if record["kind"] == "calibration")
 
 
 def step_seconds(records: list[dict[str, Any]]) -> float | None:

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from data.schema import UserError
+from mokamm.arguments import started_as
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 3.0  # seconds
@@ -133,6 +134,6 @@ def command_to_go_on(config: str, overrides: list[str], auto: bool) -> str:
     elif "LOCAL_SIZE" in os.environ:  # the deepspeed launcher's
         start = ["deepspeed", "--num_gpus", here, program]
     else:
-        start = ["python", program] if program else sys.argv[0].split()
+        start = started_as()
     where = "" if here == world else f"  (the launcher as before, for all {world} processes)"
     return shlex.join([*start, *arguments]) + where

@@ -153,6 +153,8 @@ def test_figures_of_a_method(plan: Path, results: dict[str, Any]) -> None:
         seconds = [r["seconds"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"]
         assert method["runs"][0]["figures"]["step_seconds"] == pytest.approx(sum(seconds[1:]) / 2)  # median of two
         assert 0.1 < method["memory_gb"] < 8
+        assert method["calibration_steps"] == 0
+        assert all(tree["figures"]["processor_seconds"] > 0 for tree in method["runs"])
 
 
 def test_scores_are_those_of_the_predictions(plan: Path, results: dict[str, Any]) -> None:
@@ -209,6 +211,7 @@ def test_a_run_equals_that_of_the_training_command_and_goes_on_to_the_same(plan:
     done = compare(with_a_method_that_fails(plan), code=1, by_name=True)
     assert "resuming from" in (run / "log.txt").read_text()
     assert contents(run) == found
+    assert json.loads((run / "outcome.json").read_text())["figures"]["seconds"] is None  # of two processes
     after = {path: time for path, time in written(out).items() if not {run, out / "runs/wrong"} & {*path.parents}}
     assert after == before
     assert "wrong, rate 0.001, seed 0: failed: " in done.stderr

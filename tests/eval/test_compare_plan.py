@@ -279,6 +279,21 @@ def test_rates_are_chosen_by_loss_or_accuracy_and_by_the_mean_of_rate_seeds() ->
     assert one_diverged.todo == [Run("lora", 3.3e-4, seed) for seed in (0, 1)]  # 1e-3 leads now, and is the lowest
 
 
+@pytest.mark.parametrize(
+    ("program", "start"), [("eval/compare.py", "python eval/compare.py"), ("mokamm compare", "mokamm compare")]
+)
+def test_a_stopped_plan_tells_the_command_that_was_given(
+    program: str, start: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "compare", interrupted)
+    monkeypatch.setattr(sys, "argv", [program, "my plan.yaml", "--jobs", "2"])
+    assert compare.main() == 130
+    assert capsys.readouterr().err == f"stopped; to go on:\n  {start} 'my plan.yaml' --jobs 2\n"
+
+
 def test_json_is_all_that_standard_output_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

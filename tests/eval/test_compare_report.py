@@ -12,12 +12,21 @@ from data.schema import UserError
 from eval.benchmarks import BENCHMARKS
 from eval.comparison.differences import difference, holm, sign_flips
 from eval.comparison.plan import DIVERGED, FINISHED, Outcome
-from eval.comparison.plots import side_by_side
+from eval.comparison.plots import side_by_side, styles
 from eval.comparison.progress import Progress, look
 from eval.comparison.report import page, verdict, write_report
 from eval.comparison.results import gather
 from eval.comparison.settings import CompareConfig, Comparison, Run
-from eval.comparison.work import as_of_now, final_validation, read_outcome, settings_of, step_seconds, write_outcome
+from eval.comparison.shown import Shown
+from eval.comparison.work import (
+    as_of_now,
+    calibration_steps,
+    final_validation,
+    read_outcome,
+    settings_of,
+    step_seconds,
+    write_outcome,
+)
 from mokamm.config import RunConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +158,8 @@ def test_a_comparison_that_has_not_begun_and_one_in_its_middle_have_a_report_too
     text = write_report(gather(progress), tmp_path / "b").read_text()
     assert "| lora | - | - | 0 | - |" in text  # its only rate has to be run again
     assert "| moka | 43.8 |" in text
-    assert "| 2 of 3 | 0.001 = | - |" in text
+    assert "| 2 of 3 | 0.001 = | - | - | - | not tested |" in text  # there is no reference to be told from
+    assert "| reference |" not in text
 
 
 def test_a_method_that_trains_the_projectors_alone_has_its_place_in_the_report(
@@ -160,6 +170,32 @@ def test_a_method_that_trains_the_projectors_alone_has_its_place_in_the_report(
             outcome.figures["trained_parameters"] = {"projector": 10}
     text = write_report(gather(progress), tmp_path / "report").read_text()
     assert "| moka | 0 | 10 |" in text
+
+
+def test_runs_that_went_on_after_a_stop_tell_no_time(progress: Progress, tmp_path: Path) -> None:
+    def table() -> list[str]:
+        return [line for line in page(gather(progress)) if line.startswith("| moka | 1,000 |")]
+
+    for seed, took in ((0, 10.0), (1, 90.0), (2, 30.0)):
+        progress.known[Run("moka", 1e-3, seed)].figures["seconds"] = took
+    assert table()[0].endswith("| 9 | 30 |")
+    progress.known[Run("moka", 1e-3, 0)].figures["seconds"] = None
+    assert table()[0].endswith("| 9 | 60 |")
+    for seed in SEEDS:
+        progress.known[Run("moka", 1e-3, seed)].figures["seconds"] = None
+    assert table()[0].endswith("| 9 | - |")
+    assert Shown(progress, 1).time_left() != "?"  # by the other methods' runs
+
+
+def test_steps_that_a_method_trains_beyond_the_others_are_told(progress: Progress) -> None:
+    assert not any("Steps before these" in line for line in page(gather(progress)))
+    records = [{"kind": "calibration", "step": 0, "steps": 150}, line(5, 1.0), {"kind": "validation", "step": 5}]
+    for run, outcome in progress.known.items():
+        if run.method == "moka":
+            outcome.figures["calibration_steps"] = calibration_steps(records)
+    assert any(said.startswith("Steps before these, for the mask alone (LoRI's first phase): moka 150.")
+               for said in page(gather(progress)))  # fmt: skip
+    assert calibration_steps(records[1:]) == 0
 
 
 def test_runs_that_answered_other_rows_are_not_compared(progress: Progress) -> None:
@@ -238,6 +274,16 @@ def test_settings_of_an_older_version_get_the_defaults_of_what_it_did_not_know()
     older["model"]["modalities"].pop("audio")
     assert as_of_now(older) != settings
     assert as_of_now({"from": "elsewhere"}) == {"from": "elsewhere"}
+
+
+def test_methods_differ_in_colour_and_marker_and_the_reference_alone_is_grey() -> None:
+    names = ["lora", *(f"method {k}" for k in range(12))]  # as many as the main comparison has
+    looks = styles({"reference": "lora", "methods": [{"name": name, "group": None} for name in names]})
+    colours = {name: colour for name, (colour, _) in looks.items()}
+    assert len(set(colours.values())) == len({marker for _, marker in looks.values()}) == len(names)
+    assert all(max(colours[name][:3]) - min(colours[name][:3]) > 0.1 for name in names[1:])
+    together = styles({"reference": "lora", "methods": [{"name": name, "group": "one"} for name in names]})
+    assert len({together[name][0] for name in names[1:]}) == 1
 
 
 def test_counts_that_would_lie_on_each_other_stand_side_by_side() -> None:

@@ -133,6 +133,17 @@ def test_mistakes_end_in_one_message(
     assert message in output.err
 
 
+def test_ctrl_c_ends_in_one_message(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval.run.load_model", interrupted)
+    assert main(["miniworld_images", str(run), "--json"]) == 130
+    assert capfd.readouterr() == ("", "stopped; the same command goes on from the answers that are kept\n")
+
+
 @pytest.mark.parametrize("name", ["predictions", "report", "report/examples"])
 def test_a_file_in_the_place_of_a_folder_is_told(
     small_run: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]

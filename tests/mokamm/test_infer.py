@@ -266,6 +266,28 @@ def test_a_chat_survives_mistakes_of_every_floor(kind):
     assert out.getvalue() == "error: too long\n" * 2
 
 
+def test_ctrl_c_stops_an_answer_and_not_the_chat():
+    class Asker:
+        args = infer.parse_args(["run"])
+
+        def ask(self, question, media, out):
+            if question == "a long story":
+                raise KeyboardInterrupt
+            print(f"answer to {question}", file=out)
+
+    out = io.StringIO()
+    infer.repl(Asker(), None, ["a long story", "what is it?"], out)
+    assert out.getvalue() == "\n[stopped; neither the question nor its answer is remembered]\nanswer to what is it?\n"
+
+
+def test_ctrl_c_ends_a_single_question_without_a_traceback(capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer, "run", interrupted)
+    assert call(capsys, "run", "hello") == (130, "", "\n")
+
+
 def test_the_base_must_be_the_one_that_the_run_was_trained_on(finished, base, tmp_path, caplog):
     """Found from any working directory; only a warning where the user names another base; older runs say nothing."""
     from mokamm.build import check_base, load_run
