@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -48,12 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.config, args.overrides)
         config.check_files()
         run(config)
-    except Stopped as stopped:
+    except (Stopped, KeyboardInterrupt) as stopped:  # Ctrl-C before the steps or after them: there is nothing to save
         auto = config is not None and config.training.resume_from_checkpoint == "auto"
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"{stopped}; to go on:\n  {command_to_go_on(args.config, args.overrides, auto)}", flush=True)
-        leave(stopped.code)
-        sys.exit(stopped.code)
+            again = command_to_go_on(args.config, args.overrides, auto)
+            print(f"{str(stopped) or 'stopped'}; to go on:\n  {again}", flush=True)
+        code = getattr(stopped, "code", 128 + signal.SIGINT)
+        leave(code)
+        sys.exit(code)
     except Exception as error:
         if not is_users(error):
             raise

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.schema import UserError
+from mokamm import train
 from mokamm.training.bad_steps import FEWEST, MEMORY, PATIENCE, marked
 from mokamm.training.checkpoint import STATE, newest_first
 from mokamm.training.loop import better
@@ -244,6 +245,19 @@ def test_handlers_are_as_before_after_the_loop():
         assert watch.votes() == [0.0, 0.0]
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_ctrl_c_outside_the_steps_has_no_traceback(text_run, monkeypatch, capfd):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["mokamm/train.py"])
+    with pytest.raises(SystemExit) as left:
+        train.main([str(text_run / "run.yaml"), "training.seed=3"])
+    assert left.value.code == 128 + signal.SIGINT
+    told = f"stopped; to go on:\n  python mokamm/train.py {text_run / 'run.yaml'} training.seed=3\n"
+    assert capfd.readouterr() == (told, "")
 
 
 def test_ranks_agree_on_one_signal():
