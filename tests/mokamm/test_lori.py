@@ -104,11 +104,27 @@ def test_a_product_by_hand() -> None:
     assert torch.equal(B.dense(), dense)
     assert B.values is not None
     assert B.values.numel() == int(where.sum())
+    assert set(B.state_dict()) == {"values", "shape", "mask", "frozen_mask", "frozen_values"}  # no positions
 
     def function(z: Tensor, values: Tensor) -> Tensor:
         return torch.func.functional_call(B, {"values": values}, (z,))
 
     assert torch.autograd.gradcheck(function, (z, B.values.detach().clone().requires_grad_()))
+
+
+def test_a_product_without_kept_entries() -> None:
+    """No mask yet, an empty one, and an empty one over a B to go on from, whose entries all act and none trains."""
+    z = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    dense, g = torch.randn(5, 3, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+    B = SparseB(3, 5).double()
+    assert torch.equal(B(z), torch.zeros_like(g))
+    B.set_mask(pack(torch.zeros(5, 3, dtype=torch.bool)))
+    assert torch.equal(B(z), torch.zeros_like(g))
+    B.start(dense)
+    out = B(z)
+    torch.testing.assert_close(out, z @ dense.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(out, z, g)[0], g @ dense, rtol=1e-12, atol=1e-12)
+    assert not list(B.parameters())
 
 
 def test_transforms_and_batched_gradients() -> None:
@@ -394,8 +410,10 @@ def test_masks_of_other_models_are_refused() -> None:
         model.base_model.set_mask(cut(random_b(wider)))
     assert "model.layers.0.self_attn.q_proj: B is (16, 4), the mask is for (32, 4)" in str(error.value)
     fewer = wrap(small_llm(), "lori_s", ["text"], {**OPTIONS, "target_modules": ["q_proj"]})
-    with pytest.raises(AdapterError, match="the mask does not know it"):
+    with pytest.raises(AdapterError, match="the mask does not know it") as error:
         model.base_model.set_mask(cut(random_b(fewer)))
+    assert str(error.value).count("the mask does not know it") == 4
+    assert "... and 8 more" in str(error.value)  # of 14 layers two are q_proj
     with pytest.raises(AdapterError, match="the model does not adapt it"):
         fewer.base_model.set_mask(cut(random_b(model)))
     with pytest.raises(AdapterError, match="trained with another A"):
