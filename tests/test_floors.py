@@ -11,9 +11,12 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
@@ -84,6 +87,10 @@ def repository_files() -> list[Path]:
     return sorted(ROOT / name for name in set(listed) if name and (ROOT / name).is_file())
 
 
+def project() -> dict[str, Any]:
+    return cast(dict[str, Any], tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"])
+
+
 def test_the_import_reader_sees_every_kind_of_import() -> None:
     source = (
         "import a.b as c\n"
@@ -145,6 +152,22 @@ def test_configs_are_data() -> None:
             assert path.suffix in (".yaml", ".json", ".md"), f"{path.relative_to(ROOT)} is no configuration"
             assert not path.stat().st_mode & 0o111, f"{path.relative_to(ROOT)} is executable"
             assert "!!python" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["torchvision", "torchaudio"])
+def test_a_companion_of_torch_is_bound_to_one_torch(name: str) -> None:
+    """By its own wheel or by this project: pip takes the newest of a range, and a library built for another torch fails
+    when it is imported."""
+    own = map(Requirement, importlib.metadata.requires(name) or [])
+    ours = map(Requirement, project()["dependencies"])
+    bounds = [r for r in own if r.name == "torch"] + [r for r in ours if r.name == name]
+    exact = [s for r in bounds for s in r.specifier if s.operator == "==" and not s.version.endswith("*")]
+    assert exact, [str(requirement) for requirement in bounds]
+
+
+def test_a_wheel_carries_every_licence_text() -> None:
+    texts = {path.name for path in ROOT.iterdir() if path.name.startswith(("LICENSE", "NOTICE"))}
+    assert texts == set(project()["license-files"])
 
 
 def test_gitignore_leaves_the_data_package_alone() -> None:

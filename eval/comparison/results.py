@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import statistics
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from eval.comparison.differences import Array, Estimate, difference, holm, score
 from eval.comparison.plan import FINISHED, Outcome, stand
 from eval.comparison.progress import Progress
 from eval.comparison.settings import MethodConfig, Run
+from mokamm.training.finish import installed
 
 LIBRARIES = ("mokamm", "torch", "transformers", "peft", "numpy")
 Tree = dict[str, Any]
@@ -103,9 +103,8 @@ def _machine(use_cpu: bool | None) -> Tree:
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
-    versions = {name: metadata.version(name) for name in LIBRARIES}
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() and not use_cpu else {}
-    return {"processor": model, "cores": cores, **gpu, "python": platform.python_version(), **versions}
+    return {"processor": model, "cores": cores, **gpu, "python": platform.python_version(), **installed(LIBRARIES)}
 
 
 def _lines(path: str) -> list[str]:

@@ -64,7 +64,7 @@ class RoutingContext:
         if tokens == 1 and T > 1:  # the common step asks no cache, which may be on a device
             self.going_on[threading.get_ident()] = tokens
         elif eager:
-            length = _length(kwargs.get("past_key_values"))
+            length = _length(args, kwargs)
             if length and self.prompt is not None and self.prompt[0] is routing and length >= self.prompt[1] + T:
                 self.going_on[threading.get_ident()] = tokens
             else:
@@ -160,11 +160,13 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     return None
 
 
-def _length(cache: Any) -> int:
-    """Tokens in a KV cache. A static one on a device is waited for: at prompts, and after one of a single token."""
-    if not hasattr(cache, "get_seq_length"):
-        return 0
+def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens in the KV cache that an LLM is called with, known by its kind: transformers has renamed the argument.
+
+    A static one on a device is waited for: at prompts, and after one of a single token.
+    """
+    cache = next((given for given in (*kwargs.values(), *args) if hasattr(given, "get_seq_length")), None)
     try:
-        return int(cache.get_seq_length())
+        return 0 if cache is None else int(cache.get_seq_length())
     except ValueError:  # of linear attentions alone: their states have no length
         return 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,7 @@ def versions(config: RunConfig, model: Any) -> dict[str, Any]:
 
     from mokamm.build import trainable_parts
 
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    found: dict[str, Any] = {"python": platform.python_version(), **installed(LIBRARIES)}
     found["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores"
     llm = config.model.llm
     base = {"llm": llm.path, "revision": llm.revision, "commit": getattr(model.base_llm.config, "_commit_hash", None)}
@@ -51,6 +48,15 @@ def versions(config: RunConfig, model: Any) -> dict[str, Any]:
         base["fingerprint"] = fingerprint(find_path(llm.path))
     found["base"] = base
     found["trained_parameters"] = parameters_by_part(trainable_parts(model))
+    return found
+
+
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """The versions of those libraries that have one: mokamm has none where it is found by PYTHONPATH alone."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,18 @@ def test_a_report_names_the_gpu(progress: Progress, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
     assert ", gpu NVIDIA H200, " in page(gather(progress))[-1]
+
+
+def test_a_checkout_that_is_not_installed_has_a_report_too(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str, known: Any = metadata.version) -> str:
+        if name == "mokamm":
+            raise metadata.PackageNotFoundError(name)
+        return str(known(name))
+
+    monkeypatch.setattr(metadata, "version", version)
+    machine = gather(progress)["machine"]
+    assert "mokamm" not in machine
+    assert machine["torch"] == version("torch")
 
 
 def test_fewer_errors_are_better() -> None:

@@ -359,6 +359,15 @@ class TestAfterAPrompt:
         step = model(input_ids=token, past_key_values=cache).logits[:, -1]
         torch.testing.assert_close(step, self.expected(model, ids, prompt, token), rtol=0, atol=1e-10)
 
+    def test_generation_from_a_prompt_of_one_media_token(self) -> None:
+        model, ids = wrapped(small_llm()), torch.tensor([[1]])
+        prompt, _ = self.after(model, ids)
+        settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        found = model.generate(inputs_embeds=prompt, attention_mask=torch.ones_like(ids), **settings)
+        for step, logits in enumerate(found.logits[1:], 1):
+            expected = self.expected(model, ids, prompt, found.sequences[:, :step])
+            torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5)
+
     @pytest.mark.parametrize("rows", [1, 4, 8])
     @torch.no_grad()
     def test_beams_of_an_llm_that_flattens_its_steps(self, rows: int) -> None:

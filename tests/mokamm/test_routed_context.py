@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from transformers import DynamicCache
 
 from mokamm.adapters.routed_context import RoutingContext
 from mokamm.routing import AdapterError, Routing
@@ -36,6 +38,20 @@ def test_prefill_steps_beams_and_flattened_inputs() -> None:
         assert context.look_up(torch.zeros(rows, 1, 4)) is None
     with torch.no_grad():
         assert context.look_up(torch.zeros(6, 6, 4)).shape == (6, 6)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_known_by_either_of_its_names(name: str) -> None:
+    """transformers has passed it as `cache` since 5.24."""
+    context, cache, token = RoutingContext(), DynamicCache(), torch.ones(1, 1, dtype=torch.long)
+    context.routing = Routing(torch.tensor([[1]]), torch.tensor([[False]]))
+    llm, seen = nn.Embedding(3, 4), []
+    llm.forward = lambda *_, **__: seen.append(context.look_up(torch.zeros(1, 1, 4)))
+    context.watch(llm)
+    llm(input_ids=token, **{name: cache})
+    cache.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4), 0)
+    llm(input_ids=token, **{name: cache})
+    assert seen == [context.routing, None]
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4), (2, 7, 4), (3, 6, 4), (1, 6, 4), (5, 4), (1, 2, 6, 4)])
