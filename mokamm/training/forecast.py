@@ -131,10 +131,12 @@ class Forecast:
         if self.network is None:
             return peak
         largest = max(micro_batches, key=lambda batch: batch["input_ids"].numel())
-        batch, length = largest["input_ids"].shape
+        rows, length = largest["input_ids"].shape
+        samples = len(largest["samples"])  # more than rows where they share them: media count by the sample
         answers = float((largest["labels"] != IGNORED).float().mean())
-        found = self.memory(batch=batch, length=length, answers=answers).total + self.libraries
-        return f"{peak} (predicted {size(found)} for its {batch} rows of {length} tokens)"
+        each = -(-rows * length // samples)
+        found = self.memory(batch=samples, length=each, answers=answers).total + self.libraries
+        return f"{peak} (predicted {size(found)} for its {rows} rows of {length} tokens)"
 
     # ---- advice ----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ FlashAttention, whose kernels take lengths, all samples stand in a single row.
 
 transformers parts a row where position_ids begin anew: a block in the attention's mask for each sample, or lengths. Not
 every LLM does: those with a recurrent state, or a mask of their own, would read one sample on into the next. So the model
-itself is asked before the first step. The routed adapters part it by `Routing`'s sample_ids.
+itself is asked before the first step. The routed adapters part it by `Routing`'s sample_ids; their attention has as many
+columns as the row has keys, so in a single row T times all keys of the batch, for a moment in each layer.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def check_apart(engine: Engine, model: Any) -> None:
     if leaked > rounding * alone.std() or moved > 0.2 * alone.std():
         raise UserError(
             "training.packing: this LLM does not keep the samples of a row apart (its logits for the second of two "
-            f"samples change by {float(max(leaked, moved) / alone.std()):.2g} standard deviations with the first): {INSTEAD}"
+            f"samples differ by {float(max(leaked, moved) / alone.std()):.2g} standard deviations from those without, or "
+            f"with another, first): {INSTEAD}"
         )
 
 
