@@ -71,8 +71,8 @@ def finish(config: RunConfig, run: Path) -> None:
     write_up(config, run)
     if not evaluated:
         raise UserError(
-            f"the evaluation failed, its message stands above; {run}/final is whole. Try again: python eval/run.py "
-            f"all {run}"
+            f"the evaluation failed, its message stands above; {run}/final is whole. Try again: python "
+            f"{from_here('eval/run.py')} all {shlex.quote(str(run))}"
         )
 
 
@@ -82,22 +82,31 @@ def write_up(config: RunConfig, run: Path) -> None:
 
     report = write_report(run)
     (run / "README.md").write_text(model_card(config, run))
-    print(f"\nreport: {report}\ntalk to it:\n  {talk_command(config, run)}", flush=True)
+    command = talk_command(config, run, from_here("mokamm/infer.py"))
+    print(f"\nreport: {report}\ntalk to it:\n  {command}", flush=True)
 
 
 # ---- the command to talk to the result -------------------------------------------------------------------------------
 
 
-def talk_command(config: RunConfig, run: Path) -> str:
-    """An infer.py command for a row of the run's own sources, else one with names to fill in."""
+def from_here(program: str) -> str:
+    """The path of one of this checkout's programs from the working directory, as a word of a shell."""
+    return shlex.quote(os.path.relpath(REPOSITORY / program))
+
+
+def talk_command(config: RunConfig, run: Path, program: str = "mokamm/infer.py") -> str:
+    """An infer.py command for a row of the run's own sources, else one with names to fill in.
+
+    program: where infer.py lies; by default as from the checkout, for a model card that goes elsewhere.
+    """
     try:
-        return f"python mokamm/infer.py {run} {_example(config)}"
+        return f"python {program} {shlex.quote(str(run))} {_example(config)}"
     except Exception:  # an example is a courtesy; no run should fail for it
         options = " ".join(
             "--audio sound.wav" if "audio" in m or "speech" in m else "--video clip.mp4"
             for m in config.model.modalities
         )
-        return f'python mokamm/infer.py {run} {options} "your question"'
+        return f'python {program} {shlex.quote(str(run))} {options} "your question"'
 
 
 def _example(config: RunConfig) -> str:
