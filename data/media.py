@@ -150,6 +150,8 @@ class MediaLoader:
             known = [entry.name for entry, _ in zip(entries, range(10_000), strict=False)]
         close = difflib.get_close_matches(path.name, known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"the folder holds {len(known)} other files."
+        if "\\" in name:  # a path of Windows is one long name here
+            hint = r"folders are told apart by '/', not by '\'."
         raise MissingMedia(f"{path}: not found; {hint} Check the row's path or fetch the file")
 
 

@@ -11,6 +11,8 @@ below a second; this module imports neither torch nor transformers.
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,7 @@ class RunConfig(Section):
                     continue
                 # a benchmark may be a folder (librispeech): the benchmark itself says what it wants in there
                 if not (is_there(entry.source, path) if isinstance(entry, SourceConfig) else path.exists()):
-                    problems.append(f"{key}.{i}.path: no such file: {path}")
+                    problems.append(f"{key}.{i}.path: no such file: {path}{_near(path)}")
         if self.training.deepspeed:
             problems += _json_problems("training.deepspeed", find_path(self.training.deepspeed))
         problems += [
@@ -128,12 +130,22 @@ class RunConfig(Section):
         if self.adapter.init_from and not find_path(self.adapter.init_from).is_dir():
             problems.append(f"adapter.init_from: no such folder: {self.adapter.init_from}")
         if problems:
-            raise ConfigError(listed("the configuration names files that are not there (or not readable):", problems))
+            heading = (
+                f"the configuration names files that are not there, or not readable (working directory {Path.cwd()}):"
+            )
+            raise ConfigError(listed(heading, problems))
 
 
 def find_path(path: str) -> Path:
     """A local path from the working directory, else from this checkout (where the shipped base and configs are)."""
     return ROOT / path if not Path(path).exists() and (ROOT / path).exists() else Path(path)
+
+
+def _near(path: Path) -> str:
+    """The name in its folder that is nearest to that of a missing file, as the end of a message; else nothing."""
+    names = [entry.name for entry in islice(path.parent.iterdir(), 10_000)] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, names, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from data.media import MediaLoader
-from data.schema import IGNORED, BadSample, Example, Media, MediaInput, Sample, nearest
+from data.schema import IGNORED, BadSample, Example, Media, MediaInput, Sample
 from encoders.base import Features
 from mokamm.perception import Sense
 from mokamm.rendering import ChatRenderer, Piece
@@ -123,12 +123,18 @@ class Processor:
     def _check_media(self, sample: Sample) -> None:
         for media in sample.media:
             if media.modality not in self.senses:
-                raise BadSample(
-                    f"{media.path}: unknown modality '{media.modality}'{nearest(media.modality, self.senses)}"
-                )
+                raise BadSample(f"{media.path}: {self._unperceived(media)}")
             kind = self.senses[media.modality].kind
             if (media.kind == "audio") != (kind == "waveform"):
                 raise BadSample(f"{media.path}: modality '{media.modality}' perceives {kind}, found {media.kind}")
+
+    def _unperceived(self, media: Media) -> str:
+        """That the config has no modality for a medium, and which other one could perceive it."""
+        others = [name for name, sense in self.senses.items() if media.kind == "audio" and sense.kind == "waveform"]
+        return (
+            f"unknown modality '{media.modality}', model.modalities holds {', '.join(self.senses) or 'none'}; add it there"
+            + "".join(f", or have {name} perceive it ('as' in the row, audio_as of the source)" for name in others)
+        )
 
     def _perceive(self, media: Media) -> MediaInput:
         """Cached features, or decoded segments, with the number of tokens of each segment."""

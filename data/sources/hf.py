@@ -12,6 +12,8 @@ question and one answer a row, with media, from the columns that `columns` names
     options: {columns: {question: prompt, answer: label, image: file, instruction: task}}
     options: {columns: {answer: text, speech: audio}, prompt: Transcribe speech to text.}    no question of its own
 
+Columns called question, answer, image, video, audio or speech need not be named; {image: ""} leaves one out.
+
 Cells of a csv file are texts, as they stand there ("007", "None"). In other tables columns have types: numbers are taken as
 `datasets` gives them (7 beside 7.5 in a jsonl is 7.0), booleans and dates are refused: write answers as texts. So it is
 with csv files of the hub and a `metadata.csv`, which `datasets` itself finds.
@@ -151,7 +153,8 @@ def read(
         raise UserError(f"{path}: holds no rows")
     files = media_dir or path.parent, _extraction(extract)
     if layout == "columns":
-        names = chosen("columns", columns, _COLUMNS)
+        unnamed = [name for name in MEDIA if name in table.column_names and name not in (columns or {}).values()]
+        names = chosen("columns", columns, _COLUMNS | dict(zip(unnamed, unnamed, strict=True)))
         if prompt and "question" not in {**(columns or {}), **table.features}:
             names["question"] = ""
         _check_columns(path, table, {**names, "id": ""}, prompt)

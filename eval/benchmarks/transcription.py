@@ -8,14 +8,15 @@ and the words under text, transcript, sentence, target or answer (NeMo's and SLA
 Score: the word error rate over the whole set (errors of all rows over words of all references; lower is better, and it
 may pass 1 where a model babbles); cer: the same over characters, spaces included. Distances by jiwer, after Whisper's text
 normaliser on both sides (whisper_text.py): the English one, or the basic one for rows whose language is another. A row
-that could not be used, or has no answer, counts as an empty transcript: all its words are errors. An empty reference is
+that could not be used, or has no answer, counts as an empty transcript: all its words are errors (where nobody knows
+them, as in a row that cannot be read, one word, one letter). An empty reference is
 silence: all words that a model hears there are errors, over no words, as jiwer counts them over a set. No script of
 MokA's was published for it: official is strict once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -61,7 +62,12 @@ class Asr(Benchmark):
         return (self.normalised(row, row.prediction) or None) if row.error is None else None
 
     def word_errors(self, row: Row) -> tuple[int, int]:
-        return word_errors(self.normalised(row, row.answer), self.reading(row) or "")
+        return self._errors(row, word_errors)
+
+    def _errors(self, row: Row, distance: Callable[[str, str], tuple[int, int]]) -> tuple[int, int]:
+        if row.error is not None and not row.answer:
+            return 1, 1  # of 0, it would leave the score, and a set of such rows would be without an error
+        return distance(self.normalised(row, row.answer), self.reading(row) or "")
 
     def points(self, row: Row) -> tuple[float, float]:
         errors, words = self.word_errors(row)
@@ -72,7 +78,7 @@ class Asr(Benchmark):
 
     def details(self, rows: Sequence[Row]) -> dict[str, Any]:
         words = [self.word_errors(row) for row in rows]
-        letters = [letter_errors(self.normalised(row, row.answer), self.reading(row) or "") for row in rows]
+        letters = [self._errors(row, letter_errors) for row in rows]
         return {
             "wer": share(sum(errors for errors, _ in words), sum(count for _, count in words)),
             "cer": share(sum(errors for errors, _ in letters), sum(count for _, count in letters)),

@@ -78,7 +78,7 @@ def finish(config: RunConfig, run: Path) -> None:
     if not evaluated:
         raise UserError(
             f"the evaluation failed, its message stands above; {run}/final is whole. Try again: "
-            f"{shlex.join(['python', 'eval/run.py', 'all', str(run)])}"
+            f"{shlex.join(['python', from_here('eval/run.py'), 'all', str(run)])}"
         )
 
 
@@ -88,21 +88,30 @@ def write_up(config: RunConfig, run: Path) -> None:
 
     report = write_report(run)
     (run / "README.md").write_text(model_card(config, run))
-    print(f"\nreport: {report}\ntalk to it:\n  {talk_command(config, run)}", flush=True)
+    command = talk_command(config, run, from_here("mokamm/infer.py"))
+    print(f"\nreport: {report}\ntalk to it:\n  {command}", flush=True)
 
 
 # ---- the command to talk to the result -------------------------------------------------------------------------------
 
 
-def talk_command(config: RunConfig, run: Path) -> str:
-    """An infer.py command for a row of the run's own sources, else one with names to fill in."""
+def from_here(program: str) -> str:
+    """The path of one of this checkout's programs from the working directory."""
+    return os.path.relpath(REPOSITORY / program)
+
+
+def talk_command(config: RunConfig, run: Path, program: str = "mokamm/infer.py") -> str:
+    """An infer.py command for a row of the run's own sources, else one with names to fill in.
+
+    program: where infer.py lies; by default as from the checkout, for a model card that goes elsewhere.
+    """
     try:
         asked = _example(config)
     except Exception:  # an example is a courtesy; no run should fail for it
         options = {modality: option for option, (_, modality) in reversed(MEDIA.items())}  # --video before --image
         asked = [word for m in config.model.modalities if m in options for word in (f"--{options[m]}", "FILE")]
         asked.append("your question")
-    return shlex.join(["python", "mokamm/infer.py", str(run), *asked])
+    return shlex.join(["python", program, str(run), *asked])
 
 
 def _example(config: RunConfig) -> list[str]:

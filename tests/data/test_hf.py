@@ -253,6 +253,19 @@ def test_a_column_of_paths_is_left_alone(tmp_path):
     assert found[0].media == [Media("audio", "a.wav", "speech")]
 
 
+def test_media_in_columns_of_their_own_names(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "?", "answer": "a", "image": "a.png", "audio": "a.wav"}\n')
+    picture = Media("image", "a.png", "vision")
+    for columns, media in (
+        (None, [picture, Media("audio", "a.wav", "audio")]),
+        ({"speech": "audio"}, [picture, Media("audio", "a.wav", "speech")]),
+        ({"audio": "", "image": ""}, []),
+    ):
+        (sample,) = open_source("hf", file, columns=columns)
+        assert sample.media == media
+
+
 def test_wrong_names(saved, tmp_path):
     with pytest.raises(UserError, match=r"has no column 'promt' .*is 'promt' called 'prompt' there"):
         open_source("hf", saved, columns=COLUMNS | {"question": "promt"})

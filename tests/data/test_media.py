@@ -370,6 +370,8 @@ def test_a_missing_file_names_the_nearest(tmp_path):
         loader.resolve(video("clip_1.mp4"))
     with pytest.raises(MediaError, match=r"not found, nor is its folder; check data\.media_dir"):
         loader.resolve(video("videos/clip.mp4"))
+    with pytest.raises(MediaError, match=r"not found; folders are told apart by '/', not by '\\'"):
+        loader.resolve(video("folder\\clip_01.mp4"))
     with pytest.raises(MediaError, match="is a folder"):
         loader.resolve(video("folder"))
     with pytest.raises(MediaError, match=r"media_dir = .*nowhere does not exist"):

@@ -122,6 +122,15 @@ def test_words_heard_in_silence_are_errors(tmp_path: Path) -> None:
     assert score("asr", write(tmp_path / "q.jsonl", said))["bad"] == 1
 
 
+@pytest.mark.parametrize(("name", "worst"), [("asr", 1), ("miniworld_transcription", 0)])
+def test_rows_that_cannot_be_read_are_no_perfect_transcripts(name: str, worst: int, tmp_path: Path) -> None:
+    """A file of another format: nobody knows the words, of which none was recognised."""
+    rows = BENCHMARKS[name].load(write(tmp_path / "m.jsonl", [{"question": "?", "answer": 1}] * 3))
+    result = BENCHMARKS[name].score(rows)
+    assert (result["bad"], result["score"], result["interval"]) == (3, worst, [worst, worst])
+    assert [result["metrics"][figure] for figure in ("wer", "cer", "exact")] == [1, 1, 0]
+
+
 # ---- captions --------------------------------------------------------------------------------------------------------
 
 

@@ -314,6 +314,11 @@ def test_missing_files_are_all_named(write, tmp_path):
     assert "data.train.0.path: no such file: train.json" in message
     assert "zero22.json; did you mean 'configs/deepspeed/zero2.json'" in message
     assert "training.init_from: no such folder" in message
+    assert f"(working directory {Path.cwd()})" in message
+    (tmp_path / "rows.json").touch()
+    config.data.train[0].path = f"{tmp_path}/row.json"
+    with pytest.raises(ConfigError, match=r"row\.json; did you mean 'rows\.json'\?"):
+        config.check_files()
     config = load_config(write(GOOD), [f"data.world={{dir: {tmp_path}, train: 1, validation: 1, test: 1}}"])
     config.data.train[0].path = f"{tmp_path}/train/train.json"
     config.check_files()  # the run makes these itself

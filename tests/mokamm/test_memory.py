@@ -244,8 +244,11 @@ def test_a_forecast_of_a_whole_model(make_model):
     forecast = Forecast.of(make_model("moka"), config, CPU)
     assert [(m.segments, m.tokens) for m in forecast.network.media] == [(2, 3), (3, 5)]
     assert forecast.memory().encoders > 0
-    batch = {"input_ids": torch.zeros(4, 30), "labels": torch.zeros(4, 30), "key_index": torch.zeros(4, 5)}
+    batch = {"input_ids": torch.zeros(4, 30), "labels": torch.zeros(4, 30), "samples": [None] * 4}
     assert "for its 4 rows of 30 tokens" in forecast.compared([batch])
+    packed = {**batch, "samples": [None] * 10}
+    assert "for its 4 rows of 30 tokens" in forecast.compared([packed])
+    assert forecast.compared([packed]) != forecast.compared([batch])  # media of ten samples
     assert forecast.memory(batch=8).activations > forecast.memory(batch=4).activations
 
 

@@ -288,7 +288,10 @@ def test_cached_features_give_the_same_layout(make_model, make_sample, tmp_path)
         (turns("How many?", "  "), "the row has no answer"),
         (Sample("s", (Message("assistant", (Text("two"),)),)), "no message before the answer"),
         (turns("a", "b", "c", "d", system="e"), None),
-        (Sample("s", (Message("user", (Media("audio", "a.wav", "sound"),)), *turns("", "b").messages[1:])), "'sound'"),
+        (
+            Sample("s", (Message("user", (Media("audio", "a.wav", "sound"),)), *turns("", "b").messages[1:])),
+            "have audio perceive it",
+        ),
         (
             Sample("s", (Message("user", (Media("image", "wide.png", "audio"),)), *turns("", "b").messages[1:])),
             "modality 'audio' perceives waveform, found image",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,19 @@ def test_lines_for_people():
         "step  20/400  epoch 0.50  loss 1.2500  norm 0.50  adapter lr 1.0e-03  3.2k tokens/s  left 1:30"
     )
     assert running_mean([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
+
+
+def test_the_command_to_talk_runs_from_the_folder_of_the_training(run, tmp_path, monkeypatch, capsys):
+    from mokamm.config import load_config
+    from mokamm.training import finish
+
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    named = tmp_path / "my run"
+    named.mkdir()
+    (run / "metrics.jsonl").rename(named / "metrics.jsonl")
+    for folder in (tmp_path, ROOT):
+        monkeypatch.chdir(folder)
+        finish.write_up(config, named)
+        program, told = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:3]
+        assert (Path(program).resolve(), Path(told)) == (ROOT / "mokamm" / "infer.py", named)
+        assert "\npython mokamm/infer.py " in (named / "README.md").read_text()  # a card holds no path of this machine
