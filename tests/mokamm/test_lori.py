@@ -89,8 +89,13 @@ def test_a_product_by_hand() -> None:
     torch.manual_seed(0)
     B = SparseB(3, 5).double()
     dense = torch.randn(5, 3, dtype=torch.float64)
+    dense[1] = 0.0
     where = torch.rand(5, 3) < 0.4
+    with pytest.raises(AdapterError, match="and a mask that is set"):
+        B.start(dense)
     B.set_mask(pack(where))
+    with pytest.raises(AdapterError, match=r"B is \(3, 5\), expected \(5, 3\)"):
+        B.start(dense.T)
     B.start(dense)
     z = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     expected = torch.tensor(
@@ -104,6 +109,8 @@ def test_a_product_by_hand() -> None:
     assert torch.equal(B.dense(), dense)
     assert B.values is not None
     assert B.values.numel() == int(where.sum())
+    assert B.frozen_values is not None
+    assert B.frozen_values.numel() == int((~where & (dense != 0)).sum())  # a zero outside of the mask takes no room
 
     def function(z: Tensor, values: Tensor) -> Tensor:
         return torch.func.functional_call(B, {"values": values}, (z,))
