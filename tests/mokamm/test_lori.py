@@ -117,6 +117,13 @@ def test_a_product_by_hand() -> None:
 
     assert torch.autograd.gradcheck(function, (z, B.values.detach().clone().requires_grad_()))
 
+    none = SparseB(3, 5).double()  # as a mask over all layers may leave some
+    none.set_mask(pack(torch.zeros(5, 3, dtype=torch.bool)))
+    assert torch.equal(none(z), z.new_zeros(2, 4, 5))
+    none.start(dense)
+    assert not [*none.parameters()]
+    torch.testing.assert_close(none(z), expected, rtol=1e-12, atol=1e-12)
+
 
 def test_transforms_and_batched_gradients() -> None:
     """torch.func, forward mode and is_grads_batched agree with a dense B; some entries are frozen."""
