@@ -298,8 +298,7 @@ def _check(
 
 def _positions(key_mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B,Q) positions of the keys in order and which of them count; Q = the longest question, at least 1."""
-    if key_mask_BT is None:
-        raise AdapterError("key_mask is missing.")
+    assert key_mask_BT is not None  # refused by _check
     counts_B = key_mask_BT.sum(dim=1)
     Q = max(int(counts_B.max()), 1) if counts_B.numel() else 1
     key_index_BQ = key_mask_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :Q]

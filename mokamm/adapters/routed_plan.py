@@ -158,7 +158,7 @@ def add_update(h_ND: Tensor, z: Tensor, b: Tensor, plan: Plan, in_place: bool) -
 def update_backward_z(g_ND: Tensor, b: Tensor, plan: Plan) -> Tensor:
     """dz (N,r) of one layer."""
     dz = g_ND @ _b(b, plan, g_ND.dtype).t().contiguous().t()  # b laid out anew: four times as fast here
-    return dz if plan.at.shared_b or plan.rows is None else pick(dz, plan)
+    return dz if plan.at.shared_b else pick(dz, plan)
 
 
 def update_backward_b(g_ND: Tensor, z: Tensor, weight: Tensor, plan: Plan) -> Tensor:

@@ -89,8 +89,13 @@ def test_a_product_by_hand() -> None:
     torch.manual_seed(0)
     B = SparseB(3, 5).double()
     dense = torch.randn(5, 3, dtype=torch.float64)
+    dense[1] = 0.0
     where = torch.rand(5, 3) < 0.4
+    with pytest.raises(AdapterError, match="and a mask that is set"):
+        B.start(dense)
     B.set_mask(pack(where))
+    with pytest.raises(AdapterError, match=r"B is \(3, 5\), expected \(5, 3\)"):
+        B.start(dense.T)
     B.start(dense)
     z = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     expected = torch.tensor(
@@ -105,11 +110,20 @@ def test_a_product_by_hand() -> None:
     assert B.values is not None
     assert B.values.numel() == int(where.sum())
     assert set(B.state_dict()) == {"values", "shape", "mask", "frozen_mask", "frozen_values"}  # no positions
+    assert B.frozen_values is not None
+    assert B.frozen_values.numel() == int((~where & (dense != 0)).sum())  # a zero outside of the mask takes no room
 
     def function(z: Tensor, values: Tensor) -> Tensor:
         return torch.func.functional_call(B, {"values": values}, (z,))
 
     assert torch.autograd.gradcheck(function, (z, B.values.detach().clone().requires_grad_()))
+
+    none = SparseB(3, 5).double()  # as a mask over all layers may leave some
+    none.set_mask(pack(torch.zeros(5, 3, dtype=torch.bool)))
+    assert torch.equal(none(z), z.new_zeros(2, 4, 5))
+    none.start(dense)
+    assert not [*none.parameters()]
+    torch.testing.assert_close(none(z), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_product_without_kept_entries() -> None:

@@ -246,9 +246,9 @@ def test_a_forecast_of_a_whole_model(make_model):
     assert forecast.memory().encoders > 0
     batch = {"input_ids": torch.zeros(4, 30), "labels": torch.zeros(4, 30), "samples": [None] * 4}
     assert "for its 4 rows of 30 tokens" in forecast.compared([batch])
-    packed = {**batch, "samples": [None] * 10}
+    packed = {**batch, "samples": [None] * 10_000}
     assert "for its 4 rows of 30 tokens" in forecast.compared([packed])
-    assert forecast.compared([packed]) != forecast.compared([batch])  # media of ten samples
+    assert forecast.compared([packed]) != forecast.compared([batch])  # media of all samples
     assert forecast.memory(batch=8).activations > forecast.memory(batch=4).activations
 
 

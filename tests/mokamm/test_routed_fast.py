@@ -246,8 +246,11 @@ def test_an_output_may_be_changed_in_place(hook: bool, bias: bool) -> None:
     torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
-def test_backward_twice_and_what_is_refused() -> None:
+@pytest.mark.parametrize("hook", [False, True], ids=["one function", "by modules"])
+def test_backward_twice_and_what_is_refused(hook: bool) -> None:
     layer = layer_of()
+    if hook:
+        layer.base_layer.register_forward_hook(lambda *args: None)
     layer.context.routing = routing_of(BATCHES["ragged"])
     x = torch.randn(3, 12, WIDTH, dtype=torch.float64, requires_grad=True)
     loss = layer(x).square().sum()
@@ -256,9 +259,10 @@ def test_backward_twice_and_what_is_refused() -> None:
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     alone = torch.autograd.grad(loss, [layer.moka_B["default"].weight], retain_graph=True)
     assert alone[0].any()
-    (dx,) = torch.autograd.grad(loss, [x], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dx.sum().backward()
+    for of in (x, layer.moka_B["default"].weight):
+        (first,) = torch.autograd.grad(loss, [of], create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            first.sum().backward(retain_graph=True)
 
 
 def test_several_adapters_and_a_disabled_one() -> None:
