@@ -93,6 +93,9 @@ def test_a_product_by_hand() -> None:
     where = torch.rand(5, 3) < 0.4
     with pytest.raises(AdapterError, match="and a mask that is set"):
         B.start(dense)
+    for damaged in ([1, 128], [1], [1, 1, 1]):  # bytes for 15 entries: the last bit stands for none
+        with pytest.raises(AdapterError, match=r"B: its mask .* is not one of a B of shape \(5, 3\)"):
+            B.set_mask(torch.tensor(damaged, dtype=torch.uint8))
     B.set_mask(pack(where))
     with pytest.raises(AdapterError, match=r"B is \(3, 5\), expected \(5, 3\)"):
         B.start(dense.T)
