@@ -95,7 +95,7 @@ def _joined(examples: list[Example]) -> Example:
     )
 
 
-def packed(batch: Batch) -> Batch:
+def consolidated(batch: Batch) -> Batch:
     """The same batch, in place, its tensors views of one storage for each dtype.
 
     A loader's worker hands over each storage as a file descriptor, which the main process fetches from a thread of the

@@ -12,9 +12,7 @@ Cost: one decode a call; nothing is kept but content hashes. Axis letters: F seg
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from data.headers import MediaLimits, check_file
 from data.pictures import picture
-from data.schema import Media, MediaError, MissingMedia, NoTrack, OverLimit, RefusedMedia, local_path
+from data.schema import Media, MediaError, MissingMedia, NoTrack, OverLimit, RefusedMedia, beside, local_path
 from data.sound import CODEC_PADDING, SAMPLE_RATE, sound_track
 from data.video import video_frames
 
@@ -146,10 +144,8 @@ class MediaLoader:
             raise MissingMedia(
                 f"{path}: not found, nor is its folder; check data.media_dir and the row's path, or fetch the media"
             )
-        with os.scandir(path.parent) as entries:
-            known = [entry.name for entry, _ in zip(entries, range(10_000), strict=False)]
-        close = difflib.get_close_matches(path.name, known, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"the folder holds {len(known)} other files."
+        close, others = beside(path)
+        hint = f"did you mean '{close}'?" if close else f"the folder holds {others} other files."
         if "\\" in name:  # a path of Windows is one long name here
             hint = r"folders are told apart by '/', not by '\'."
         raise MissingMedia(f"{path}: not found; {hint} Check the row's path or fetch the file")

@@ -11,15 +11,14 @@ below a second; this module imports neither torch nor transformers.
 from __future__ import annotations
 
 import json
-from difflib import get_close_matches
-from itertools import islice
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from data.schema import UserError, listed, nearest
+from data.schema import UserError, beside, listed, nearest
 from data.sources import SOURCES, is_there
 from mokamm import names
 from mokamm.config_file import ConfigError, apply_overrides, explain, read_yaml
@@ -143,9 +142,10 @@ def find_path(path: str) -> Path:
 
 def _near(path: Path) -> str:
     """The name in its folder that is nearest to that of a missing file, as the end of a message; else nothing."""
-    names = [entry.name for entry in islice(path.parent.iterdir(), 10_000)] if path.parent.is_dir() else []
-    close = get_close_matches(path.name, names, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    close = ""
+    with suppress(OSError):  # its folder is not there, or may not be listed
+        close, _ = beside(path)
+    return f"; did you mean '{close}'?" if close else ""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

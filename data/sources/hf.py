@@ -153,8 +153,9 @@ def read(
         raise UserError(f"{path}: holds no rows")
     files = media_dir or path.parent, _extraction(extract)
     if layout == "columns":
-        unnamed = [name for name in MEDIA if name in table.column_names and name not in (columns or {}).values()]
-        names = chosen("columns", columns, _COLUMNS | dict(zip(unnamed, unnamed, strict=True)))
+        taken = (columns or {}).values()
+        own = {name: name for name in MEDIA if name in table.column_names and name not in taken}
+        names = chosen("columns", columns, _COLUMNS | own)
         if prompt and "question" not in {**(columns or {}), **table.features}:
             names["question"] = ""
         _check_columns(path, table, {**names, "id": ""}, prompt)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from data.collate import collate, packed
+from data.collate import collate, consolidated
 from data.dataset import MultimodalDataset, Part
 from data.ledger import Ledger
 from data.media import MediaLimits, MediaLoader
@@ -93,7 +93,7 @@ def batches(
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=partial(_joined, join=join, pad_id=pad_id, in_worker=workers > 0),
+        collate_fn=partial(_batch, join=join, pad_id=pad_id, in_worker=workers > 0),
         num_workers=workers,
         worker_init_fn=_give_way,
         prefetch_factor=4 if workers else None,
@@ -101,9 +101,9 @@ def batches(
     )
 
 
-def _joined(examples: Sequence[Example], join: Join, pad_id: int, in_worker: bool) -> Batch:
+def _batch(examples: Sequence[Example], join: Join, pad_id: int, in_worker: bool) -> Batch:
     batch = join(examples, pad_id)
-    return packed(batch) if in_worker else batch
+    return consolidated(batch) if in_worker else batch
 
 
 def _give_way(worker: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.collate import collate, packed
+from data.collate import collate, consolidated
 from data.schema import Example, MediaInput, Message, Sample, Text
 
 PAD = 99
@@ -119,7 +119,7 @@ def test_a_batch_can_be_sent_between_processes():
     assert torch.equal(again["media"]["audio"].token_index, batch["media"]["audio"].token_index)
 
 
-def test_a_packed_batch_is_the_same_in_one_storage_for_each_dtype():
+def test_a_consolidated_batch_is_the_same_in_one_storage_for_each_dtype():
     def media() -> list[MediaInput]:
         seen = MediaInput("vision", [2], 2, segments=torch.arange(24, dtype=torch.uint8).view(1, 3, 2, 4))
         heard = MediaInput("audio", [1], 6, features=torch.randn(1, 2, 5), mask=torch.tensor([[True, False]]))
@@ -131,7 +131,7 @@ def test_a_packed_batch_is_the_same_in_one_storage_for_each_dtype():
     torch.manual_seed(0)
     one = collate([Example(ids, ids, torch.zeros_like(ids), keys, media(), sample)] * 3, PAD)
     torch.manual_seed(0)
-    batch = packed(collate([Example(ids, ids, torch.zeros_like(ids), keys, media(), sample)] * 3, PAD))
+    batch = consolidated(collate([Example(ids, ids, torch.zeros_like(ids), keys, media(), sample)] * 3, PAD))
     pairs = [(one[name], batch[name]) for name in one if name not in ("media", "samples")]
     for name, expected in one["media"].items():
         found = batch["media"][name]

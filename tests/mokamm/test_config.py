@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from datetime import date
@@ -305,7 +306,11 @@ def test_the_keys_of_a_source_are_none_of_its_options(write):
         load_config(write(GOOD), ["data.train=[{source: slam, path: a.jsonl, options: {limit: 3}}]"])
 
 
-def test_missing_files_are_all_named(write, tmp_path):
+def refuse(*_):
+    raise PermissionError
+
+
+def test_missing_files_are_all_named(write, tmp_path, monkeypatch):
     overrides = ["training.deepspeed=configs/deepspeed/zero22.json", f"training.init_from={tmp_path}/none"]
     config = load_config(write(GOOD), overrides)
     with pytest.raises(ConfigError) as error:
@@ -319,6 +324,10 @@ def test_missing_files_are_all_named(write, tmp_path):
     config.data.train[0].path = f"{tmp_path}/row.json"
     with pytest.raises(ConfigError, match=r"row\.json; did you mean 'rows\.json'\?"):
         config.check_files()
+    with monkeypatch.context() as patch:  # a folder that may be entered but not listed
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(ConfigError, match=r"no such file: .*row\.json\n"):
+            config.check_files()
     config = load_config(write(GOOD), [f"data.world={{dir: {tmp_path}, train: 1, validation: 1, test: 1}}"])
     config.data.train[0].path = f"{tmp_path}/train/train.json"
     config.check_files()  # the run makes these itself

@@ -170,6 +170,8 @@ def llm_of(kind: str) -> MultimodalLM:
         "Phi3": {"pad_token_id": 0},
         # weights so small that little leaks
         "Lfm2": {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2, "initializer_range": 0.02},
+        "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        "GptOss": {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2},
         "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
         "Qwen3Next": {
             **HEADS, **EXPERTS, "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"],
@@ -196,6 +198,9 @@ def test_llms_that_keep_samples_apart_are_taken(kind):
         ("Mamba", "takes position_ids"),
         ("Bloom", "takes position_ids"),
         ("Qwen3Next", "does not keep the samples"),
+        ("OPT", "does not keep the samples"),
+        ("Falcon", "does not keep the samples"),
+        ("GptOss", "does not keep the samples"),
         ("Lfm2", "does not keep the samples"),
     ],
 )
