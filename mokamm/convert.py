@@ -8,6 +8,7 @@
     a published mask (masks/0.9_mask.pt)                mask     a mask file for adapter.mask
     a published MokA checkpoint, or its stage 1 (*.bin) moka     adapter/ and projectors.safetensors, for training.init_from
     the published BEATs (a .pt with cfg and model)      beats    a safetensors file for the encoder's path
+    a run, with --to llm (not MokA's)                   llm      a run with the adapter merged; OUT/final/llm is a plain LLM
 
 An importer of another kind of source is one function `plan_...(source, options) -> Plan | None` named in `plan`: None where
 the source is not its own. `--dry-run` says what would be written, and OUT may be left out then. Nothing is overwritten.
@@ -26,7 +27,7 @@ from data.schema import UserError
 from mokamm.mistakes import tell
 from mokamm.training.disk import writing
 
-FORMATS = ("lora", "lori_s", "mask", "moka", "beats")
+FORMATS = ("lora", "lori_s", "mask", "moka", "beats", "llm")
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ def plan(source: Path, options: Options) -> Plan:
     """Raises UserError or AdapterError where no importer knows the source, or it cannot become what is asked for."""
     from mokamm.beats_convert import plan_beats
     from mokamm.lori_convert import plan_adapter, plan_mask
+    from mokamm.merge import plan_merged
     from mokamm.published_moka import plan_published
 
     importers: tuple[Callable[[Path, Options], Plan | None], ...] = (
-        plan_published, plan_beats, plan_mask, plan_adapter,
+        plan_merged, plan_published, plan_beats, plan_mask, plan_adapter,
     )  # fmt: skip
     if not source.exists():
         raise UserError(f"no such file or folder: {source} (working directory {Path.cwd()})")

@@ -195,7 +195,10 @@ def _with(key: str) -> str:
 def _fit(B: SparseB, prefix: str, state: dict[str, Tensor], device: torch.device) -> None:
     """Give a SparseB the mask and the number of values of a folder."""
     if (mask := state.get(f"{prefix}.mask")) is None:
-        raise AdapterError(f"The adapter's file holds no {prefix}.mask: it is not one of a sparse B, or not whole.")
+        raise AdapterError(
+            f"The adapter's file holds no {prefix}.mask: it was saved before it had a mask (set_mask), is none of a "
+            "sparse B, or is not whole."
+        )
     if B.mask is None or not torch.equal(B.mask.cpu(), mask.cpu()):  # an optimizer may hold the values already
         B.set_mask(mask, prefix, device)
     B.clear_frozen()

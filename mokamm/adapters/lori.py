@@ -42,6 +42,9 @@ class LoriConfig(PeftConfig):
         default="all-linear", metadata={"help": "names, a regex, or all-linear (without the output head)"}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names or a regex left out"})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "whole modules that train and are saved beside the adapter, such as a new head"}
+    )
     a_seed: int = field(default=0, metadata={"help": "A is drawn from it"})
     a_version: int = field(default=VERSION, metadata={"help": "of the generator that draws A"})
     a_hash: str | None = field(default=None, metadata={"help": "sha256 of A, set when the model is wrapped"})

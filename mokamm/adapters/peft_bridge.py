@@ -208,7 +208,12 @@ def _matches(model: nn.Module, config: Any, unfit: dict[str, str]) -> dict[str, 
 
 
 def _not_excluded(config: Any, names: list[str]) -> list[str]:
-    """The names that `exclude_modules`, a regex or a list of names, leaves; a warning where one matches none."""
+    """The names that `exclude_modules`, a regex or a list of names, leaves; a warning where one matches none.
+
+    None of `modules_to_save`, which train whole (of a classifier PEFT names the head so), nor what is inside of them.
+    """
+    whole = {rf"(.*\.)?{re.escape(entry)}(\..*)?" for entry in getattr(config, "modules_to_save", None) or []}
+    names = [name for name in names if not any(re.fullmatch(pattern, name) for pattern in whole)]
     given = getattr(config, "exclude_modules", None) or []
     patterns = {given: given} if isinstance(given, str) else {entry: rf"(.*\.)?{re.escape(entry)}" for entry in given}
     left = names

@@ -73,6 +73,9 @@ class MokaConfig(PeftConfig):
         default="all-linear", metadata={"help": "names, a regex, or all-linear (without the output head)"}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names or a regex left out"})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "whole modules that train and are saved beside the adapter, such as a new head"}
+    )
     attention_weight: float = field(default=1.0, metadata={"help": "lambda; 0 = no cross-modal attention"})
     attention_weight_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "regex of module names -> lambda there"}
