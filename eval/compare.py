@@ -27,9 +27,9 @@ from eval.comparison.plan import FAILED
 from eval.comparison.progress import Progress, look
 from eval.comparison.settings import Comparison, load_comparison
 from eval.comparison.shown import Shown
-from eval.printing import stdout_kept_clean
 from mokamm.arguments import at_least_one, started_as
 from mokamm.mistakes import tell
+from mokamm.quiet import stdout_kept_clean
 from mokamm.training.disk import hold, writing
 from mokamm.training.world import make_world
 

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 COUNTS = ("rows", "unparsed", "bad")
 FILE_COUNTS = ("rows", "parsed", "unparsed", "bad", "duplicates", "missing", "extra")
 WIDTH = 110  # where standard output is no terminal
-
-
-@contextmanager
-def stdout_kept_clean(keep: bool) -> Iterator[None]:
-    """While it holds, what anything (a library, a subprocess) writes to standard output goes to standard error."""
-    if not keep:
-        yield
-        return
-    sys.stdout.flush()
-    python_stdout, saved = sys.stdout, os.dup(1)
-    try:
-        os.dup2(2, 1)
-        sys.stdout = sys.stderr
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout = python_stdout
-        os.dup2(saved, 1)
-        os.close(saved)
 
 
 def print_metrics(results: Mapping[str, dict[str, Any]], title: str) -> None:

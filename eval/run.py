@@ -41,13 +41,13 @@ from eval.controls import CONTROLS, Control
 from eval.generation import Ask, answer_batches, by_tokens, make_batches, remaining
 from eval.jobs import Job, plan_jobs
 from eval.journal import Journal, check_whole, digest_of, fill, rows_digest
-from eval.printing import print_metrics, stdout_kept_clean
+from eval.printing import print_metrics
 from eval.ranks import check_alike, join, rank_here, told, world_here
 from mokamm.arguments import at_least_one
 from mokamm.config import RunConfig, find_path, load_run_config
 from mokamm.mistakes import is_users
 from mokamm.names import ROUTED
-from mokamm.quiet import quiet
+from mokamm.quiet import quiet, stdout_kept_clean
 from mokamm.training.disk import replacing, writing
 
 if TYPE_CHECKING:

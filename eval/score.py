@@ -49,7 +49,8 @@ from eval.benchmarks.base import file_stem, total
 from eval.comparison.differences import sign_flips
 from eval.intervals import bootstrap_interval
 from eval.predictions import NO_PREDICTION, Collected, collect, read
-from eval.printing import print_rules, stdout_kept_clean
+from eval.printing import print_rules
+from mokamm.quiet import stdout_kept_clean
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

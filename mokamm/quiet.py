@@ -1,10 +1,18 @@
-"""Libraries kept from talking about themselves: their progress bars, and what they plan for their own future."""
+"""Libraries kept from talking about themselves, and all but a program's own result kept off standard output."""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def quiet(errors_alone: bool = False) -> None:
-    """For the whole process. errors_alone: transformers' warnings too, where standard error is for errors."""
+    """For the whole process: no progress bars of libraries, nothing of what they plan for their own future.
+
+    errors_alone: none of transformers' warnings either, where standard error is for errors.
+    """
     import warnings
 
     from transformers.utils import logging
@@ -13,3 +21,22 @@ def quiet(errors_alone: bool = False) -> None:
     logging.disable_progress_bar()
     if errors_alone:
         logging.set_verbosity_error()
+
+
+@contextmanager
+def stdout_kept_clean(keep: bool) -> Iterator[None]:
+    """While it holds, what anything (a library, a subprocess) writes to standard output goes to standard error."""
+    if not keep:
+        yield
+        return
+    sys.stdout.flush()
+    python_stdout, saved = sys.stdout, os.dup(1)
+    try:
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout = python_stdout
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -1,15 +1,18 @@
-"""Fine-tune, evaluate, report:  deepspeed mokamm/train.py CONFIG [dotted.key=value ...]
+"""Fine-tune, evaluate, report:  deepspeed mokamm/train.py CONFIG [dotted.key=value ...] [--json]
 
     config --> (miniature world) --> model --> corpus --> steps --> final/ --> evaluation --> report/
 
-Also starts as `python`, `torchrun` or `accelerate launch`. Exit codes: 0 done; 2 a mistake in the configuration or the
-data, or a step that cannot be used, told in one message; 75 another rank went away, the same command goes on; 130 or 143
-stopped by Ctrl-C or SIGTERM, with everything saved (1 from launchers that were signalled themselves); others are bugs.
+Also starts as `python`, `torchrun` or `accelerate launch`. `--json` leaves one JSON object on standard output and all else
+on standard error (the `deepspeed` launcher's own lines stand on standard output, before it).
+Exit codes: 0 done; 2 a mistake in the configuration or the data, or a step that cannot be used, told in one message; 75
+another rank went away, the same command goes on; 130 or 143 stopped by Ctrl-C or SIGTERM, with everything saved (1 from
+launchers that were signalled themselves); others are bugs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -21,7 +24,7 @@ from typing import TYPE_CHECKING
 from mokamm.arguments import add_config_arguments
 from mokamm.config import ConfigError, RunConfig, load_config
 from mokamm.mistakes import is_users
-from mokamm.quiet import quiet
+from mokamm.quiet import quiet, stdout_kept_clean
 from mokamm.training.launch import leave
 from mokamm.training.stopping import BadStep, Stopped, command_to_go_on
 
@@ -36,19 +39,31 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="example: deepspeed mokamm/train.py configs/quickstart.yaml training.seed=1 data.max_length=512",
     )
     add_config_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="at the end, one JSON object on standard output")
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
+    with stdout_kept_clean(args.json):
+        folder = _run_as_told(args)
+    if args.json and int(os.environ.get("RANK", "0")) == 0:
+        from mokamm.training.finish import outcome
+
+        print(json.dumps(outcome(folder)), flush=True)
+
+
+def _run_as_told(args: argparse.Namespace) -> Path:
+    """The run's folder, once all is done; whatever ends it earlier ends the process with its exit code."""
     config: RunConfig | None = None
     try:
         config = load_config(args.config, args.overrides)
         config.check_files()
         run(config)
+        return Path(config.training.output_dir)
     except (Stopped, KeyboardInterrupt) as stopped:  # Ctrl-C before the steps or after them: there is nothing to save
         auto = config is not None and config.training.resume_from_checkpoint == "auto"
         if int(os.environ.get("RANK", "0")) == 0:
@@ -64,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _tell(error, "" if auto else "\nnote: the same command goes on with training.resume_from_checkpoint=auto")
         sys.stdout.flush()
         code = getattr(error, "exit_code", 2)
-        os._exit(code) if _in_group() else sys.exit(code)  # peers may wait in a collective: do not wait for them
+        if _in_group():
+            os._exit(code)  # peers may wait in a collective: do not wait for them
+        sys.exit(code)
 
 
 def run(config: RunConfig, finishing: bool = True) -> None:

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval.printing import stdout_kept_clean
 from eval.speed.counting import operations, peak_bytes, saved_bytes, waits
 from eval.speed.reporting import keep, print_tables, surroundings
 from eval.speed.subjects import (
@@ -44,6 +43,7 @@ from eval.speed.subjects import (
 )
 from eval.speed.timing import in_turns
 from mokamm.arguments import at_least_one
+from mokamm.quiet import stdout_kept_clean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

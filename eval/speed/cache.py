@@ -20,9 +20,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from eval.printing import stdout_kept_clean
 from eval.speed.reporting import RESULTS, keep, surroundings
 from mokamm.config import RunConfig, find_path, load_config
+from mokamm.quiet import stdout_kept_clean
 
 BATCH = 8
 

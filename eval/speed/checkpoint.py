@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval.printing import stdout_kept_clean
 from eval.speed.reporting import RESULTS, keep, surroundings
 from eval.speed.timing import in_turns
 from mokamm.arguments import at_least_one
 from mokamm.config import find_path, load_config
+from mokamm.quiet import stdout_kept_clean
 
 Save = Callable[[int], None]  # writes the checkpoint of a step
 

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.printing import stdout_kept_clean
 from eval.speed.reporting import keep, surroundings
 from eval.speed.timing import in_turns
 from mokamm.adapters import Coto, Routing, set_routing, wrap
 from mokamm.adapters.coto import rising
 from mokamm.arguments import at_least_one
+from mokamm.quiet import stdout_kept_clean
 
 STEPS = 16
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

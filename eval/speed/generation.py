@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval.printing import stdout_kept_clean
 from eval.speed.reporting import RESULTS, keep, surroundings
 from mokamm.arguments import at_least_one
+from mokamm.quiet import stdout_kept_clean
 
 
 def one_by_one(model: Any, rows: list[Any], loader: Any, tokens: int) -> dict[int, str]:

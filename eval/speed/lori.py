@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from eval.printing import stdout_kept_clean
 from eval.speed.reporting import keep, surroundings
 from mokamm.adapters import wrap
 from mokamm.adapters.masks import keep_top
 from mokamm.adapters.start import factors
+from mokamm.quiet import stdout_kept_clean
 
 METHODS = ("lora", "lori_d", "lori_s")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.schema import MEDIA, UserError
-from mokamm.config import RunConfig, find_path
+from mokamm.config import RunConfig, find_path, load_run_config
 from mokamm.training.disk import replacing
 from mokamm.training.launch import plain_environment
 from mokamm.training.world import REPOSITORY
@@ -90,6 +91,32 @@ def write_up(config: RunConfig, run: Path) -> None:
     (run / "README.md").write_text(model_card(config, run))
     command = talk_command(config, run, from_here("mokamm/infer.py"))
     print(f"\nreport: {report}\ntalk to it:\n  {command}", flush=True)
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What `train.py --json` prints of a finished run; None for a figure that it does not have, or that is not finite."""
+    from mokamm.report import read_results
+    from mokamm.training.watch import METRICS, read_metrics
+
+    config, records = load_run_config(run), read_metrics(run / METRICS)
+    last = {record["kind"]: record for record in records}
+    figures = {
+        kind: _finite(last.get(kind, {}), "step", "epoch", "loss", "accuracy") for kind in ("train", "validation")
+    }
+    told = ("control", "rows", "score", "interval", "scale")
+    return {
+        "run": str(run),
+        "final": str(run / "final"),
+        "report": str(run / "report" / "report.md"),
+        "method": config.method,
+        "trained_parameters": config.versions.get("trained_parameters", {}),
+        **figures,
+        "benchmarks": [{"benchmark": r["name"], **{key: r[key] for key in told}} for r in read_results(run)],
+    }
+
+
+def _finite(record: dict[str, Any], *keys: str) -> dict[str, float | None]:
+    return {key: record[key] if math.isfinite(record[key]) else None for key in keys if key in record}
 
 
 # ---- the command to talk to the result -------------------------------------------------------------------------------
