@@ -3,7 +3,7 @@
     config --> (miniature world) --> model --> corpus --> steps --> final/ --> evaluation --> report/
 
 Also starts as `python`, `torchrun` or `accelerate launch`. `--json` leaves one JSON object on standard output and all else
-on standard error (the `deepspeed` launcher's own lines stand on standard output, before it).
+on standard error (the `deepspeed` launcher's own lines stand on standard output, around it).
 Exit codes: 0 done; 2 a mistake in the configuration or the data, or a step that cannot be used, told in one message; 75
 another rank went away, the same command goes on; 130 or 143 stopped by Ctrl-C or SIGTERM, with everything saved (1 from
 launchers that were signalled themselves); others are bugs.
