@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from mokamm.adapters.checks import check_format, check_lora_options, plain_weight
 from mokamm.adapters.frozen_a import VERSION
 from mokamm.adapters.frozen_tuner import FrozenATuner, new_a, new_b
-from mokamm.adapters.peft_bridge import TunerLayer, first_match, register_method
+from mokamm.adapters.peft_bridge import TunerLayer, first_match, register_method, tied_layers
 from mokamm.adapters.routed_context import RoutingContext
 from mokamm.adapters.routed_fast import DownProjection, FrozenDownProjection, UpProjection, together
 from mokamm.adapters.routed_fold import FOLDED, Fold, WithoutDerivative
@@ -424,14 +424,10 @@ class MokaModel(FrozenATuner):
             AdapterError: before anything is changed, where a weight is quantized, sharded, or another module's too.
         """
         layers = list(self.routed_layers())
-        owners: dict[int, int] = {}
-        for module in self.model.modules():
-            for parameter in module.parameters(recurse=False):
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
         for layer in layers:
             layer.check_foldable()
-            if owners[id(layer.base_weight)] > 1:
-                raise AdapterError("The text path cannot be folded into a weight that another module shares (tied).")
+        if tied_layers(self.model):
+            raise AdapterError("The text path cannot be folded into a weight that another module shares (tied).")
         for layer in layers:
             layer.fold_text()
         part_siblings(self.model)  # of no use then, and hooks cost 1 % of a small LLM's decoding
@@ -449,7 +445,7 @@ class MokaModel(FrozenATuner):
         self.parted = False
 
     def unload(self) -> nn.Module:
-        """The LLM without the adapter, its weights bit-identical to what they were."""
+        """The LLM without the adapter, its weights bit-identical to what they were, but those of `modules_to_save`."""
         self.unfold_text()
         part_siblings(self.model)
         self.context.leave(self.model)
