@@ -1,4 +1,4 @@
-"""Weights from and to other formats:  mokamm convert SOURCE OUT [--to FORMAT] [--mask FILE] [--dry-run]
+"""Weights from and to other formats:  mokamm convert SOURCE OUT [--to FORMAT] [--mask FILE] [--base PATH] [--dry-run]
 
     source                                              default result
     a LORI_S run or folder                              lora     plain PEFT LoRA: any PEFT user loads it, identical logits
@@ -36,6 +36,7 @@ class Options:
 
     to: str | None = None
     mask: Path | None = None
+    base: str | None = None
     logits_by_keys: bool = False
 
 
@@ -69,6 +70,8 @@ def plan(source: Path, options: Options) -> Plan:
             continue
         if options.mask is not None and importer is not plan_adapter:
             raise UserError(f"--mask goes with an adapter; {source} is: {found.found}")
+        if options.base is not None and importer is not plan_merged:
+            raise UserError(f"--base goes with a run and --to llm; {source} is: {found.found}")
         if options.logits_by_keys and importer is not plan_published:
             raise UserError(f"--logits-by-keys goes with a published MokA checkpoint; {source} is: {found.found}")
         return found
@@ -92,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--mask", type=Path, metavar="FILE", help="for a LoRI-S published as LoRA: which entries trained"
     )
+    parser.add_argument("--base", metavar="PATH", help="with --to llm: the LLM, instead of the one in the run's config")
     parser.add_argument(
         "--logits-by-keys", action="store_true", help="for a MokA checkpoint trained by its code of before 2025-12-28"
     )
@@ -101,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is None and not args.dry_run:
         parser.error("OUT is missing; only with --dry-run it may be")
     try:
-        planned = plan(args.source, Options(args.to, args.mask, args.logits_by_keys))
+        planned = plan(args.source, Options(args.to, args.mask, args.base, args.logits_by_keys))
         if args.out is not None:
             if args.out.exists():
                 raise UserError(f"{args.out} is there already; nothing is overwritten. Choose another name")
