@@ -242,7 +242,7 @@ def name_whole_modules(model: nn.Module, config: Any) -> None:
     """Adds to `modules_to_save` the heads that PEFT trains for a task: for some tasks it names them after injection alone.
 
     Raises:
-        AdapterError: an entry is no module of the model, or another adapter adapts what is inside of it.
+        AdapterError: an entry is no module of the model, lies in another one, or another adapter adapts what is in it.
     """
     heads = HEADS.get(config.task_type, ())
     given = [entry for entry in config.modules_to_save or [] if entry not in heads]
@@ -251,8 +251,12 @@ def name_whole_modules(model: nn.Module, config: Any) -> None:
         if not any(name.endswith(entry) for name in names):
             known = {last for name in names if (last := name.rpartition(".")[2]) and not last.isdigit()}
             raise AdapterError(f"modules_to_save: '{entry}' matches no module{nearest(entry, known)}")
-    config.modules_to_save = [*given, *heads] or None
-    if adapted := [name for name in tuner_layers(model) if _lies_in(name, config.modules_to_save or [])]:
+    whole = [*given, *heads]
+    for name in names:
+        if name.endswith(tuple(whole)) and _lies_in(name.rpartition(".")[0], whole):  # PEFT would save what it cannot load
+            raise AdapterError(f"modules_to_save: {name} lies in another of these modules; name the outer one alone.")
+    config.modules_to_save = whole or None
+    if adapted := [name for name in tuner_layers(model) if _lies_in(name, whole)]:
         raise AdapterError(
             f"modules_to_save: {adapted[0]} would train whole, and another adapter of this model adapts it. Leave it out of "
             "one of the two (exclude_modules of the other)."

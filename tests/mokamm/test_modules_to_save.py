@@ -145,6 +145,8 @@ def test_modules_that_cannot_train_whole_are_told() -> None:
     for entry, told in (("scoer", "'scoer' matches no module; did you mean 'score'"), ("_proj", "matches no linear")):
         with pytest.raises(AdapterError, match=told):
             moka(classifier(), task_type="SEQ_CLS", modules_to_save=[entry])
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp lies in another of these modules"):
+        moka(classifier(), modules_to_save=["layers.1", "mlp"])
     with pytest.raises(AdapterError, match="must be a list of names; found 'score'"):
         MokaConfig(modules_to_save="score")  # type: ignore[arg-type]
     model = moka(classifier())
