@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +83,18 @@ def plan(source: Path, options: Options) -> Plan:
     )
 
 
+@contextmanager
+def _whole(out: Path) -> Iterator[None]:
+    """A failure leaves nothing of OUT, which was not there before: the next try may have its name."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        with suppress(OSError):  # it was a folder, or could not be made at all
+            out.unlink()
+        raise
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mokamm convert", description="Adapters, masks and encoders from and to other formats."
@@ -111,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(f"{args.out} is there already; nothing is overwritten. Choose another name")
             planned.check(args.out)
         if not args.dry_run:
-            with writing(args.out, "choose another place for OUT"):
+            with writing(args.out, "choose another place for OUT"), _whole(args.out):
                 planned.write(args.out)
     except Exception as error:
         return tell(error)

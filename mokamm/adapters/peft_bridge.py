@@ -253,7 +253,9 @@ def name_whole_modules(model: nn.Module, config: Any) -> None:
             raise AdapterError(f"modules_to_save: '{entry}' matches no module{nearest(entry, known)}")
     whole = [*given, *heads]
     for name in names:
-        if name.endswith(tuple(whole)) and _lies_in(name.rpartition(".")[0], whole):  # PEFT would save what it cannot load
+        if name.endswith(tuple(whole)) and _lies_in(
+            name.rpartition(".")[0], whole
+        ):  # PEFT would save what it cannot load
             raise AdapterError(f"modules_to_save: {name} lies in another of these modules; name the outer one alone.")
     config.modules_to_save = whole or None
     if adapted := [name for name in tuner_layers(model) if _lies_in(name, whole)]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -184,6 +186,22 @@ def test_merging_makes_nothing_but_out(tmp_path, base, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"run", "merged"}
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     assert not capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, base, capsys):
+    """Below the size of the LLM's file, above that of the others, the kernel refuses to write."""
+    run, out = write_run(tmp_path / "run", base, "lora"), tmp_path / "merged"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, before[1]))
+        assert main([str(run), str(out), "--to", "llm"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "merged cannot be written" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([str(run), str(out), "--to", "llm"]) == 0
 
 
 def test_a_dry_run_says_what_would_be_written(tmp_path, base, capsys):
