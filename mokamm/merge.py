@@ -53,7 +53,7 @@ def write_merged(source: Path, base: str | None, out: Path) -> None:
     """base: as of infer.py. Raises UserError where the sum would be no LLM."""
     quiet()
     model = load_run(source, base, "cpu", whole=True)
-    if tied := tied_layers(model.llm):
+    if tied := tied_layers(model.base_llm):
         raise UserError(
             f"{source} cannot be merged: its adapter changes {tied[0]}, whose weight is another module's too (tied "
             "embeddings), and the sum would change both"

@@ -55,6 +55,11 @@ from mokamm.adapters.standing_in import is_bare, under_transform
 from mokamm.routing import AdapterError, Routing
 
 FORMAT = 1
+UNMERGEABLE = (
+    "A routed adapter cannot be merged: each modality has a weight of its own, and a media token's update depends on the "
+    "question. fold_text() puts the text path alone into the weights (decoding then costs as much as the base model); "
+    "unload() gives the base model back without the adapter."
+)
 
 
 @dataclass
@@ -352,11 +357,7 @@ class RoutedLinear(TunerLayer):
         super().delete_adapter(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        raise AdapterError(
-            "A routed adapter cannot be merged: each modality has a weight of its own, and a media token's update "
-            "depends on the question. fold_text() puts the text path alone into the weights (decoding then costs as "
-            "much as the base model); unload() gives the base model back without the adapter."
-        )
+        raise AdapterError(UNMERGEABLE)
 
     def unmerge(self) -> None:
         """Nothing to do: nothing is ever merged."""
@@ -443,6 +444,10 @@ class MokaModel(FrozenATuner):
     def _join(self) -> None:
         find_siblings(self.model, RoutedLinear)
         self.parted = False
+
+    def _check_merge_allowed(self) -> NoReturn:
+        """Before anything is changed: PEFT would take the `modules_to_save` off before it comes to the first layer."""
+        raise AdapterError(UNMERGEABLE)
 
     def unload(self) -> nn.Module:
         """The LLM without the adapter, its weights bit-identical to what they were, but those of `modules_to_save`."""

@@ -145,7 +145,7 @@ def test_an_adapter_of_tied_embeddings_is_not_merged(tmp_path, base, capsys):
         (tmp_path / "base" / part).symlink_to((base / part).resolve())
     run, out = write_run(tmp_path / "run", tmp_path / "base", "lora", target_modules=["lm_head"]), tmp_path / "merged"
     assert main([str(run), str(out), "--to", "llm"]) == 2
-    assert "lm_head, whose weight is another module's too" in capsys.readouterr().err
+    assert "changes lm_head, whose weight is another module's too" in capsys.readouterr().err
     assert not out.exists()
     run = write_run(tmp_path / "inner", tmp_path / "base", "lora")  # layers within are no one else's
     assert main([str(run), str(out), "--to", "llm"]) == 0

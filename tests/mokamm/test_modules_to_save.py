@@ -157,6 +157,19 @@ def test_modules_that_cannot_train_whole_are_told() -> None:
     assert torch.isfinite(scores(model)).all()
 
 
+def test_a_refused_merge_changes_nothing() -> None:
+    plain = classifier()(input_ids=IDS).logits
+    model = moka(classifier(), task_type="SEQ_CLS", modules_to_save=["embed_tokens"])
+    train(model)
+    keys = set(model.state_dict())
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(AdapterError, match="cannot be merged"):
+            merge()
+    assert set(model.state_dict()) == keys
+    with model.disable_adapter():
+        torch.testing.assert_close(model(input_ids=IDS).logits, plain, rtol=0, atol=1e-12)
+
+
 def test_a_module_that_trains_whole_is_no_target() -> None:
     model = moka(classifier(), modules_to_save=["down_proj", "layers.1.self_attn"])
     names = model.base_model.targeted_module_names
