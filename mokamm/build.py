@@ -139,10 +139,17 @@ def media_loader(media_dir: str | Path | None, limits: LimitsConfig, allow_outsi
     return MediaLoader(media_dir, MediaLimits(**limits.model_dump()), allow_outside)
 
 
-def load_run(run: str | Path, base: str | None = None, device: torch.device | str | None = None) -> MultimodalLM:
-    """The model of a finished run. Raises UserError for a folder that is none, or whose base is not the one it was."""
+def load_run(
+    run: str | Path, base: str | None = None, device: torch.device | str | None = None, whole: bool = False
+) -> MultimodalLM:
+    """The model of a finished run. Raises UserError for a folder that is none, or whose base is not the one it was.
+
+    whole: the LLM in full, also where the run has it in 4 or 8 bits.
+    """
     run = Path(run)
     config = load_run_config(run)
+    if whole:
+        config.model.llm.quantization = None
     if base is not None:
         config.model.llm.path, config.model.llm.revision = base, None
     check_base(config, named=base is not None)

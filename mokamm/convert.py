@@ -1,4 +1,4 @@
-"""Weights from and to other formats:  mokamm convert SOURCE OUT [--to FORMAT] [--mask FILE] [--dry-run]
+"""Weights from and to other formats:  mokamm convert SOURCE OUT [--to FORMAT] [--mask FILE] [--base PATH] [--dry-run]
 
     source                                              default result
     a LORI_S run or folder                              lora     plain PEFT LoRA: any PEFT user loads it, identical logits
@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +38,7 @@ class Options:
 
     to: str | None = None
     mask: Path | None = None
+    base: str | None = None
     logits_by_keys: bool = False
 
 
@@ -69,6 +72,8 @@ def plan(source: Path, options: Options) -> Plan:
             continue
         if options.mask is not None and importer is not plan_adapter:
             raise UserError(f"--mask goes with an adapter; {source} is: {found.found}")
+        if options.base is not None and importer is not plan_merged:
+            raise UserError(f"--base goes with a run and --to llm; {source} is: {found.found}")
         if options.logits_by_keys and importer is not plan_published:
             raise UserError(f"--logits-by-keys goes with a published MokA checkpoint; {source} is: {found.found}")
         return found
@@ -76,6 +81,18 @@ def plan(source: Path, options: Options) -> Plan:
         f"{source} is none of: a run or a folder with adapter_config.json; a published MokA checkpoint (a folder, or one "
         "*.bin, with an adapter's or projectors' keys); a mask (*.pt, *.safetensors); BEATs (*.pt)"
     )
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[None]:
+    """A failure leaves nothing of OUT, which was not there before: the next try may have its name."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        with suppress(OSError):  # it was a folder, or could not be made at all
+            out.unlink()
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--mask", type=Path, metavar="FILE", help="for a LoRI-S published as LoRA: which entries trained"
     )
+    parser.add_argument("--base", metavar="PATH", help="with --to llm: the LLM, instead of the one in the run's config")
     parser.add_argument(
         "--logits-by-keys", action="store_true", help="for a MokA checkpoint trained by its code of before 2025-12-28"
     )
@@ -101,13 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is None and not args.dry_run:
         parser.error("OUT is missing; only with --dry-run it may be")
     try:
-        planned = plan(args.source, Options(args.to, args.mask, args.logits_by_keys))
+        planned = plan(args.source, Options(args.to, args.mask, args.base, args.logits_by_keys))
         if args.out is not None:
             if args.out.exists():
                 raise UserError(f"{args.out} is there already; nothing is overwritten. Choose another name")
             planned.check(args.out)
         if not args.dry_run:
-            with writing(args.out, "choose another place for OUT"):
+            with writing(args.out, "choose another place for OUT"), _whole(args.out):
                 planned.write(args.out)
     except Exception as error:
         return tell(error)

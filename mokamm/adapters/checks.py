@@ -22,13 +22,15 @@ PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_lora_options(config: Any) -> None:
-    """r, lora_alpha and lora_dropout of a config. Raises AdapterError."""
+    """r, lora_alpha, lora_dropout and the kind of modules_to_save of a config. Raises AdapterError."""
     if isinstance(config.r, bool) or not isinstance(config.r, int) or config.r < 1:
         raise AdapterError(f"r must be a whole number of at least 1; found {config.r!r}.")
     if not config.lora_alpha > 0:
         raise AdapterError(f"lora_alpha must be above 0; found {config.lora_alpha!r}.")
     if not 0.0 <= config.lora_dropout < 1.0:
         raise AdapterError(f"lora_dropout must be in [0, 1); found {config.lora_dropout!r}.")
+    if isinstance(config.modules_to_save, str):  # PEFT would take it for a list of its letters
+        raise AdapterError(f"modules_to_save must be a list of names; found {config.modules_to_save!r}.")
 
 
 def check_format(config: Any, known: int) -> None:

@@ -20,8 +20,10 @@ import copy
 import difflib
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NoReturn, cast
 
 import torch
@@ -36,13 +38,14 @@ from peft.tuners.tuners_utils import (
     _get_in_out_features,
     check_adapters_to_merge,
 )
-from peft.utils import register_peft_method, transformers_weight_conversion
+from peft.utils import AuxiliaryTrainingWrapper, register_peft_method, transformers_weight_conversion
 from torch import Tensor, nn
 
 from mokamm.routing import AdapterError
 
 log = logging.getLogger("mokamm")
 
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 PREFIX = "base_model.model."  # of a PeftModel's keys, before the names in the LLM
 
 
@@ -74,12 +77,17 @@ def first_match(patterns: Iterable[str], name: str) -> str | None:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of the linear modules of a model; one that is wrapped already counts as itself, its insides do not."""
+    """Names of the linear modules of a model; one that is wrapped already counts as itself, its insides do not.
+
+    None of a module that another adapter trains whole: each adapter has a copy of it (`modules_to_save`).
+    """
     names: list[str] = []
     inside = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            inside = name + "."
         linear = isinstance(module, nn.Linear) or "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"
         if isinstance(module, BaseTunerLayer):
             inside = name + "."
@@ -212,8 +220,7 @@ def _not_excluded(config: Any, names: list[str]) -> list[str]:
 
     None of `modules_to_save`, which train whole (of a classifier PEFT names the head so), nor what is inside of them.
     """
-    whole = {rf"(.*\.)?{re.escape(entry)}(\..*)?" for entry in getattr(config, "modules_to_save", None) or []}
-    names = [name for name in names if not any(re.fullmatch(pattern, name) for pattern in whole)]
+    names = [name for name in names if not _lies_in(name, getattr(config, "modules_to_save", None) or [])]
     given = getattr(config, "exclude_modules", None) or []
     patterns = {given: given} if isinstance(given, str) else {entry: rf"(.*\.)?{re.escape(entry)}" for entry in given}
     left = names
@@ -224,6 +231,38 @@ def _not_excluded(config: Any, names: list[str]) -> list[str]:
             log.warning("note: exclude_modules: '%s' matches no linear module%s", entry, nearest(entry, known))
         left = [name for name in left if name not in excluded]
     return left
+
+
+def _lies_in(name: str, whole: list[str]) -> bool:
+    """Whether a module is one that PEFT takes for one of `modules_to_save` (by the ends of their names), or inside of it."""
+    return any(path.endswith(tuple(whole)) for path in accumulate(name.split("."), "{}.{}".format))
+
+
+def name_whole_modules(model: nn.Module, config: Any) -> None:
+    """Adds to `modules_to_save` the heads that PEFT trains for a task: for some tasks it names them after injection alone.
+
+    Raises:
+        AdapterError: an entry is no module of the model, lies in another one, or another adapter adapts what is in it.
+    """
+    heads = HEADS.get(config.task_type, ())
+    given = [entry for entry in config.modules_to_save or [] if entry not in heads]
+    names = [name for name, _ in model.named_modules()]
+    for entry in given:
+        if not any(name.endswith(entry) for name in names):
+            known = {last for name in names if (last := name.rpartition(".")[2]) and not last.isdigit()}
+            raise AdapterError(f"modules_to_save: '{entry}' matches no module{nearest(entry, known)}")
+    whole = [*given, *heads]
+    for name in names:
+        if name.endswith(tuple(whole)) and _lies_in(
+            name.rpartition(".")[0], whole
+        ):  # PEFT would save what it cannot load
+            raise AdapterError(f"modules_to_save: {name} lies in another of these modules; name the outer one alone.")
+    config.modules_to_save = whole or None
+    if adapted := [name for name in tuner_layers(model) if _lies_in(name, whole)]:
+        raise AdapterError(
+            f"modules_to_save: {adapted[0]} would train whole, and another adapter of this model adapts it. Leave it out of "
+            "one of the two (exclude_modules of the other)."
+        )
 
 
 def _fused_hint(model: nn.Module, target: str) -> str:
@@ -255,6 +294,13 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """Every adapted module by its name, of any PEFT method; those within another one belong to it."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def tied_layers(model: nn.Module) -> list[str]:
+    """Names of adapted modules of which a weight is another module's too, such as an output head tied to embeddings."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    bases = {name: cast(Any, layer).get_base_layer() for name, layer in tuner_layers(model).items()}
+    return [name for name, base in bases.items() if any(owners[id(p)] > 1 for p in base.parameters(recurse=False))]
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -395,6 +441,7 @@ class Tuner(BaseTuner):
         # names and a hash of this very LLM go into it: the caller's own may serve another one
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         check_adapter_name(model, adapter_name)
+        name_whole_modules(model, config)
         found = match_targets(model, config)
         self.check_config(config, [name for names in found.values() for name in names])
         super().inject_adapter(model, adapter_name, *args, **kwargs)

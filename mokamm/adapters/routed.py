@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from mokamm.adapters.checks import check_format, check_lora_options, plain_weight
 from mokamm.adapters.frozen_a import VERSION
 from mokamm.adapters.frozen_tuner import FrozenATuner, new_a, new_b
-from mokamm.adapters.peft_bridge import TunerLayer, first_match, register_method
+from mokamm.adapters.peft_bridge import TunerLayer, first_match, register_method, tied_layers
 from mokamm.adapters.routed_context import RoutingContext
 from mokamm.adapters.routed_fast import DownProjection, FrozenDownProjection, UpProjection, together
 from mokamm.adapters.routed_fold import FOLDED, Fold, WithoutDerivative
@@ -55,6 +55,11 @@ from mokamm.adapters.standing_in import is_bare, under_transform
 from mokamm.routing import AdapterError, Routing
 
 FORMAT = 1
+UNMERGEABLE = (
+    "A routed adapter cannot be merged: each modality has a weight of its own, and a media token's update depends on the "
+    "question. fold_text() puts the text path alone into the weights (decoding then costs as much as the base model); "
+    "unload() gives the base model back without the adapter."
+)
 
 
 @dataclass
@@ -352,11 +357,7 @@ class RoutedLinear(TunerLayer):
         super().delete_adapter(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        raise AdapterError(
-            "A routed adapter cannot be merged: each modality has a weight of its own, and a media token's update "
-            "depends on the question. fold_text() puts the text path alone into the weights (decoding then costs as "
-            "much as the base model); unload() gives the base model back without the adapter."
-        )
+        raise AdapterError(UNMERGEABLE)
 
     def unmerge(self) -> None:
         """Nothing to do: nothing is ever merged."""
@@ -424,14 +425,10 @@ class MokaModel(FrozenATuner):
             AdapterError: before anything is changed, where a weight is quantized, sharded, or another module's too.
         """
         layers = list(self.routed_layers())
-        owners: dict[int, int] = {}
-        for module in self.model.modules():
-            for parameter in module.parameters(recurse=False):
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
         for layer in layers:
             layer.check_foldable()
-            if owners[id(layer.base_weight)] > 1:
-                raise AdapterError("The text path cannot be folded into a weight that another module shares (tied).")
+        if tied_layers(self.model):
+            raise AdapterError("The text path cannot be folded into a weight that another module shares (tied).")
         for layer in layers:
             layer.fold_text()
         part_siblings(self.model)  # of no use then, and hooks cost 1 % of a small LLM's decoding
@@ -448,8 +445,12 @@ class MokaModel(FrozenATuner):
         find_siblings(self.model, RoutedLinear)
         self.parted = False
 
+    def _check_merge_allowed(self) -> NoReturn:
+        """Before anything is changed: PEFT would take the `modules_to_save` off before it comes to the first layer."""
+        raise AdapterError(UNMERGEABLE)
+
     def unload(self) -> nn.Module:
-        """The LLM without the adapter, its weights bit-identical to what they were."""
+        """The LLM without the adapter, its weights bit-identical to what they were, but those of `modules_to_save`."""
         self.unfold_text()
         part_siblings(self.model)
         self.context.leave(self.model)

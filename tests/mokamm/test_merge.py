@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mokamm.adapters import Routing, set_routing
 from mokamm.build import build_model
 from mokamm.config import load_config
+from mokamm.config_sections import CacheConfig
 from mokamm.convert import main
 from mokamm.model import MultimodalLM
 from mokamm.weights import save_weights, write_manifest
@@ -129,6 +134,74 @@ def test_what_cannot_be_merged_is_told_before_anything_is_written(tmp_path, base
     assert main([str(tmp_path / "moka" / "final" / "adapter"), str(out), "--to", "llm"]) == 2
     assert "no finished run" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_an_adapter_of_tied_embeddings_is_not_merged(tmp_path, base, capsys):
+    """The head's own update would change the embeddings, too."""
+    llm = AutoModelForCausalLM.from_pretrained(base / "llm", tie_word_embeddings=True)
+    shutil.copytree(base / "llm", tmp_path / "base" / "llm")
+    llm.save_pretrained(tmp_path / "base" / "llm")
+    for part in ("vision", "speech", "audio.safetensors"):
+        (tmp_path / "base" / part).symlink_to((base / part).resolve())
+    run, out = write_run(tmp_path / "run", tmp_path / "base", "lora", target_modules=["lm_head"]), tmp_path / "merged"
+    assert main([str(run), str(out), "--to", "llm"]) == 2
+    assert "changes lm_head, whose weight is another module's too" in capsys.readouterr().err
+    assert not out.exists()
+    run = write_run(tmp_path / "inner", tmp_path / "base", "lora")  # layers within are no one else's
+    assert main([str(run), str(out), "--to", "llm"]) == 0
+
+
+def test_a_sum_that_is_not_finite_is_told(tmp_path, base, capsys):
+    run = write_run(tmp_path / "run", base, "lora")
+    file = run / "final" / "adapter" / "adapter_model.safetensors"
+    save_file({key: tensor.fill_(float("nan")) for key, tensor in load_file(file).items()}, file)
+    write_manifest(run / "final")
+    assert main([str(run), str(tmp_path / "merged"), "--to", "llm"]) == 2
+    assert "cannot be merged: NaNs" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_that_lies_elsewhere_is_named(tmp_path, base, capsys):
+    run, out = write_run(tmp_path / "run", base, "lora"), tmp_path / "merged"
+    config = load_config(run / "config.yaml")
+    config.model.llm.path, config.versions = str(tmp_path), {"base": {"fingerprint": "of another one"}}
+    config.dump(run / "config.yaml")
+    assert main([str(run), str(out), "--to", "llm"]) == 2
+    assert "--base PATH" in capsys.readouterr().err
+    assert main([str(run), str(out), "--to", "llm", "--base", str(base / "llm")]) == 0
+    MultimodalLM.from_run(out, device="cpu")  # OUT's base is the one that was named
+    assert main([str(run), "--dry-run", "--base", str(base / "llm")]) == 2
+    assert "--base goes with" in capsys.readouterr().err
+
+
+def test_merging_makes_nothing_but_out(tmp_path, base, capsys):
+    run, out = write_run(tmp_path / "run", base, "lora"), tmp_path / "merged"
+    config = load_config(run / "config.yaml")
+    config.data.cache = CacheConfig(dir=str(tmp_path / "cache"))  # of the machine that the run was made on
+    config.dump(run / "config.yaml")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert main([str(run), str(run / "final" / "llm"), "--to", "llm"]) == 2
+    assert "choose a name beside the run" in capsys.readouterr().err
+    assert main([str(run), str(out), "--to", "llm"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "merged"}
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert not capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, base, capsys):
+    """Below the size of the LLM's file, above that of the others, the kernel refuses to write."""
+    run, out = write_run(tmp_path / "run", base, "lora"), tmp_path / "merged"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, before[1]))
+        assert main([str(run), str(out), "--to", "llm"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "merged cannot be written" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([str(run), str(out), "--to", "llm"]) == 0
 
 
 def test_a_dry_run_says_what_would_be_written(tmp_path, base, capsys):

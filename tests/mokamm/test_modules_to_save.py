@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+)
 
 from mokamm.adapters import LoriConfig, MokaConfig
 from mokamm.routing import AdapterError, Routing
@@ -83,6 +90,84 @@ def test_embeddings_and_head_of_an_llm_train_beside_moka(tmp_path: Path) -> None
     again = PeftModel.from_pretrained(llm(), tmp_path, autocast_adapter_dtype=False)
     torch.testing.assert_close(scores(again), expected, rtol=0, atol=1e-12)
     assert not torch.equal(again.get_input_embeddings().weight, llm().get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "head"),
+    [
+        (LlamaForTokenClassification, "TOKEN_CLS", "score"),
+        (LlamaForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+    ],
+)
+def test_heads_that_peft_names_after_injection(tmp_path: Path, kind: Any, task: str, head: str) -> None:
+    def first(model: Any) -> torch.Tensor:
+        model.eval().base_model.set_routing(routing())
+        return model(input_ids=IDS)[0]
+
+    def tagger() -> Any:
+        torch.manual_seed(0)
+        return kind(LlamaConfig(**SIZES)).double()
+
+    model = moka(tagger(), task_type=task)
+    assert head not in model.base_model.target_report["default"]
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    expected = first(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tagger(), tmp_path, autocast_adapter_dtype=False)
+    torch.testing.assert_close(first(again), expected, rtol=0, atol=1e-12)
+    own, plain = again.get_submodule(f"base_model.model.{head}"), tagger().get_submodule(head)
+    assert not torch.equal(own.modules_to_save["default"].weight, plain.weight)
+
+
+def test_a_second_adapter_without_modules_of_its_own(tmp_path: Path) -> None:
+    """It reads the original ones, and adapts nothing inside of the first one's."""
+    torch.manual_seed(0)
+    llm = LlamaForCausalLM(LlamaConfig(**SIZES)).double()
+    fresh = copy.deepcopy(llm)
+    model = moka(llm, task_type="CAUSAL_LM", modules_to_save=["lm_head", "down_proj"])
+    config = MokaConfig(r=2, modalities=["text", "vision"], task_type="CAUSAL_LM")
+    model.add_adapter("second", config, autocast_adapter_dtype=False)
+    model.set_adapter("second")
+    names = model.base_model.target_report["second"]
+    assert set(names) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    expected = scores(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(fresh, tmp_path / "second", autocast_adapter_dtype=False)
+    torch.testing.assert_close(scores(again), expected, rtol=0, atol=1e-12)
+
+
+def test_modules_that_cannot_train_whole_are_told() -> None:
+    for entry, told in (("scoer", "'scoer' matches no module; did you mean 'score'"), ("_proj", "matches no linear")):
+        with pytest.raises(AdapterError, match=told):
+            moka(classifier(), task_type="SEQ_CLS", modules_to_save=[entry])
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp lies in another of these modules"):
+        moka(classifier(), modules_to_save=["layers.1", "mlp"])
+    with pytest.raises(AdapterError, match="must be a list of names; found 'score'"):
+        MokaConfig(modules_to_save="score")  # type: ignore[arg-type]
+    model = moka(classifier())
+    for entry in ("o_proj", "layers.1"):
+        with pytest.raises(AdapterError, match="another adapter of this model adapts it"):
+            model.add_adapter("second", MokaConfig(r=2, modalities=["text", "vision"], modules_to_save=[entry]))
+    assert list(model.peft_config) == ["default"]
+    assert torch.isfinite(scores(model)).all()
+
+
+def test_a_refused_merge_changes_nothing() -> None:
+    plain = classifier()(input_ids=IDS).logits
+    model = moka(classifier(), task_type="SEQ_CLS", modules_to_save=["embed_tokens"])
+    train(model)
+    keys = set(model.state_dict())
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(AdapterError, match="cannot be merged"):
+            merge()
+    assert set(model.state_dict()) == keys
+    with model.disable_adapter():
+        torch.testing.assert_close(model(input_ids=IDS).logits, plain, rtol=0, atol=1e-12)
 
 
 def test_a_module_that_trains_whole_is_no_target() -> None:
