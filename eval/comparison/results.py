@@ -30,7 +30,7 @@ from eval.comparison.differences import Array, Estimate, difference, holm, score
 from eval.comparison.plan import FINISHED, Outcome, stand
 from eval.comparison.progress import Progress
 from eval.comparison.settings import MethodConfig, Run
-from mokamm.training.finish import installed
+from mokamm.machine import installed, processors
 
 LIBRARIES = ("mokamm", "torch", "transformers", "peft", "numpy")
 Tree = dict[str, Any]
@@ -98,20 +98,9 @@ def _without_versions(tree: Tree) -> Tree:
 def _machine(use_cpu: bool | None) -> Tree:
     import torch
 
-    cores = len(os.sched_getaffinity(0))
-    model = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
+    machine = {"processor": next(iter(processors()), platform.processor()), "cores": len(os.sched_getaffinity(0))}
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() and not use_cpu else {}
-    return {"processor": model, "cores": cores, **gpu, "python": platform.python_version(), **installed(LIBRARIES)}
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    return {**machine, **gpu, "python": platform.python_version(), **installed(LIBRARIES)}
 
 
 # ---- a method --------------------------------------------------------------------------------------------------------

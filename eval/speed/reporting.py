@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from mokamm.machine import processors
+
 RESULTS = Path(__file__).resolve().parent / "results"
 RATIOS = {
     "moka/lora": "overhead moka/lora",
@@ -27,11 +29,8 @@ def surroundings(script: str, args: argparse.Namespace, words: Sequence[str] | N
     import peft
     import transformers
 
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = f"{models[0]} x {len(models)}" if models else cpu
+    names = processors()
+    cpu = f"{names[0]} x {len(names)}" if names else platform.processor()
     machine: dict[str, Any] = {"cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version()}
     if getattr(args, "device", "cpu").startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name()

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from data.schema import MEDIA, UserError
 from mokamm.config import RunConfig, find_path
+from mokamm.machine import installed
 from mokamm.training.disk import replacing
 from mokamm.training.launch import plain_environment
 from mokamm.training.world import REPOSITORY
@@ -48,15 +46,6 @@ def versions(config: RunConfig, model: Any) -> dict[str, Any]:
         base["fingerprint"] = fingerprint(find_path(llm.path))
     found["base"] = base
     found["trained_parameters"] = parameters_by_part(trainable_parts(model))
-    return found
-
-
-def installed(names: Iterable[str]) -> dict[str, str]:
-    """The versions of those libraries that have one: mokamm has none where it is found by PYTHONPATH alone."""
-    found = {}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
     return found
 
 
