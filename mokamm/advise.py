@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mokamm.arguments import above_zero, add_config_arguments, at_least_one
 from mokamm.config import RunConfig, load_config
 from mokamm.mistakes import tell
+from mokamm.names import WITHOUT_ADAPTERS
 from mokamm.quiet import quiet
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ class Case(NamedTuple):
     def trained(self) -> dict[str, int]:
         """Trained elements by part."""
         from mokamm.build import trainable_parts
+        from mokamm.training.finish import parameters_by_part
 
-        parts = trainable_parts(self.outline)
-        return {part: sum(parameter.numel() for _, parameter in named) for part, named in parts.items()}
+        return parameters_by_part(trainable_parts(self.outline))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -134,7 +135,7 @@ def advise_parameters(case: Case) -> Advice:
 def advise_targets(case: Case) -> Advice:
     from mokamm.adapters import fused_experts, target_report
 
-    if case.method in ("full", "none"):
+    if case.method in WITHOUT_ADAPTERS:
         everything = case.method == "full"
         lines = ["the whole LLM" if everything else "nothing of the LLM: stage 1, or method none"]
         return Advice("targets", lines, {"adapted": {}, "attention_only": False})
@@ -212,7 +213,7 @@ def advise_batch(case: Case) -> Advice:
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * case.ranks.world
     product = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated"
     lines = [f"{rows} rows a step ({product} x {case.ranks.world} processes)"]
-    if case.method not in ("full", "none"):
+    if case.method not in WITHOUT_ADAPTERS:
         verdict = f"{ROWS} (the papers of MokA and LoRI) would be safer" if rows > ROWS else "this one is small"
         lines.append(f"large batches hurt LoRA more than full fine-tuning, whatever the rank: {verdict}")
     return Advice("batch", lines, {"rows_per_step": rows, "large": rows > ROWS})
@@ -261,7 +262,7 @@ def advise_compute(case: Case) -> Advice:
     from mokamm.adapters import fused_experts
     from mokamm.adapters.peft_bridge import adapter_parameters
 
-    if case.method in ("full", "none"):
+    if case.method in WITHOUT_ADAPTERS:
         return Advice("compute", ["not compared: no adapter"], {"share_of_full": None})
     llm, adapter = case.outline.llm, case.trained()["adapter"]
     added, fused = list(adapter_parameters(llm)), set(fused_experts(llm))

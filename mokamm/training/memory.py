@@ -71,7 +71,7 @@ class Network:
     outputs: int = 0
     changed: int = 0
     dropout: bool = False
-    linear_elements: int = 0  # of all Linear weights, with the head
+    linear_elements: int = 0  # of all Linear weights, with the head and the adapter's
     weight_bytes: int = 4  # of an element of the LLM
     media: tuple[Media, ...] = ()
 
