@@ -152,14 +152,14 @@ def train(folder: Path, work: Path, minutes: float) -> dict[str, float]:
 
 
 @torch.no_grad()
-def told_accuracy(folder: Path, documents: int = 200) -> float:
-    """Share of answers to questions about unseen scenes told in words that are right to the last token."""
+def told_accuracy(folder: Path) -> float:
+    """Share of answers to questions about 200 unseen scenes told in words that are right to the last token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     rng, right, asked = np.random.default_rng(2**20), 0, 0
-    for _ in range(documents):
+    for _ in range(200):
         turns = told(rng, BASE)
         ids, _ = encode(tokenizer, turns)
         guessed = model(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()

@@ -166,9 +166,9 @@ def check_shared(folder: Path, ranks: Ranks, named: str = "training.output_dir")
         )
 
 
-def _appears(path: Path, seconds: float = 10.0) -> bool:
+def _appears(path: Path) -> bool:
     """Whether a file is there, or comes soon: network file systems tell others late."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + 10.0
     while not path.exists():
         if time.monotonic() > until:
             return False
