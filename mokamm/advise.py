@@ -134,6 +134,7 @@ def advise_parameters(case: Case) -> Advice:
 
 def advise_targets(case: Case) -> Advice:
     from mokamm.adapters import fused_experts, target_report
+    from mokamm.adapters.peft_bridge import short_name
 
     if case.method in WITHOUT_ADAPTERS:
         everything = case.method == "full"
@@ -142,7 +143,7 @@ def advise_targets(case: Case) -> Advice:
     adapted, missed = _linear_layers(case.outline.llm)
     lines = [", ".join(f"{name} {count}" for name, count in target_report(case.outline.llm).items())]
     targets = case.config.adapter.target_parameters or []
-    experts = sorted({".".join(name.split(".")[-2:]) for name in fused_experts(case.outline.llm)})
+    experts = sorted(set(map(short_name, fused_experts(case.outline.llm))))
     missed |= dict.fromkeys((name for name in experts if name not in targets), False)
     attention_only = all(adapted.values()) and not all(missed.values())
     if attention_only:
