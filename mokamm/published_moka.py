@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from data.schema import UserError
-from mokamm.adapter_folder import load_pickle
+from mokamm.adapter_folder import CONFIG, TENSORS, load_pickle
 from mokamm.convert import Options, Plan
 from mokamm.weights import ADAPTER, PROJECTORS, differences, refuse, write_manifest
 
@@ -159,7 +159,7 @@ def write_published(published: Published, out: str | Path, base: str | None = No
         config = MokaConfig(task_type="CAUSAL_LM", base_model_name_or_path=base, **published.moka)
         config.save_pretrained(str(out / ADAPTER))
         adapter = {key: tensor.contiguous() for key, tensor in published.adapter.items()}
-        save_file(adapter, out / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(adapter, out / ADAPTER / TENSORS, metadata={"format": "pt"})
     if published.projectors:
         projectors = {key: tensor.contiguous() for key, tensor in published.projectors.items()}
         save_file(projectors, out / PROJECTORS, metadata={"format": "pt"})
@@ -175,7 +175,7 @@ def _load(file: Path, mmap: bool = False) -> dict[str, Tensor]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """What its adapter_config.json says, or the published code's own values. Raises UserError where it is none."""
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     try:
         settings = json.loads(path.read_text()) if path.is_file() else {}
         return {
