@@ -19,9 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.sources import SOURCES, is_there
+from data.sources import SOURCES
 from mokamm.arguments import above_zero, add_config_arguments, at_least_one
-from mokamm.config import RunConfig, find_path, load_config
+from mokamm.config import RunConfig, find_path, is_found, load_config
 from mokamm.config_sections import BenchmarkConfig, SourceConfig
 from mokamm.mistakes import is_users, tell
 from mokamm.quiet import quiet
@@ -205,10 +205,9 @@ def _data(config: RunConfig) -> Iterator[Finding]:
     for part, entry in entries:
         path, media_dir = config.locate(entry)
         kind = entry.source if isinstance(entry, SourceConfig) else entry.benchmark
-        made = config.data.world is not None and Path(config.data.world.dir).resolve() in path.resolve().parents
         fix = HOMES.get(kind, OWN).format(name=path.name, media_dir=media_dir)
-        there = is_there(kind, path) if isinstance(entry, SourceConfig) else path.exists()
-        yield Finding(part, f"{kind}: {path}", there or made, str(path.absolute()), fix)
+        made = config.makes(path)
+        yield Finding(part, f"{kind}: {path}", made or is_found(entry, path), str(path.absolute()), fix)
         on_hub = isinstance(entry, SourceConfig) and SOURCES[kind].hub and not path.exists()
         if not media_dir.is_dir() and not made and not on_hub:
             yield Finding("media folder", str(media_dir), False, str(media_dir.absolute()), fix)
