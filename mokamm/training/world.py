@@ -10,13 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.miniworld.write import Request, lacking
+from data.miniworld.write import SPLITS, Request, lacking
 from data.schema import UserError
 from mokamm.config_sections import WorldConfig
 from mokamm.training.launch import plain_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SPLITS = ("train", "validation", "test")
 
 
 def make_world(world: WorldConfig) -> None:
