@@ -55,6 +55,11 @@ def listed(title: str, problems: Sequence[str], most: int | None = None) -> str:
     return "\n  - ".join([title, *shown])
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: its nearest known one, and all that are known."""
     names = sorted(known)

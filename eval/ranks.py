@@ -7,7 +7,6 @@ to hang on. The group is gloo's on GPUs too: nothing of weight passes through it
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,21 +20,12 @@ if TYPE_CHECKING:
 PATIENCE = 6 * 3600  # seconds that a rank which has answered its share waits for the others
 
 
-def rank_here() -> int:
-    """By the launcher's word, before anything is imported."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_here() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def join(config: RunConfig) -> Ranks:
     """This process among its peers, with the device of its local rank."""
     from mokamm.build import choose_device
     from mokamm.training import launch
 
-    if world_here() == 1:
+    if launch.world_here() == 1:
         return launch.Ranks(0, 0, 1, choose_device(None), grouped=False)
     changes: dict[str, Any] = {"deepspeed": None, "use_cpu": None, "ddp_timeout": PATIENCE}
     return launch.start(config.training.model_copy(update=changes), backend="gloo")

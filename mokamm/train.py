@@ -22,7 +22,7 @@ from mokamm.arguments import add_config_arguments
 from mokamm.config import ConfigError, RunConfig, load_config
 from mokamm.mistakes import is_users
 from mokamm.quiet import quiet
-from mokamm.training.launch import leave
+from mokamm.training.launch import leave, rank_here
 from mokamm.training.stopping import BadStep, Stopped, command_to_go_on
 
 if TYPE_CHECKING:
@@ -36,9 +36,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="example: deepspeed mokamm/train.py configs/quickstart.yaml training.seed=1 data.max_length=512",
     )
     add_config_arguments(parser)
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher adds it
+    # the deepspeed launcher adds it
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(config)
     except (Stopped, KeyboardInterrupt) as stopped:  # Ctrl-C before the steps or after them: there is nothing to save
         auto = config is not None and config.training.resume_from_checkpoint == "auto"
-        if int(os.environ.get("RANK", "0")) == 0:
+        if rank_here() == 0:
             again = command_to_go_on(args.config, args.overrides, auto)
             print(f"{str(stopped) or 'stopped'}; to go on:\n  {again}", flush=True)
         code = getattr(stopped, "code", 128 + signal.SIGINT)
@@ -152,7 +151,7 @@ def _summary(config: RunConfig, parts: dict, corpus: tuple, ranks: Ranks) -> str
 
 def _tell(error: Exception, note: str = "") -> None:
     """note: for an error that speaks of the same command."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = rank_here()
     if rank and isinstance(error, ConfigError | BadStep):
         # rank 0 has mostly found the same, and its launcher stops all; another host may have mistakes of its own
         time.sleep(3)

@@ -103,16 +103,13 @@ def _samples(config: RunConfig, processor: Any) -> Iterator[tuple[Any, Any]]:
     from mokamm.build import media_loader
     from mokamm.training.corpus import open_parts
 
-    data = config.data
-    parts = open_parts(config, data.train, processor, "data.train")
-    parts += open_parts(config, data.validation, processor, "data.validation", prefix="validation/")
-    for part in parts:
+    for part in open_parts(config, processor, "train") + open_parts(config, processor, "validation"):
         process: Any = part.process
         for row in range(len(part.rows)):
             with suppress(BadSample):
                 yield part.rows[row], process.loader
     for job in [job_of(config, entry) for entry in config.evaluation.benchmarks]:
-        loader = media_loader(job.media_dir, data.limits, data.allow_outside)
+        loader = media_loader(job.media_dir, config.data)
         rows = job.benchmark.load(job.path, job.limit, job.options, job.media_dir)
         yield from ((row.sample, loader) for row in rows if row.sample is not None)
 

@@ -62,11 +62,11 @@ def measure(config: RunConfig, limit: int) -> dict[str, float]:
         for name, used in (("none", None), ("empty", cache), ("full", cache)):
             perception = Perception(encoders, used)
             processor.lookup = perception.lookup
-            parts = open_parts(config, config.data.train, processor, "data.train")
+            parts = open_parts(config, processor, "train")
             seconds, result["rows"] = one_pass(parts, limit, perception)
             result[f"seconds_{name}"] = round(seconds, 2)
         processor.lookup = None
-        parts = open_parts(config, config.data.train, processor, "data.train")
+        parts = open_parts(config, processor, "train")
         result["predicted_bytes"], result["true_bytes"] = predicted(parts, encoders, limit), cache.total_bytes()
     return result
 

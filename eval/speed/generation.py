@@ -60,7 +60,7 @@ def measure(model: Any, config: Any, job: Any, repeats: int, batch_size: int) ->
 
     tokens = config.evaluation.max_new_tokens
     rows = [row for row in job.load(Control()) if row.sample is not None and row.error is None]
-    loader = media_loader(job.media_dir, config.data.limits, config.data.allow_outside)
+    loader = media_loader(job.media_dir, config.data)
     ask = asker(model, config, job, Control(), tokens)
     answers: dict[str, dict[int, str]] = {}
 
