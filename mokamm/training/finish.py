@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from data.schema import MEDIA, UserError
-from mokamm.config import RunConfig, find_path
+from mokamm.config import ROOT, RunConfig, find_path
 from mokamm.machine import installed
 from mokamm.training.disk import replacing
 from mokamm.training.launch import plain_environment
-from mokamm.training.world import REPOSITORY
 from mokamm.weights import ADAPTER, fingerprint
 
 LIBRARIES = (
@@ -56,7 +55,7 @@ def parameters_by_part(parts: dict[str, list[tuple[str, Any]]]) -> dict[str, int
 
 def evaluate(run: Path) -> bool:
     """`python eval/run.py all RUN` as a process of its own (this floor may not import eval). Whether it went well."""
-    command = [sys.executable, str(REPOSITORY / "eval" / "run.py"), "all", str(run)]
+    command = [sys.executable, str(ROOT / "eval" / "run.py"), "all", str(run)]
     return subprocess.run(command, env=plain_environment(), check=False).returncode == 0
 
 
@@ -86,7 +85,7 @@ def write_up(config: RunConfig, run: Path) -> None:
 
 def from_here(program: str) -> str:
     """The path of one of this checkout's programs from the working directory."""
-    return os.path.relpath(REPOSITORY / program)
+    return os.path.relpath(ROOT / program)
 
 
 def talk_command(config: RunConfig, run: Path, program: str = "mokamm/infer.py") -> str:
