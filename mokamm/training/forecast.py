@@ -273,11 +273,8 @@ def _number(shape: Any, name: str, otherwise: int | None = None) -> int:
 
 def _media(name: str, model: Any) -> Media:
     """A modality's segments and its projector."""
-    from data.media import SAMPLE_RATE
-
-    sense, projector = model.senses[name], model.projectors[name]
-    patches = sense.patches(None if sense.kind == "frames" else round(sense.seconds * SAMPLE_RATE))
-    return Media(sense.segments, sense.tokens(patches), projector.kept(patches))
+    sense = model.senses[name]
+    return Media(sense.segments, sense.tokens(sense.most_patches), model.projectors[name].kept(sense.most_patches))
 
 
 def setting_of(config: RunConfig, ranks: Ranks, trained: int) -> Setting:
