@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from eval.comparison.plan import FINISHED
 from eval.comparison.progress import Progress
 
 
@@ -49,7 +48,7 @@ class Shown:
     def counts(self) -> tuple[int, int]:
         """Trainings and evaluations done, and all of them."""
         progress = self.progress
-        scored = sum(progress.scored(run) for run in progress.known if progress.known[run].status == FINISHED)
+        scored = sum(map(progress.scored, filter(progress.finished, progress.known)))
         done = len(progress.known) + scored + len(progress.unscored)
         return done, done + sum(progress.left().values())
 
