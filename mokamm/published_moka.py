@@ -40,7 +40,7 @@ NOT_WEIGHTS = {"training_args.bin", "optimizer.bin", "scheduler.bin", "sampler.b
 VISUAL_LAMBDA = 0.05  # in the published visual-text code; the paper leaves it open
 MODALITY = {"vl": "vision", "al": "audio"}
 TEXT_BRANCH = "the Q-Former's text branch, which is never run"
-# inner name of a published projector -> ours; a str without a group: left out, for that reason
+# (inner name of a published projector, ours, None), or (inner name, "", why it is left out)
 PROJECTOR_KEYS: tuple[tuple[str, str, str | None], ...] = (
     (r"(?:\w+_)?ln\.(weight|bias)", r"norm.\1", None),
     (r"(?:\w+_)?query_tokens", r"queries.weight", None),
@@ -289,8 +289,7 @@ def plan_published(source: Path, options: Options) -> Plan | None:
     """An importer of mokamm/convert.py; None for another kind of folder."""
     if not published_files(source):
         return None
-    if options.to not in (None, "moka"):
-        raise UserError(f"{source} is a checkpoint of MokA; it cannot become {options.to}")
+    options.refuse_other("moka", source, "a checkpoint of MokA")
     folder = source if source.is_dir() else source.parent
     published, base = read_published(source, options.logits_by_keys), _settings(folder)["base_model_name_or_path"]
     return Plan(

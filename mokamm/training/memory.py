@@ -224,7 +224,7 @@ def _inputs(network: Network, setting: Setting) -> float:
     a = (2 if autocast else 4) if cast else e
     kept = network.inputs if cast or network.dropout else network.distinct_inputs
     mask = network.inputs * (a if setting.on_cpu else 1) if network.dropout else 0
-    wide = {"hira": 0}.get(network.method, network.rank)
+    wide = 0 if network.method == "hira" else network.rank
     lengths = 2 * network.outputs if network.method == "dora" else 0  # both parts of what a length multiplies
     return float(places * (kept * a + mask + (network.linears * wide + lengths) * a) + network.changed * a)
 
