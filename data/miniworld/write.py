@@ -146,11 +146,11 @@ def spoken(request: Request) -> Iterator[tuple[dict[str, Any], tuple[str, Uttera
         rng = request.rng(_SPOKEN, index)
         scene, index = sample_scene(rng), index + 1
         for question in balance.pick(scene, choices, 1):
-            sentences = [lead + question.text for lead in LEAD_INS if split_of(lead + question.text) == request.split]
-            if not sentences:
+            own = [said for lead in LEAD_INS if split_of(said := lead + question.text) == request.split]
+            if not own:
                 continue
             name = f"question-{_identity(found)}"
-            utterance = sample_utterance(rng, sentences[rng.integers(len(sentences))], VOICES[request.split])
+            utterance = sample_utterance(rng, own[rng.integers(len(own))], VOICES[request.split])
             content = [
                 {"type": "text", "text": tell_scene(scene)},
                 _speech_entry(name),

@@ -122,8 +122,10 @@ def side_by_side(counts: dict[str, int], apart: float = 1.09) -> dict[str, float
     order = sorted(counts, key=lambda name: counts[name])
     clusters: list[list[str]] = []
     for name in order:
-        near = clusters and counts[name] < apart * counts[clusters[-1][-1]]
-        clusters[-1].append(name) if near else clusters.append([name])
+        if clusters and counts[name] < apart * counts[clusters[-1][-1]]:
+            clusters[-1].append(name)
+        else:
+            clusters.append([name])
     places = {}
     for cluster in clusters:
         middle = math.exp(sum(math.log(counts[name]) for name in cluster) / len(cluster))

@@ -37,9 +37,10 @@ class Shown:
     def tell(self, line: str) -> None:
         done, total = self.counts()
         line = f"[{done}/{total}, {self.time_left()} left] {line}"
-        self.bar.console.print(line, markup=False, highlight=False) if self.bar else print(
-            line, file=sys.stderr, flush=True
-        )
+        if self.bar:
+            self.bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar:
