@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from dataclasses import replace
@@ -243,12 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     with stdout_kept_clean(args.json):
         found = {**surroundings("adapters.py", args, argv), **measure(args)}
-        text = json.dumps(found, default=str)
-        keep(found, args.out)
-        if not args.json:
-            print_tables(found)
-    if args.json:
-        print(text)
+    if not keep(found, args.out, args.json):
+        print_tables(found)
     return 0
 
 

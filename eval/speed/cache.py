@@ -13,7 +13,6 @@ The result is also written to eval/speed/results/cache.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -82,9 +81,7 @@ def main() -> None:
     with stdout_kept_clean(args.json):
         config = load_config(find_path(args.config), args.overrides)
         result = {**surroundings("cache.py", args), **measure(config, args.limit)}
-    keep(result, RESULTS / "cache.json")
-    if args.json:
-        print(json.dumps(result))
+    if keep(result, RESULTS / "cache.json", args.json):
         return
     print(
         f"{result['rows']} rows: {result['seconds_none']} s without a cache, {result['seconds_empty']} s filling one, "

@@ -17,7 +17,6 @@ The result is also written to eval/speed/results/media.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -155,9 +154,7 @@ def main() -> None:
         **surroundings("media.py", args), "seconds": "CPU",
         "clips_per_second": clips, "ratios": ratios, "samples_per_second": samples,
     }  # fmt: skip
-    keep(result, RESULTS / "media.json")
-    if args.json:
-        print(json.dumps(result))
+    if keep(result, RESULTS / "media.json", args.json):
         return
     for name, rates in clips.items():
         beside = ", ".join(f"{way} {rate:.1f}" for way, rate in rates.items() if way != "ours")

@@ -40,11 +40,14 @@ def surroundings(script: str, args: argparse.Namespace, words: Sequence[str] | N
     return {"command": command, "machine": machine, "versions": versions, "seed": 0, "settings": settings}
 
 
-def keep(found: dict[str, Any], path: Path | None) -> None:
-    """Write the result where a path is given."""
+def keep(found: dict[str, Any], path: Path | None, as_json: bool) -> bool:
+    """Write the result where a path is given, and print it where --json asks for it; whether it was printed."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    if as_json:
+        print(json.dumps(found, default=str))
+    return as_json
 
 
 def print_tables(found: dict[str, Any]) -> None:
