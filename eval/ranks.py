@@ -7,8 +7,7 @@ to hang on. The group is gloo's on GPUs too: nothing of weight passes through it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from data.schema import UserError
@@ -43,18 +42,11 @@ def check_alike(ranks: Ranks, digests: dict[str, str]) -> None:
             )
 
 
-@contextmanager
-def told(ranks: Ranks) -> Iterator[None]:
+def told(ranks: Ranks) -> AbstractContextManager[None]:
     """Turns what gloo raises when a peer is gone into one message; anything else passes."""
     from mokamm.training import peers
 
-    try:
-        yield
-    except RuntimeError as error:
-        if ranks.world == 1 or not peers.is_loss(error):
-            raise
-        who = peers.missing(ranks, PATIENCE, str(error))
-        raise peers.PeerLost(
-            f"{who}\n  all answers so far are kept; start the same command again, with any number of processes, and it "
-            "goes on from them"
-        ) from error
+    again = "start the same command again, with any number of processes, and it goes on from them"
+    return peers.told(
+        ranks, lambda said: f"{peers.missing(ranks, PATIENCE, said)}\n  all answers so far are kept; {again}"
+    )

@@ -85,7 +85,7 @@ def run(config: RunConfig, finishing: bool = True) -> None:
     launch.check_shared(folder, ranks)
     config.check_files(world_is_made=True)  # a wrong name of a file in it is found before training
     try:
-        with peers.told(ranks, config.training):
+        with peers.told(ranks, lambda said: peers.message(ranks, config.training, said)):
             train(config, folder, ranks)
     except Stopped:
         launch.stop(ranks)  # all ranks raise it
