@@ -311,7 +311,7 @@ def collect(args: argparse.Namespace) -> Case:
     from mokamm.information import NATS_PER_TOKEN, count_answers
     from mokamm.outline import build_outline
     from mokamm.training.launch import Ranks
-    from mokamm.training.rate import total_steps
+    from mokamm.training.stream import plan_of
 
     config = load_config(args.config, args.overrides)
     quiet(errors_alone=True)
@@ -322,7 +322,7 @@ def collect(args: argparse.Namespace) -> Case:
     world = args.ranks or max(1, gpus)
     ranks = Ranks(0, 0, world, torch.device(device), grouped=False)
     known = answers.rows or config.training.max_steps > 0
-    steps = total_steps(config, answers.rows or 1, world) if known else None
+    steps = plan_of(config.training, answers.rows or 1, world).total_steps if known else None
     return Case(config, outline, answers, ranks, args.gpu_gb, args.nats or NATS_PER_TOKEN, steps)
 
 

@@ -25,14 +25,8 @@ from mokamm.weights import share
 
 MOSTLY_ZERO = 0.5  # share of B's entries from which on a LoRA is taken for a LoRI-S
 COPIED = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "task_type",
-    "base_model_name_or_path",
-)
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "task_type", "base_model_name_or_path",
+)  # fmt: skip
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------

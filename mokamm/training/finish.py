@@ -19,16 +19,8 @@ from mokamm.training.launch import plain_environment
 from mokamm.weights import ADAPTER, fingerprint
 
 LIBRARIES = (
-    "mokamm",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "open_clip_torch",
-    "av",
-    "safetensors",
-)
+    "mokamm", "torch", "transformers", "peft", "accelerate", "deepspeed", "open_clip_torch", "av", "safetensors"
+)  # fmt: skip
 
 
 def versions(config: RunConfig, model: Any) -> dict[str, Any]:
