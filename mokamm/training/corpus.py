@@ -1,4 +1,9 @@
-"""From the sources that a configuration names to data sets and loaders of batches."""
+"""From the sources that a configuration names to data sets and loaders of batches.
+
+    data.train --open_parts--> rows, each with its processor --MultimodalDataset--> examples --batches--> DataLoader
+
+Cost: each annotation file is indexed once, in the main process; workers decode, tokenise and join.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a finished run leaves: final/, the evaluation's predictions, report/, a model card, a command to talk to it."""
+"""What a finished run leaves: final/, the evaluation's predictions, report/, a model card, a command to talk to it.
+
+Cost: the evaluation, in a process of its own; the rest takes seconds.
+"""
 
 from __future__ import annotations
 
