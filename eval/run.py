@@ -31,7 +31,6 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +44,7 @@ from eval.printing import print_metrics, stdout_kept_clean
 from eval.ranks import check_alike, join, told
 from mokamm.arguments import at_least_one
 from mokamm.config import RunConfig, find_path, load_run_config
+from mokamm.machine import installed
 from mokamm.mistakes import is_users
 from mokamm.names import ROUTED
 from mokamm.quiet import quiet
@@ -178,7 +178,7 @@ def settings_of_model(args: argparse.Namespace, config: RunConfig, control: Cont
         "control": control.name,
         "max_new_tokens": args.max_new_tokens or config.evaluation.max_new_tokens,
         "decoding": "greedy",
-        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "versions": installed(LIBRARIES),
     }
 
 

@@ -28,6 +28,7 @@ from mokamm.quiet import quiet
 
 if TYPE_CHECKING:
     from mokamm.outline import Outline
+    from mokamm.training.forecast import Forecast
 
 BEATS = (
     "get BEATs_iter3_plus_AS2M.pt from github.com/microsoft/unilm/tree/master/beats, then: "
@@ -249,12 +250,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float | None) -> dict[str, An
         gpu_gb = torch.cuda.get_device_properties(0).total_memory / 2**30 if known else 80.0
     forecast = Forecast.of(outline, config, Ranks(0, 0, ranks, device, grouped=False), gpu_gb * 2**30)
     tokens = _tokens(outline, config)
-    memory = {}
-    for stage in forecast.zero_stages() if forecast.network else ():
-        for offload in (False, True):
-            changes = {"stage": stage, "offload_optimizer": offload, "offload_parameters": offload and stage == 3}
-            found = forecast.memory(**changes)
-            memory[f"zero{stage}{'_offload' if offload else ''}"] = {**asdict(found), "total": found.total}
+    memory = _memory(forecast)
     problems = [outline.no_rows] if outline.tokenizer and outline.no_rows else []
     if tokens["media"] >= config.data.max_length:
         problems.append(
@@ -279,6 +275,17 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float | None) -> dict[str, An
         "ranks": ranks,
         "problems": problems,
     }
+
+
+def _memory(forecast: Forecast) -> dict[str, dict[str, float]]:
+    """Bytes by ZeRO stage, with and without offload; empty where nothing is predicted."""
+    memory = {}
+    for stage in forecast.zero_stages() if forecast.network else ():
+        for offload in (False, True):
+            changes = {"stage": stage, "offload_optimizer": offload, "offload_parameters": offload and stage == 3}
+            found = forecast.memory(**changes)
+            memory[f"zero{stage}{'_offload' if offload else ''}"] = {**asdict(found), "total": found.total}
+    return memory
 
 
 def _parameters(outline: Outline) -> dict[str, dict[str, int]]:

@@ -83,16 +83,12 @@ def gather(progress: Progress) -> Tree:
     _compare(methods, earned, tables, config.reference)
     return {
         "config": config.model_dump(mode="json"),
-        "run_config": _without_versions(plain.to_dict()),
+        "run_config": {key: value for key, value in plain.to_dict().items() if key != "versions"},
         "machine": _machine(plain.training.use_cpu),
         "reference": config.reference,
         "benchmarks": {name: find_benchmark(benchmark).measure for name, benchmark in comparison.benchmarks.items()},
         "methods": methods,
     }
-
-
-def _without_versions(tree: Tree) -> Tree:
-    return {key: value for key, value in tree.items() if key != "versions"}
 
 
 def _machine(use_cpu: bool | None) -> Tree:

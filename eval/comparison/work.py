@@ -120,6 +120,7 @@ def _samples(config: RunConfig, processor: Any) -> Iterator[tuple[Any, Any]]:
 def measured(config: RunConfig, folder: Path, start: float | None) -> Outcome:
     """What a trained run's folder says of it; diverged where its validation loss is no number. start: of its one process,
     by time.monotonic; None where it took several, so that this one cannot tell how long it took."""
+    import torch
     import yaml
 
     from mokamm.training.watch import memory_gb, read_metrics
@@ -136,7 +137,7 @@ def measured(config: RunConfig, folder: Path, start: float | None) -> Outcome:
         "adapter_bytes": sum(_bytes(folder / "final" / part) for part in ("adapter", "llm")),
         "seconds": None if start is None else round(time.monotonic() - start, 2),
         "processor_seconds": None if start is None else round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 2),
-        "threads": _threads(),
+        "threads": torch.get_num_threads(),
     }
     finite = math.isfinite(validation["loss"])
     reason = "" if finite else "the validation loss is not a number"
@@ -166,12 +167,6 @@ def step_seconds(records: list[dict[str, Any]]) -> float | None:
     lines = [record for record in records if record["kind"] == "train"]
     means = [line["seconds"] / (line["step"] - before["step"]) for before, line in itertools.pairwise(lines)]
     return statistics.median(means) if means else None
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _bytes(folder: Path) -> int:
