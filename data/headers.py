@@ -68,6 +68,7 @@ def reading(path: Path, limits: MediaLimits, expected: str) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path, limits: MediaLimits) -> Iterator[Any]:
+    """The container of a file, of a kind that holds media alone; errors as in `reading`."""
     with (
         reading(path, limits, "a media file"),
         av.open(str(path), options={"format_whitelist": CONTAINERS}) as container,
@@ -149,6 +150,7 @@ def _counted(path: Path, index: int, start: Fraction) -> Fraction:
 
 
 def frame_time(stream: Any) -> Fraction:
+    """Seconds from one frame to the next on average; a 25th where the header does not say."""
     rate = stream.average_rate or stream.guessed_rate or Fraction(25)
     return 1 / Fraction(rate)
 

@@ -42,6 +42,22 @@ class MediaError(BadSample):
     """A media file is missing, outside the allowed folder, over a limit, or cannot be decoded."""
 
 
+class MissingMedia(MediaError):
+    """There is no such media file."""
+
+
+class RefusedMedia(MediaError):
+    """A media path that may not be followed, or leads to no file."""
+
+
+class OverLimit(MediaError):
+    """A media file that is too long or too large for the configuration."""
+
+
+class NoTrack(MediaError):
+    """A media file without the pictures, or without the sound, that the row wants of it."""
+
+
 def local_path(name: str) -> str:
     """The path of a file's URL (RFC 8089: file:///a%20b is /a b); any other name as it is."""
     return unquote(name[7:]) if name[:8].lower() == "file:///" else name
@@ -53,6 +69,11 @@ def listed(title: str, problems: Sequence[str], most: int | None = None) -> str:
     if len(problems) > len(shown):
         shown.append(f"... and {len(problems) - len(shown)} more")
     return "\n  - ".join([title, *shown])
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -71,22 +92,6 @@ def beside(path: Path) -> tuple[str, int]:
     with os.scandir(path.parent) as entries:
         names = [entry.name for entry in islice(entries, 10_000)]
     return next(iter(difflib.get_close_matches(path.name, names, n=1)), ""), len(names)
-
-
-class MissingMedia(MediaError):
-    """There is no such media file."""
-
-
-class RefusedMedia(MediaError):
-    """A media path that may not be followed, or leads to no file."""
-
-
-class OverLimit(MediaError):
-    """A media file that is too long or too large for the configuration."""
-
-
-class NoTrack(MediaError):
-    """A media file without the pictures, or without the sound, that the row wants of it."""
 
 
 @dataclass(frozen=True, slots=True)

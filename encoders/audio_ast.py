@@ -22,7 +22,7 @@ from encoders.base import EncoderError, Features, parse_dtype
 from encoders.fbank import HOP, MEL_BINS, WINDOW, kaldi_fbank, num_frames
 from encoders.layers import Layers, check_features, choose_layers
 from encoders.pretrained import drop_unread_blocks, load_model, read
-from encoders.waveform import WaveformEncoder, check_rate, features_of, silenced, true_lengths
+from encoders.waveform import WaveformEncoder, check_rate, features_of, silenced, states_of, true_lengths
 
 SPECIAL = 2  # the class token and the distillation token stand before the patches
 
@@ -82,7 +82,7 @@ class AstEncoder(WaveformEncoder):
 
     def forward(self, fbank: Tensor, counts: Tensor) -> Features:
         output = self.model(fbank.to(self.dtype), output_hidden_states=True)
-        states = (*output.hidden_states[:-1], output.last_hidden_state)
+        states = states_of(output)
         if self.which == "cls":
             return features_of([state[:, :1] for state in states], self.layers, torch.ones_like(counts))
         return features_of([self.by_time(state[:, SPECIAL:]) for state in states], self.layers, counts)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from encoders.base import SAMPLE_RATE, EncoderError, Features, parse_dtype
 from encoders.pretrained import load_model, read
-from encoders.waveform import WaveformEncoder, features_of, silenced, true_lengths
+from encoders.waveform import WaveformEncoder, check_mel_bins, features_of, silenced, true_lengths
 
 
 class ClapEncoder(WaveformEncoder):
@@ -40,11 +40,7 @@ class ClapEncoder(WaveformEncoder):
                 f"'{path}' is a fused CLAP, which is not read; take laion/clap-htsat-unfused or its like"
             )
         extractor = read(ClapFeatureExtractor.from_pretrained, path, "clap preprocessor_config.json")
-        if extractor.feature_size != config.num_mel_bins:
-            raise EncoderError(
-                f"'{path}': preprocessor_config.json gives {extractor.feature_size} mel bins, "
-                f"the network reads {config.num_mel_bins}"
-            )
+        check_mel_bins(extractor.feature_size, config.num_mel_bins, path)
         self.rate, self.hop, self.fft = extractor.sampling_rate, extractor.hop_length, extractor.fft_window_size
         self.padding, self.window = extractor.padding, extractor.nb_max_samples
         self.window_samples = self.max_samples = int(extractor.max_length_s * SAMPLE_RATE)

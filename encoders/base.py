@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from encoders.errors import EncoderError, nearest
 
 SAMPLE_RATE = 16_000  # of every waveform that enters an encoder
+SHOWN = 5  # names that a message lists
 # of a segment: a waveform's valid samples, a frame's (height, width); None: of a frame that has the most patches
 Extent = int | tuple[int, int] | None
 
@@ -237,5 +238,5 @@ def counted(problems: Mapping[str, list[str]]) -> str:
     return "; ".join(f"{len(names)} {problem} ({shorten(names)})" for problem, names in problems.items() if names)
 
 
-def shorten(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
+def shorten(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f", and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -19,10 +19,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from encoders.base import EncoderError, Features, parse_dtype
+from encoders.base import Features, parse_dtype
 from encoders.layers import Layers, choose_layers
 from encoders.pretrained import drop_unread_blocks, load_model, read
-from encoders.waveform import WaveformEncoder, check_rate, features_of, silenced, true_lengths
+from encoders.waveform import (
+    WaveformEncoder,
+    check_mel_bins,
+    check_rate,
+    features_of,
+    silenced,
+    states_of,
+    true_lengths,
+)
 
 
 class WhisperEncoder(WaveformEncoder):
@@ -39,11 +47,7 @@ class WhisperEncoder(WaveformEncoder):
         self.model = load_model(path, tower, "whisper", key_mapping={r"^(model\.)?encoder\.": ""})
         extractor = read(WhisperFeatureExtractor.from_pretrained, path, "whisper preprocessor_config.json")
         config = self.model.config
-        if extractor.feature_size != config.num_mel_bins:
-            raise EncoderError(
-                f"'{path}': preprocessor_config.json gives {extractor.feature_size} mel bins, "
-                f"the network reads {config.num_mel_bins}"
-            )
+        check_mel_bins(extractor.feature_size, config.num_mel_bins, path)
         check_rate(extractor.sampling_rate, path)
         self.layers = choose_layers(layer, config.encoder_layers)
         drop_unread_blocks(self.model, config.encoder_layers, self.layers)
@@ -79,4 +83,4 @@ class WhisperEncoder(WaveformEncoder):
 
     def forward(self, mel: Tensor, positions: Tensor) -> Features:
         output = self.model(mel.to(self.dtype), output_hidden_states=True)
-        return features_of((*output.hidden_states[:-1], output.last_hidden_state), self.layers, positions)
+        return features_of(states_of(output), self.layers, positions)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from encoders.base import SAMPLE_RATE, Features, parse_dtype
 from encoders.layers import Layers, choose_layers
 from encoders.pretrained import drop_unread_blocks, load_model, read
-from encoders.waveform import WaveformEncoder, check_rate, features_of, silenced, true_lengths
+from encoders.waveform import WaveformEncoder, check_rate, features_of, silenced, states_of, true_lengths
 
 # SpecAugment's vector is for training only, and some published checkpoints lack it
 BARE: dict[str, Any] = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
@@ -102,7 +102,7 @@ class Wav2Vec2Encoder(WaveformEncoder):
         if not self.by_length:
             mask = (torch.arange(waves.shape[1], device=waves.device) < lengths[:, None]).long()
         output = self.model(waves.to(self.dtype), attention_mask=mask, output_hidden_states=True)
-        return features_of((*output.hidden_states[:-1], output.last_hidden_state), self.layers, counts)
+        return features_of(states_of(output), self.layers, counts)
 
 
 class HubertEncoder(Wav2Vec2Encoder):

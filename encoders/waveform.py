@@ -6,6 +6,7 @@ Legend: F segments, S audio samples, P patches, C width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,17 @@ def features_of(states: Sequence[Tensor], chosen: Sequence[int], counts: Tensor)
     """The chosen hidden states (F,P,C), of which the first `counts` (F,) positions of each segment are real."""
     features = join_states(states, chosen)
     return Features(features, torch.arange(features.shape[1], device=features.device) < counts[:, None])
+
+
+def states_of(output: Any) -> tuple[Tensor, ...]:
+    """The hidden states of a transformers model, of which the last is its output: after a final norm, if it has one."""
+    return (*output.hidden_states[:-1], output.last_hidden_state)
+
+
+def check_mel_bins(made: int, read: int, path: object) -> None:
+    """Raises EncoderError where a checkpoint's preprocessing is not that of its network."""
+    if made != read:
+        raise EncoderError(f"'{path}': preprocessor_config.json gives {made} mel bins, the network reads {read}")
 
 
 def check_rate(rate: int, path: object) -> None:

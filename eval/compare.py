@@ -110,7 +110,7 @@ def report(progress: Progress, args: argparse.Namespace) -> int:
 def print_plan(progress: Progress, as_json: bool) -> None:
     """Every run with its state and its command; rates chosen later are not foreseen."""
     comparison, left, runs = progress.comparison, progress.left(), []
-    for run in {**progress.known, **{task.run: None for task in progress.ready()}}:
+    for run in dict.fromkeys([*progress.known, *(task.run for task in progress.ready())]):
         outcome = progress.known.get(run)
         state = outcome.status if outcome else "to do"
         state += ", scored" if outcome and progress.scored(run) else ""

@@ -76,7 +76,7 @@ def without_media(sample: Sample) -> Sample:
     return replace(sample, messages=tuple(replace(message, content=content) for message, content in pairs))
 
 
-def shuffle_media(samples: Sequence[Sample], seed: int = SEED) -> list[Sample]:
+def shuffle_media(samples: Sequence[Sample]) -> list[Sample]:
     """Give every sample the media of another one with the same kinds of media, and none of them its own.
 
     Every sample's media are used exactly once. Samples without media stay as they are. Raises UserError where no such
@@ -87,7 +87,7 @@ def shuffle_media(samples: Sequence[Sample], seed: int = SEED) -> list[Sample]:
         if sample.media:
             kinds[tuple((media.kind, media.modality) for media in sample.media)].append(i)
     shuffled = list(samples)
-    generator = random.Random(seed)
+    generator = random.Random(SEED)
     for kind, members in sorted(kinds.items()):
         paths = [tuple(media.path for media in samples[i].media) for i in members]
         donors = _derange(paths, generator)

@@ -69,12 +69,12 @@ def by_kind(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, list[Row]]:
     return kinds
 
 
-def choose(kinds: dict[str, list[Row]], seed: int = SEED, count: int = SHOWN) -> dict[str, list[Row]]:
-    """Up to `count` rows of each kind, in the order of the file."""
+def choose(kinds: dict[str, list[Row]], seed: int = SEED) -> dict[str, list[Row]]:
+    """Up to SHOWN rows of each kind, in the order of the file."""
     generator = random.Random(seed)
     drawn = {}
     for kind, found in kinds.items():
-        places = generator.sample(range(len(found)), min(count, len(found)))
+        places = generator.sample(range(len(found)), min(SHOWN, len(found)))
         drawn[kind] = [found[place] for place in sorted(places)]
     return drawn
 

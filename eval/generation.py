@@ -22,11 +22,12 @@ from eval.benchmarks.base import Row
 
 Ask = Callable[[list[Sample]], list[str]]
 Length = Callable[[Sample], Any]  # sorts samples
+STEP = 8  # tokens: lengths that differ by less count as alike
 
 
-def by_tokens(estimate: Callable[[Sample], int], step: int = 8) -> Length:
+def by_tokens(estimate: Callable[[Sample], int]) -> Length:
     """Sorts by the estimated number of tokens, in steps, then by media. `estimate`: Processor.estimate_length."""
-    return lambda sample: (-(-estimate(sample) // step), [media.path for media in sample.media])
+    return lambda sample: (-(-estimate(sample) // STEP), [media.path for media in sample.media])
 
 
 def make_batches(rows: Sequence[Row], batch_size: int, length: Length) -> list[list[Row]]:

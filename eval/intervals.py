@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 1000
+TAIL = (1 - 0.95) / 2  # outside of the interval on each side
 BLOCK = 50  # draws held in memory at once
 
 Array = NDArray[np.float64]
@@ -23,8 +24,6 @@ Array = NDArray[np.float64]
 def bootstrap_interval(
     earned: Sequence[tuple[float, float]],
     units: Sequence[str],
-    level: float = 0.95,
-    seed: int = 0,
     groups: Sequence[str] | None = None,
 ) -> list[float] | None:
     """The interval of sum over groups of (sum of points / sum of `of`), rows taken together by unit.
@@ -33,7 +32,7 @@ def bootstrap_interval(
     """
     if len(set(units)) < 2:
         return None
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     strata = _strata(earned, units, groups or [""] * len(units))
     points, of = defaultdict[str, Array](lambda: np.zeros(DRAWS)), defaultdict[str, Array](lambda: np.zeros(DRAWS))
     for names, table in strata.items():
@@ -42,8 +41,7 @@ def bootstrap_interval(
             points[name] += drawn[:, 2 * column]
             of[name] += drawn[:, 2 * column + 1]
     ratios = [np.divide(points[g], of[g], out=np.zeros(DRAWS), where=of[g] > 0) for g in points]
-    tail = (1 - level) / 2
-    low, high = np.quantile(np.sum(ratios, axis=0), [tail, 1 - tail])
+    low, high = np.quantile(np.sum(ratios, axis=0), [TAIL, 1 - TAIL])
     return [float(low), float(high)]
 
 

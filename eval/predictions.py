@@ -226,8 +226,7 @@ class Lookup:
         self.questions = [_question(row) for row in truths]
         self.bare = [normalise(str(row.meta.get("asked", ""))) for row in truths]  # without options
         for place, row in enumerate(truths):
-            names = {row.id, *(str(row.meta[key]) for key in ("question_id",) if key in row.meta)}
-            for name in names:
+            for name in {row.id, str(row.meta.get("question_id", row.id))}:
                 self.by_id[name].append(place)
             for stem in benchmark.media_names(row):
                 self.by_media[stem].append(place)

@@ -7,9 +7,7 @@ to hang on. The group is gloo's on GPUs too: nothing of weight passes through it
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from data.schema import UserError
@@ -21,21 +19,12 @@ if TYPE_CHECKING:
 PATIENCE = 6 * 3600  # seconds that a rank which has answered its share waits for the others
 
 
-def rank_here() -> int:
-    """By the launcher's word, before anything is imported."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_here() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def join(config: RunConfig) -> Ranks:
     """This process among its peers, with the device of its local rank."""
     from mokamm.build import choose_device
     from mokamm.training import launch
 
-    if world_here() == 1:
+    if launch.world_here() == 1:
         return launch.Ranks(0, 0, 1, choose_device(None), grouped=False)
     changes: dict[str, Any] = {"deepspeed": None, "use_cpu": None, "ddp_timeout": PATIENCE}
     return launch.start(config.training.model_copy(update=changes), backend="gloo")
@@ -53,18 +42,11 @@ def check_alike(ranks: Ranks, digests: dict[str, str]) -> None:
             )
 
 
-@contextmanager
-def told(ranks: Ranks) -> Iterator[None]:
+def told(ranks: Ranks) -> AbstractContextManager[None]:
     """Turns what gloo raises when a peer is gone into one message; anything else passes."""
     from mokamm.training import peers
 
-    try:
-        yield
-    except RuntimeError as error:
-        if ranks.world == 1 or not peers.is_loss(error):
-            raise
-        who = peers.missing(ranks, PATIENCE, str(error))
-        raise peers.PeerLost(
-            f"{who}\n  all answers so far are kept; start the same command again, with any number of processes, and it "
-            "goes on from them"
-        ) from error
+    again = "start the same command again, with any number of processes, and it goes on from them"
+    return peers.told(
+        ranks, lambda said: f"{peers.missing(ranks, PATIENCE, said)}\n  all answers so far are kept; {again}"
+    )

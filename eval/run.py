@@ -31,7 +31,6 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +41,15 @@ from eval.generation import Ask, answer_batches, by_tokens, make_batches, remain
 from eval.jobs import Job, plan_jobs
 from eval.journal import Journal, check_whole, digest_of, fill, rows_digest
 from eval.printing import print_metrics
-from eval.ranks import check_alike, join, rank_here, told, world_here
+from eval.ranks import check_alike, join, told
 from mokamm.arguments import at_least_one
 from mokamm.config import RunConfig, find_path, load_run_config
+from mokamm.machine import installed
 from mokamm.mistakes import is_users
 from mokamm.names import ROUTED
 from mokamm.quiet import quiet, stdout_kept_clean
 from mokamm.training.disk import replacing, writing
+from mokamm.training.launch import leave, rank_here
 
 if TYPE_CHECKING:
     from mokamm.model import MultimodalLM
@@ -124,15 +125,11 @@ def load_model(run: Path, config: RunConfig, control: Control, base: str | None,
         from mokamm.model import MultimodalLM
 
         return MultimodalLM.from_run(run, base=base, device=device)
-    from mokamm.build import build_model, check_base
+    from mokamm.build import build_model, settle
 
     plain = config.model_copy(deep=True)
     plain.adapter.method = "none"
-    if base is not None:
-        plain.model.llm.path, plain.model.llm.revision = base, None
-    check_base(plain, named=base is not None)
-    if plain.data.cache and not Path(plain.data.cache.dir).is_dir():
-        plain.data.cache = None  # as from_run has it: a run that has moved starts no cache where it is now
+    settle(plain, base)
     return build_model(plain, device)
 
 
@@ -143,7 +140,7 @@ def asker(model: MultimodalLM, config: RunConfig, job: Job, control: Control, ma
     """What answers a batch of the job's samples."""
     from mokamm.build import media_loader
 
-    loader = media_loader(job.media_dir, config.data.limits, config.data.allow_outside)
+    loader = media_loader(job.media_dir, config.data)
 
     def ask(samples: list[Sample]) -> list[str]:
         batch = control.reroute(model.prompt_batch(samples, loader), config.model.modality_names)
@@ -181,7 +178,7 @@ def settings_of_model(args: argparse.Namespace, config: RunConfig, control: Cont
         "control": control.name,
         "max_new_tokens": args.max_new_tokens or config.evaluation.max_new_tokens,
         "decoding": "greedy",
-        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "versions": installed(LIBRARIES),
     }
 
 
@@ -305,7 +302,7 @@ def write_pages(run_folder: Path, works: list[Work]) -> None:
     config = load_run_config(run_folder)
     for work in works:
         job = work.job
-        loader = media_loader(job.media_dir, config.data.limits, config.data.allow_outside)
+        loader = media_loader(job.media_dir, config.data)
         subject = Subject(job.benchmark, job.name, (work.metrics or {})["control"], work.metrics or {})
         write_examples(run_folder / "report" / "examples" / f"{work.stem}.html", subject, work.rows, loader)
     write_report(run_folder)
@@ -356,8 +353,5 @@ def tell(error: Exception) -> None:
 
 if __name__ == "__main__":
     code = main()
-    if world_here() > 1:  # peers may wait for this one, and threads of gloo now and then abort in the interpreter's end
-        from mokamm.training.launch import leave
-
-        leave(code)
+    leave(code)
     sys.exit(code)

@@ -50,6 +50,7 @@ from eval.comparison.differences import sign_flips
 from eval.intervals import bootstrap_interval
 from eval.predictions import NO_PREDICTION, Collected, collect, read
 from eval.printing import print_rules
+from mokamm.mistakes import tell
 from mokamm.quiet import stdout_kept_clean
 
 
@@ -172,8 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stdout_kept_clean(args.json):
             result = score(args.benchmark, args.predictions, args.annotations, args.against)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell(error)
     for problem in result["problems"]:
         print(f"warning: {problem}".encode("ascii", "backslashreplace").decode(), file=sys.stderr)
     if args.json:

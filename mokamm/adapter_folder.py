@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.schema import UserError
+from data.schema import UserError, first_line
 from mokamm.adapters.frozen_a import digest, draw
 from mokamm.adapters.masks import Mask, Shape, pack, unpack
 from mokamm.adapters.peft_bridge import PREFIX
@@ -215,8 +215,7 @@ def load_pickle(path: Path, what: str, mmap: bool = False) -> Any:
             "no code in it was run"
         ) from error
     except Exception as error:  # torch raises many kinds
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path} cannot be read as {what}: {reason}") from error
+        raise UserError(f"{path} cannot be read as {what}: {first_line(error)}") from error
 
 
 def _tensors(folder: Path) -> tuple[list[str], Callable[[str], Tensor], Callable[[str], Sequence[int]]]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mokamm.arguments import above_zero, add_config_arguments, at_least_one
 from mokamm.config import RunConfig, load_config
 from mokamm.mistakes import tell
+from mokamm.names import WITHOUT_ADAPTERS
 from mokamm.quiet import quiet
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ class Case(NamedTuple):
     def trained(self) -> dict[str, int]:
         """Trained elements by part."""
         from mokamm.build import trainable_parts
+        from mokamm.training.finish import parameters_by_part
 
-        parts = trainable_parts(self.outline)
-        return {part: sum(parameter.numel() for _, parameter in named) for part, named in parts.items()}
+        return parameters_by_part(trainable_parts(self.outline))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -133,15 +134,16 @@ def advise_parameters(case: Case) -> Advice:
 
 def advise_targets(case: Case) -> Advice:
     from mokamm.adapters import fused_experts, target_report
+    from mokamm.adapters.peft_bridge import short_name
 
-    if case.method in ("full", "none"):
+    if case.method in WITHOUT_ADAPTERS:
         everything = case.method == "full"
         lines = ["the whole LLM" if everything else "nothing of the LLM: stage 1, or method none"]
         return Advice("targets", lines, {"adapted": {}, "attention_only": False})
     adapted, missed = _linear_layers(case.outline.llm)
     lines = [", ".join(f"{name} {count}" for name, count in target_report(case.outline.llm).items())]
     targets = case.config.adapter.target_parameters or []
-    experts = sorted({".".join(name.split(".")[-2:]) for name in fused_experts(case.outline.llm)})
+    experts = sorted(set(map(short_name, fused_experts(case.outline.llm))))
     missed |= dict.fromkeys((name for name in experts if name not in targets), False)
     attention_only = all(adapted.values()) and not all(missed.values())
     if attention_only:
@@ -212,7 +214,7 @@ def advise_batch(case: Case) -> Advice:
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * case.ranks.world
     product = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} accumulated"
     lines = [f"{rows} rows a step ({product} x {case.ranks.world} processes)"]
-    if case.method not in ("full", "none"):
+    if case.method not in WITHOUT_ADAPTERS:
         verdict = f"{ROWS} (the papers of MokA and LoRI) would be safer" if rows > ROWS else "this one is small"
         lines.append(f"large batches hurt LoRA more than full fine-tuning, whatever the rank: {verdict}")
     return Advice("batch", lines, {"rows_per_step": rows, "large": rows > ROWS})
@@ -261,7 +263,7 @@ def advise_compute(case: Case) -> Advice:
     from mokamm.adapters import fused_experts
     from mokamm.adapters.peft_bridge import adapter_parameters
 
-    if case.method in ("full", "none"):
+    if case.method in WITHOUT_ADAPTERS:
         return Advice("compute", ["not compared: no adapter"], {"share_of_full": None})
     llm, adapter = case.outline.llm, case.trained()["adapter"]
     added, fused = list(adapter_parameters(llm)), set(fused_experts(llm))
@@ -309,7 +311,7 @@ def collect(args: argparse.Namespace) -> Case:
     from mokamm.information import NATS_PER_TOKEN, count_answers
     from mokamm.outline import build_outline
     from mokamm.training.launch import Ranks
-    from mokamm.training.rate import total_steps
+    from mokamm.training.stream import plan_of
 
     config = load_config(args.config, args.overrides)
     quiet(errors_alone=True)
@@ -320,7 +322,7 @@ def collect(args: argparse.Namespace) -> Case:
     world = args.ranks or max(1, gpus)
     ranks = Ranks(0, 0, world, torch.device(device), grouped=False)
     known = answers.rows or config.training.max_steps > 0
-    steps = total_steps(config, answers.rows or 1, world) if known else None
+    steps = plan_of(config.training, answers.rows or 1, world).total_steps if known else None
     return Case(config, outline, answers, ranks, args.gpu_gb, args.nats or NATS_PER_TOKEN, steps)
 
 

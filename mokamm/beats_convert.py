@@ -29,8 +29,7 @@ def plan_beats(source: Path, options: Options) -> Plan | None:
     if not isinstance(content, dict) or not {"cfg", "model"} <= content.keys():
         return None
     del content
-    if options.to not in (None, "beats"):
-        raise UserError(f"{source} is a BEATs checkpoint; it cannot become {options.to}")
+    options.refuse_other("beats", source, "a BEATs checkpoint")
     model = load_beats(source)
     cfg, size = model.cfg, sum(p.numel() for p in model.parameters())
     head = "" if model.predictor is None else f", a predictor of {cfg.predictor_class} classes"

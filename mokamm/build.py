@@ -24,14 +24,14 @@ import torch
 from torch import nn
 
 from data.media import MediaLimits, MediaLoader
-from data.schema import UserError
+from data.schema import UserError, first_line
 from encoders import build_encoder
 from encoders.base import Encoder
 from encoders.cache import FeatureCache
 from encoders.pretrained import misfits
 from mokamm.adapters import OPTIONS, wrap
 from mokamm.config import RunConfig, find_path, load_run_config
-from mokamm.config_sections import LimitsConfig, LLMConfig, ModalityConfig
+from mokamm.config_sections import DataConfig, LLMConfig, ModalityConfig
 from mokamm.init_from import begin_lori, load_init
 from mokamm.model import MultimodalLM
 from mokamm.names import LORI
@@ -106,7 +106,7 @@ def processor_of(
     """encoders, projectors: of the config's modalities, or of some of them."""
     modalities = {name: m for name, m in config.model.modalities.items() if name in encoders}
     senses = {n: Sense.of(n, m, encoders[n], projectors[n]) for n, m in modalities.items()}
-    loader = media_loader(config.data.media_dir, config.data.limits, config.data.allow_outside)
+    loader = media_loader(config.data.media_dir, config.data)
     keys, day = config.adapter.keys, config.model.llm.chat_date
     return Processor(tokenizer, senses, loader, lookup, config.data.max_length, keys, day)
 
@@ -132,11 +132,12 @@ def choose_device(wanted: torch.device | str | None) -> torch.device:
         return torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError) as error:  # an unknown name, no GPU of that number, a torch without CUDA
         here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-        raise UserError(f"device '{wanted}' cannot be used; here are: {here} ({_first_line(error)})") from error
+        raise UserError(f"device '{wanted}' cannot be used; here are: {here} ({first_line(error)})") from error
 
 
-def media_loader(media_dir: str | Path | None, limits: LimitsConfig, allow_outside: bool = False) -> MediaLoader:
-    return MediaLoader(media_dir, MediaLimits(**limits.model_dump()), allow_outside)
+def media_loader(media_dir: str | Path | None, data: DataConfig) -> MediaLoader:
+    """What opens media of that folder under the limits of a configuration."""
+    return MediaLoader(media_dir, MediaLimits(**data.limits.model_dump()), data.allow_outside)
 
 
 def load_run(
@@ -146,18 +147,22 @@ def load_run(
 
     whole: the LLM in full, also where the run has it in 4 or 8 bits.
     """
-    run = Path(run)
     config = load_run_config(run)
     if whole:
         config.model.llm.quantization = None
+    settle(config, base)
+    model = build_model(config, device, init=False)
+    load_weights(model, Path(run) / "final")
+    return model
+
+
+def settle(config: RunConfig, base: str | None) -> None:
+    """Make a finished run's configuration fit where the run lies now; base: replaces its LLM. Raises as `check_base`."""
     if base is not None:
         config.model.llm.path, config.model.llm.revision = base, None
     check_base(config, named=base is not None)
     if config.data.cache and not Path(config.data.cache.dir).is_dir():
         config.data.cache = None  # a run that has moved starts no cache in someone's working directory
-    model = build_model(config, device, init=False)
-    load_weights(model, run / "final")
-    return model
 
 
 def check_base(config: RunConfig, named: bool) -> None:
@@ -266,7 +271,7 @@ def from_pretrained(kind: str, llm: LLMConfig, **options: Any) -> Any:
         if "attn_implementation" in str(error) and options.get("attn_implementation") != "eager":
             raise no_such_attention(llm) from error
         raise UserError(
-            f"model.llm.path: {kind} cannot load '{path}': {_first_line(error)}\n  expected a local folder with an LLM "
+            f"model.llm.path: {kind} cannot load '{path}': {first_line(error)}\n  expected a local folder with an LLM "
             "in Hugging Face format, or a hub id (which needs the network, or a downloaded copy); for a run, "
             "--base PATH names another place"
         ) from error
@@ -275,7 +280,3 @@ def from_pretrained(kind: str, llm: LLMConfig, **options: Any) -> Any:
 def no_such_attention(llm: LLMConfig) -> UserError:
     others = ", ".join(name for name in ("sdpa", "eager") if name != llm.attention)
     return UserError(f"model.llm.attention: the LLM of '{llm.path}' has no {llm.attention}; set another ({others})")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

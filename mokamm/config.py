@@ -18,10 +18,10 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from data.schema import UserError, beside, listed, nearest
+from data.schema import UserError, beside, listed
 from data.sources import SOURCES, is_there
 from mokamm import names
-from mokamm.config_file import ConfigError, apply_overrides, explain, read_yaml
+from mokamm.config_file import ConfigError, apply_overrides, explain, nearest_file, read_yaml
 from mokamm.config_sections import (
     AdapterConfig,
     BenchmarkConfig,
@@ -72,9 +72,7 @@ class RunConfig(Section):
 
     def to_dict(self) -> dict[str, Any]:
         tree = self.model_dump(mode="json")
-        if (
-            self.model.llm.chat_date is None
-        ):  # so that digests of configurations stay what they were before there was it
+        if self.model.llm.chat_date is None:  # digests of configurations stay what they were before there was it
             del tree["model"]["llm"]["chat_date"]
         return tree
 
@@ -100,12 +98,16 @@ class RunConfig(Section):
         )
         return (inside if inside.exists() or not as_given else path), Path(media_dir)
 
+    def makes(self, path: Path) -> bool:
+        """Whether the run makes that file itself, with its miniature world."""
+        world = self.data.world
+        return world is not None and Path(world.dir).resolve() in path.resolve().parents
+
     def check_files(self, world_is_made: bool = False) -> None:
         """Raise ConfigError naming every local file that the configuration promises and that is not there.
 
         Files below `data.world.dir` are made by the run itself and are asked for only once they are."""
         problems = []
-        made = Path(self.data.world.dir).resolve() if self.data.world and not world_is_made else None
         named: tuple[tuple[str, list[Any]], ...] = (
             ("data.train", self.data.train),
             ("data.validation", self.data.validation),
@@ -114,10 +116,7 @@ class RunConfig(Section):
         for key, entries in named:
             for i, entry in enumerate(entries):
                 path, _ = self.locate(entry)
-                if made and made in path.resolve().parents:
-                    continue
-                # a benchmark may be a folder (librispeech): the benchmark itself says what it wants in there
-                if not (is_there(entry.source, path) if isinstance(entry, SourceConfig) else path.exists()):
+                if not is_found(entry, path) and (world_is_made or not self.makes(path)):
                     problems.append(f"{key}.{i}.path: no such file: {path}{_near(path)}")
         if self.training.deepspeed:
             problems += _json_problems("training.deepspeed", find_path(self.training.deepspeed))
@@ -133,6 +132,11 @@ class RunConfig(Section):
                 f"the configuration names files that are not there, or not readable (working directory {Path.cwd()}):"
             )
             raise ConfigError(listed(heading, problems))
+
+
+def is_found(entry: SourceConfig | BenchmarkConfig, path: Path) -> bool:
+    """Whether an entry's annotation file is there; a benchmark, which may be a folder, says itself what it wants in it."""
+    return is_there(entry.source, path) if isinstance(entry, SourceConfig) else path.exists()
 
 
 def find_path(path: str) -> Path:
@@ -176,8 +180,7 @@ def load_run_config(run: str | Path) -> RunConfig:
 
 def _json_problems(key: str, path: Path) -> list[str]:
     if not path.is_file():
-        near = sorted(p.as_posix() for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        return [f"{key}: no such file: {path}" + (nearest(path.as_posix(), near) if near else "")]
+        return [f"{key}: no such file: {path}{nearest_file(path, '*.json')}"]
     try:
         content = json.loads(path.read_text())
     except ValueError as error:

@@ -82,8 +82,7 @@ def _read_one(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = sorted(p.as_posix() for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = nearest(path.as_posix(), near) if near else ""
+        hint = nearest_file(path, "*.yaml")
         raise ConfigError(f"no such configuration file: {path} (working directory {Path.cwd()}){hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
@@ -101,6 +100,12 @@ def _read_one(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
     if twice:
         raise ConfigError(listed(f"{path} sets keys twice:", twice))
     return tree, lines
+
+
+def nearest_file(path: Path, pattern: str) -> str:
+    """The end of a message about a missing file: those of that pattern in its folder, where there are any."""
+    there = sorted(p.as_posix() for p in path.parent.glob(pattern)) if path.parent.is_dir() else []
+    return nearest(path.as_posix(), there) if there else ""
 
 
 def _walk(node: Any, at: Path_, lines: dict[Path_, int], twice: list[str]) -> None:

@@ -47,24 +47,22 @@ def _one_of(known: Collection[str], what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _regex(value: str | list[str]) -> str | list[str]:
-    try:
-        re.compile(value if isinstance(value, str) else "")
-    except re.error as error:
-        raise ValueError(f"'{value}' is neither 'all-linear' nor a regex: {error}") from None
-    return value
+def _regex(what: str) -> AfterValidator:
+    """A regex, or a list of names as it is. what: the message's word for a text that is none."""
+
+    def check(value: Any) -> Any:
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except re.error as error:
+            raise ValueError(f"'{value}' is {what}: {error}") from None
+        return value
+
+    return AfterValidator(check)
 
 
-def _pattern(value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"'{value}' is not a regex: {error}") from None
-    return value
-
-
-Pattern = Annotated[str, AfterValidator(_pattern)]
-Modules = Annotated[str | list[str], AfterValidator(_regex)]  # all-linear, a regex of whole names, or last names
+Pattern = Annotated[str, _regex("not a regex")]
+# all-linear, a regex of whole names, or last names
+Modules = Annotated[str | list[str], _regex("neither 'all-linear' nor a regex")]
 
 
 class Section(BaseModel):

@@ -41,6 +41,11 @@ class Options:
     base: str | None = None
     logits_by_keys: bool = False
 
+    def refuse_other(self, result: str, source: Path, what: str) -> None:
+        """Raises UserError where --to asks for another result than the only one that a source can have."""
+        if self.to not in (None, result):
+            raise UserError(f"{source} is {what}; it cannot become {self.to}")
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -19,15 +19,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.sources import SOURCES, is_there
+from data.sources import SOURCES
 from mokamm.arguments import above_zero, add_config_arguments, at_least_one
-from mokamm.config import RunConfig, find_path, load_config
+from mokamm.config import RunConfig, find_path, is_found, load_config
 from mokamm.config_sections import BenchmarkConfig, SourceConfig
 from mokamm.mistakes import is_users, tell
 from mokamm.quiet import quiet
 
 if TYPE_CHECKING:
     from mokamm.outline import Outline
+    from mokamm.training.forecast import Forecast
 
 BEATS = (
     "get BEATs_iter3_plus_AS2M.pt from github.com/microsoft/unilm/tree/master/beats, then: "
@@ -205,10 +206,9 @@ def _data(config: RunConfig) -> Iterator[Finding]:
     for part, entry in entries:
         path, media_dir = config.locate(entry)
         kind = entry.source if isinstance(entry, SourceConfig) else entry.benchmark
-        made = config.data.world is not None and Path(config.data.world.dir).resolve() in path.resolve().parents
         fix = HOMES.get(kind, OWN).format(name=path.name, media_dir=media_dir)
-        there = is_there(kind, path) if isinstance(entry, SourceConfig) else path.exists()
-        yield Finding(part, f"{kind}: {path}", there or made, str(path.absolute()), fix)
+        made = config.makes(path)
+        yield Finding(part, f"{kind}: {path}", made or is_found(entry, path), str(path.absolute()), fix)
         on_hub = isinstance(entry, SourceConfig) and SOURCES[kind].hub and not path.exists()
         if not media_dir.is_dir() and not made and not on_hub:
             yield Finding("media folder", str(media_dir), False, str(media_dir.absolute()), fix)
@@ -250,12 +250,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float | None) -> dict[str, An
         gpu_gb = torch.cuda.get_device_properties(0).total_memory / 2**30 if known else 80.0
     forecast = Forecast.of(outline, config, Ranks(0, 0, ranks, device, grouped=False), gpu_gb * 2**30)
     tokens = _tokens(outline, config)
-    memory = {}
-    for stage in forecast.zero_stages() if forecast.network else ():
-        for offload in (False, True):
-            changes = {"stage": stage, "offload_optimizer": offload, "offload_parameters": offload and stage == 3}
-            found = forecast.memory(**changes)
-            memory[f"zero{stage}{'_offload' if offload else ''}"] = {**asdict(found), "total": found.total}
+    memory = _memory(forecast)
     problems = [outline.no_rows] if outline.tokenizer and outline.no_rows else []
     if tokens["media"] >= config.data.max_length:
         problems.append(
@@ -280,6 +275,17 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float | None) -> dict[str, An
         "ranks": ranks,
         "problems": problems,
     }
+
+
+def _memory(forecast: Forecast) -> dict[str, dict[str, float]]:
+    """Bytes by ZeRO stage, with and without offload; empty where nothing is predicted."""
+    memory = {}
+    for stage in forecast.zero_stages() if forecast.network else ():
+        for offload in (False, True):
+            changes = {"stage": stage, "offload_optimizer": offload, "offload_parameters": offload and stage == 3}
+            found = forecast.memory(**changes)
+            memory[f"zero{stage}{'_offload' if offload else ''}"] = {**asdict(found), "total": found.total}
+    return memory
 
 
 def _parameters(outline: Outline) -> dict[str, dict[str, int]]:

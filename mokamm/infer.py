@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -182,9 +183,7 @@ def repl(asker: Asker, config: RunConfig, lines: Iterable[str], out: TextIO) -> 
 
 
 def _typed_lines() -> Iterable[str]:
-    import contextlib
-
-    with contextlib.suppress(ImportError):
+    with suppress(ImportError):
         import readline  # noqa: F401  (line editing for input())
     while True:
         try:

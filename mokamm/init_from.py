@@ -33,6 +33,7 @@ from mokamm.weights import (
     is_adapter,
     load_adapter,
     manifest_problems,
+    shapes_of,
 )
 
 log = logging.getLogger("mokamm")
@@ -107,8 +108,7 @@ def _load_projectors(model: MultimodalLM, state: dict[str, torch.Tensor], where:
             f"training.init_from has no projector for {', '.join(absent)}; it has {', '.join(sorted(where)) or 'none'}. "
             "Train stage 1 with that modality, or leave it out of model.modalities"
         )
-    own = {name: tuple(tensor.shape) for name, tensor in model.projectors.state_dict().items()}
-    problems = differences(own, {key: tuple(tensor.shape) for key, tensor in state.items()})
+    problems = differences(shapes_of(model.projectors.state_dict()), shapes_of(state))
     if problems:
         files = ", ".join(str(folder / PROJECTORS) for folder in dict.fromkeys(where.values()))
         told = listed(f"training.init_from: {files} does not fit model.modalities:", problems, most=8)

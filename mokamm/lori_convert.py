@@ -25,14 +25,8 @@ from mokamm.weights import share
 
 MOSTLY_ZERO = 0.5  # share of B's entries from which on a LoRA is taken for a LoRI-S
 COPIED = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "task_type",
-    "base_model_name_or_path",
-)
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "task_type", "base_model_name_or_path",
+)  # fmt: skip
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
@@ -43,8 +37,7 @@ def plan_mask(source: Path, options: Options) -> Plan | None:
         return None
     if source.suffix != ".safetensors" and not _holds_masks(load_pickle(source, "a mask")):
         return None
-    if options.to not in (None, "mask"):
-        raise UserError(f"{source} is a mask; it cannot become {options.to}")
+    options.refuse_other("mask", source, "a mask")
     mask = any_mask(source)
     found = f"a mask of {len(mask.bits)} layers, {mask.kept:,} of {mask.total:,} entries kept (sparsity {mask.sparsity:.4f})"
     return Plan(found, "mask", lambda out: write_mask(mask, out, str(source)))

@@ -282,7 +282,7 @@ def user_message(
     without a file.
     """
     given = {"video": video, "image": image, "audio": audio, "speech": speech}
-    waiting = {name: _media(name, paths) for name, paths in given.items() if paths is not None}
+    waiting = {name: _media(name, paths) for name, paths in given.items()}
     content: list[Text | Media] = []
     for i, piece in enumerate(MARKER.split(question.strip())):
         if i % 2 == 0:

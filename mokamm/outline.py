@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from data.schema import UserError
+from encoders.base import Encoder
 from mokamm.adapters.masks import Mask, keep_top
 from mokamm.adapters.start import factors
 from mokamm.build import (
@@ -27,11 +28,13 @@ from mokamm.build import (
     wrapped,
 )
 from mokamm.config import RunConfig, find_path
+from mokamm.config_sections import ModalityConfig
 from mokamm.init_from import read_own_mask
 from mokamm.names import DENSE
 from mokamm.perception import Perception, Sense
 from mokamm.processor import Processor
 from mokamm.projectors import Projector
+from mokamm.published_shapes import llm_config, stand_in
 from mokamm.training.two_phase import SPARSITY
 
 
@@ -57,9 +60,34 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
     """Cost: seconds, whatever the LLM's size. Encoders in local folders are read (what they make of a segment decides
     the projector's shape), the LLM's weights need not be there; of models that lie nowhere here, the published shape
     is taken where mokamm/published_shapes.py has it. offline: nothing is asked of the hub. Raises as build_model does."""
-    from transformers import AutoModelForCausalLM
+    llm, modalities = _llm(config, offline), config.model.modalities
+    found = {name: _encoder(modality) for name, modality in modalities.items()}
+    encoders = {name: encoder for name, encoder in found.items() if encoder is not None}
+    width = llm.get_input_embeddings().weight.shape[1]
+    with torch.device("meta"):
+        projectors = {name: projector_of(modalities[name], encoder, width) for name, encoder in encoders.items()}
+    outline = Outline(llm, projectors, Perception(encoders))
+    outline.senses = {name: Sense.of(name, modalities[name], e, projectors[name]) for name, e in encoders.items()}
+    outline.left_out = {
+        name: f"the encoder is not in a local folder ({m.encoder.path}), and its shape is not known here"
+        for name, m in modalities.items()
+        if name not in encoders
+    }
+    try:
+        outline.tokenizer = load_tokenizer(config.model.llm, local_files_only=offline)
+    except UserError:
+        outline.no_rows = f"{config.model.llm.path} has no tokenizer that can be read"
+        return outline
+    try:
+        outline.processor = processor_of(config, outline.tokenizer, encoders, projectors, None)
+    except UserError as error:
+        outline.no_rows = str(error)
+    return outline
 
-    from mokamm.published_shapes import llm_config, stand_in
+
+def _llm(config: RunConfig, offline: bool) -> Any:
+    """The LLM under the config's method, on the meta device."""
+    from transformers import AutoModelForCausalLM
 
     settings = config.model.llm
     shape = llm_config(settings.path) if not find_path(settings.path).exists() else None
@@ -79,34 +107,13 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
         llm = wrapped(llm, config)
     if config.method in DENSE:  # the sparse ones, which have nothing to train before
         llm.base_model.set_mask(_mask(llm, config))
-    modalities, left_out = config.model.modalities, {}
-    found = {
-        name: encoder_of(m)
-        if find_path(m.encoder.path).exists()
-        else stand_in(m.encoder.name, m.encoder.path, m.encoder.options)
-        for name, m in modalities.items()
-    }
-    encoders = {name: encoder for name, encoder in found.items() if encoder is not None}
-    width = llm.get_input_embeddings().weight.shape[1]
-    with torch.device("meta"):
-        projectors = {name: projector_of(modalities[name], encoder, width) for name, encoder in encoders.items()}
-    outline = Outline(llm, projectors, Perception(encoders))
-    outline.senses = {name: Sense.of(name, modalities[name], e, projectors[name]) for name, e in encoders.items()}
-    for name in modalities.keys() - encoders.keys():
-        left_out[name] = (
-            f"the encoder is not in a local folder ({modalities[name].encoder.path}), and its shape is not known here"
-        )
-    try:
-        outline.tokenizer = load_tokenizer(settings, local_files_only=offline)
-    except UserError:
-        outline.no_rows = f"{settings.path} has no tokenizer that can be read"
-    else:
-        try:
-            outline.processor = processor_of(config, outline.tokenizer, encoders, projectors, None)
-        except UserError as error:
-            outline.no_rows = str(error)
-    outline.left_out = left_out
-    return outline
+    return llm
+
+
+def _encoder(modality: ModalityConfig) -> Encoder | None:
+    """The encoder of a local folder, else one of its published shape alone; None where that is not known."""
+    named = modality.encoder
+    return encoder_of(modality) if find_path(named.path).exists() else stand_in(named.name, named.path, named.options)
 
 
 def _mask(llm: Any, config: RunConfig) -> Mask:

@@ -60,10 +60,14 @@ class Sense:
             tokens=projector.num_tokens,
         )
 
+    @property
+    def most_patches(self) -> int:
+        """The valid patches of a full segment."""
+        return self.patches(None if self.kind == "frames" else round(self.seconds * SAMPLE_RATE))
+
     def most_tokens(self, kind: str) -> int:
         """The media tokens of an item with all its segments full; of an image, one segment."""
-        length = None if self.kind == "frames" else round(self.seconds * SAMPLE_RATE)
-        return (1 if kind == "image" else self.segments) * self.tokens(self.patches(length))
+        return (1 if kind == "image" else self.segments) * self.tokens(self.most_patches)
 
     def preprocessing(self, media: Media) -> str:
         """What beside file and encoder decides the features: part of the cache key."""

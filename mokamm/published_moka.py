@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from data.schema import UserError
-from mokamm.adapter_folder import load_pickle
+from mokamm.adapter_folder import CONFIG, TENSORS, load_pickle
 from mokamm.convert import Options, Plan
 from mokamm.weights import ADAPTER, PROJECTORS, differences, refuse, write_manifest
 
@@ -40,7 +40,7 @@ NOT_WEIGHTS = {"training_args.bin", "optimizer.bin", "scheduler.bin", "sampler.b
 VISUAL_LAMBDA = 0.05  # in the published visual-text code; the paper leaves it open
 MODALITY = {"vl": "vision", "al": "audio"}
 TEXT_BRANCH = "the Q-Former's text branch, which is never run"
-# inner name of a published projector -> ours; a str without a group: left out, for that reason
+# (inner name of a published projector, ours, None), or (inner name, "", why it is left out)
 PROJECTOR_KEYS: tuple[tuple[str, str, str | None], ...] = (
     (r"(?:\w+_)?ln\.(weight|bias)", r"norm.\1", None),
     (r"(?:\w+_)?query_tokens", r"queries.weight", None),
@@ -159,7 +159,7 @@ def write_published(published: Published, out: str | Path, base: str | None = No
         config = MokaConfig(task_type="CAUSAL_LM", base_model_name_or_path=base, **published.moka)
         config.save_pretrained(str(out / ADAPTER))
         adapter = {key: tensor.contiguous() for key, tensor in published.adapter.items()}
-        save_file(adapter, out / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(adapter, out / ADAPTER / TENSORS, metadata={"format": "pt"})
     if published.projectors:
         projectors = {key: tensor.contiguous() for key, tensor in published.projectors.items()}
         save_file(projectors, out / PROJECTORS, metadata={"format": "pt"})
@@ -175,7 +175,7 @@ def _load(file: Path, mmap: bool = False) -> dict[str, Tensor]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """What its adapter_config.json says, or the published code's own values. Raises UserError where it is none."""
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     try:
         settings = json.loads(path.read_text()) if path.is_file() else {}
         return {
@@ -289,8 +289,7 @@ def plan_published(source: Path, options: Options) -> Plan | None:
     """An importer of mokamm/convert.py; None for another kind of folder."""
     if not published_files(source):
         return None
-    if options.to not in (None, "moka"):
-        raise UserError(f"{source} is a checkpoint of MokA; it cannot become {options.to}")
+    options.refuse_other("moka", source, "a checkpoint of MokA")
     folder = source if source.is_dir() else source.parent
     published, base = read_published(source, options.logits_by_keys), _settings(folder)["base_model_name_or_path"]
     return Plan(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.schema import UserError
+from mokamm.mistakes import tell
 from mokamm.training.watch import duration, read_metrics, short
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _training(records: list[dict]) -> list[str]:
 
 def plot_loss(train: list[dict], validation: list[dict], path: Path) -> None:
     """Training loss (thin), its running mean, validation loss; the rates below."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (loss, rate) = plt.subplots(2, 1, figsize=(8, 6), height_ratios=[3, 1], sharex=True, layout="constrained")
     steps = [r["step"] for r in train]
     _curve(loss, steps, [r["loss"] for r in train], BLUE, "training (running mean)")
@@ -184,14 +185,14 @@ def plot_loss(train: list[dict], validation: list[dict], path: Path) -> None:
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     rate.legend(frameon=False)
     for axes in (loss, rate):
-        _plain(axes)
+        plain_axes(axes)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def plot_speed(train: list[dict], path: Path) -> None:
     """Tokens per second, shares of padding and of waiting for data, peak memory, gradient norm, over the steps."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, panels = plt.subplots(4, 1, figsize=(8, 8), sharex=True, layout="constrained")
     speed, shares, memory, norm = panels
     steps = [r["step"] for r in train]
@@ -204,7 +205,7 @@ def plot_speed(train: list[dict], path: Path) -> None:
     for axes, label in zip(panels, ("tokens/s", "share, %", "peak memory, GB", "gradient norm"), strict=True):
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
-        _plain(axes)
+        plain_axes(axes)
     norm.set_xlabel("step")
     figure.align_ylabels()
     figure.savefig(path, dpi=130)
@@ -219,13 +220,13 @@ def _curve(axes: Axes, steps: list[int], values: list[float], colour: str, label
 
 def plot_accuracy(results: list[Result], validation: list[dict], path: Path) -> None:
     """Scores (shares only) of the benchmarks with their controls; without any, the validation's share of right answers."""
-    plt = _pyplot()
+    plt = pyplot()
     results = [r for r in results if r["scale"] == "share"]
     if not results:
         figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
         axes.plot([r["step"] for r in validation], [100 * r["accuracy"] for r in validation], "o-", color=BLUE)
         axes.set(xlabel="step", ylabel="validation answers exactly right, %", ylim=(0, 100))
-        _plain(axes)
+        plain_axes(axes)
     else:
         bars = results[::-1]
         figure, axes = plt.subplots(figsize=(8, 1.2 + 0.42 * len(bars)), layout="constrained")
@@ -237,7 +238,7 @@ def plot_accuracy(results: list[Result], validation: list[dict], path: Path) -> 
             if r["interval"]:  # drawn inside the bar's row, below its label
                 axes.plot([100 * end for end in r["interval"]], [y - 0.24] * 2, color="black", linewidth=1.4)
         axes.set(xlabel="score, %", xlim=(min(0.0, *scores), 105))
-        _plain(axes, grid="x")
+        plain_axes(axes, grid="x")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -248,13 +249,15 @@ def running_mean(values: list[float]) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
 
 
-def _plain(axes: Axes, grid: str = "both") -> None:
+def plain_axes(axes: Axes, grid: str = "both") -> None:
+    """Without a frame at the top and right, over a pale grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, axis=grid, alpha=0.25)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, which needs no display here, in the reports' type size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -276,8 +279,7 @@ def main() -> None:
         with writing(of / "report", "make room or allow it, then start the same command again"):
             print(write_report(of))
     except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(tell(problem))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from mokamm.arguments import add_config_arguments
 from mokamm.config import ConfigError, RunConfig, load_config
 from mokamm.mistakes import is_users
 from mokamm.quiet import quiet, stdout_kept_clean
-from mokamm.training.launch import leave
+from mokamm.training.launch import leave, rank_here
 from mokamm.training.stopping import BadStep, Stopped, command_to_go_on
 
 if TYPE_CHECKING:
@@ -40,9 +40,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_config_arguments(parser)
     parser.add_argument("--json", action="store_true", help="at the end, one JSON object on standard output")
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher adds it
+    # the deepspeed launcher adds it
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)
 
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     with stdout_kept_clean(args.json):
         folder = _run_as_told(args)
-    if args.json and int(os.environ.get("RANK", "0")) == 0:
+    if args.json and rank_here() == 0:
         from mokamm.training.finish import outcome
 
         print(json.dumps(outcome(folder)), flush=True)
@@ -66,7 +65,7 @@ def _run_as_told(args: argparse.Namespace) -> Path:
         return Path(config.training.output_dir)
     except (Stopped, KeyboardInterrupt) as stopped:  # Ctrl-C before the steps or after them: there is nothing to save
         auto = config is not None and config.training.resume_from_checkpoint == "auto"
-        if int(os.environ.get("RANK", "0")) == 0:
+        if rank_here() == 0:
             again = command_to_go_on(args.config, args.overrides, auto)
             print(f"{str(stopped) or 'stopped'}; to go on:\n  {again}", flush=True)
         code = getattr(stopped, "code", 128 + signal.SIGINT)
@@ -103,7 +102,7 @@ def run(config: RunConfig, finishing: bool = True) -> None:
     launch.check_shared(folder, ranks)
     config.check_files(world_is_made=True)  # a wrong name of a file in it is found before training
     try:
-        with peers.told(ranks, config.training):
+        with peers.told(ranks, lambda said: peers.message(ranks, config.training, said)):
             train(config, folder, ranks)
     except Stopped:
         launch.stop(ranks)  # all ranks raise it
@@ -169,7 +168,7 @@ def _summary(config: RunConfig, parts: dict, corpus: tuple, ranks: Ranks) -> str
 
 def _tell(error: Exception, note: str = "") -> None:
     """note: for an error that speaks of the same command."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = rank_here()
     if rank and isinstance(error, ConfigError | BadStep):
         # rank 0 has mostly found the same, and its launcher stops all; another host may have mistakes of its own
         time.sleep(3)

@@ -238,7 +238,7 @@ def load_adapter(llm: Any, folder: Path) -> None:
     expected = get_peft_model_state_dict(llm, save_embedding_layers=False)
     refuse(
         path,
-        differences({k: tuple(v.shape) for k, v in expected.items()}, {k: tuple(v.shape) for k, v in state.items()}),
+        differences(shapes_of(expected), shapes_of(state)),
         f"(made for the LLM '{saved.get('base_model_name_or_path')}') does not fit this LLM, or is not whole",
     )
     set_peft_model_state_dict(llm, state)
@@ -258,12 +258,16 @@ def _load_llm(llm: nn.Module, folder: Path) -> None:
 
 
 def _load_exactly(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    refuse(path, differences(own, {name: tuple(tensor.shape) for name, tensor in state.items()}))
+    refuse(path, differences(shapes_of(module.state_dict()), shapes_of(state)))
     module.load_state_dict(state)
 
 
+def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
 def differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
+    """A line for each name that only one of the two has, and for each that has another shape in them."""
     problems = [f"missing: {name}" for name in expected if name not in found]
     problems += [f"unexpected: {name}" for name in found if name not in expected]
     problems += [

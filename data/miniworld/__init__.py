@@ -6,5 +6,5 @@ published formats, questions that neither picture nor sound alone can answer.
     python -m data.miniworld --out DIR --split train --num 1000
 
 scene.py what happens in a clip; draw.py its frames; sound.py its sound; speech.py eSpeak NG; ask.py questions and
-their answers; tell.py scenes in words; write.py files and annotations.
+their answers; german.py the same in German; tell.py scenes in words; write.py files and annotations.
 """

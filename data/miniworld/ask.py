@@ -229,10 +229,10 @@ IMAGES: dict[str, Kind] = {
 
 
 class Balance:
-    """Picks questions scene by scene so that the answers of every (kind, subject) stay within `slack` of each other."""
+    """Picks questions scene by scene so that the answers of every (kind, subject) stay within one of each other."""
 
-    def __init__(self, kinds: dict[str, Kind], *, base: bool = False, slack: int = 1) -> None:
-        self.kinds, self.base, self.slack = kinds, base, slack
+    def __init__(self, kinds: dict[str, Kind]) -> None:
+        self.kinds = kinds
         self.answers: Counter[tuple[str, str, str]] = Counter()  # (kind, subject, answer)
         self.totals: Counter[str] = Counter()
 
@@ -264,7 +264,7 @@ class Balance:
         for i in rng.permutation(len(candidates)):
             blanks, answer = candidates[i]
             excess = self._excess(name, " ".join(blanks.values()), answer)
-            if excess <= self.slack and (best is None or excess < best[0]):
+            if excess <= 1 and (best is None or excess < best[0]):
                 best = (excess, blanks, answer)
         if best is None:
             return None
@@ -272,7 +272,7 @@ class Balance:
         for about in self._scopes(name, " ".join(blanks.values())):
             self.answers[name, about, answer] += 1
         self.totals[name] += 1
-        return _worded(name, kind.base if self.base else kind.wordings, rng, blanks, answer)
+        return _worded(name, kind.wordings, rng, blanks, answer)
 
 
 def _worded(

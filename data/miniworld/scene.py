@@ -45,9 +45,8 @@ class Vocabulary:
 
 
 WORLD = Vocabulary(tuple(PLAYS), tuple(COLOURS))
-BASE = Vocabulary(
-    WORLD.shapes[:-1], WORLD.colours[:-2]
-)  # what the miniature base has met: no diamond, horn, orange, cyan
+# what the miniature base has met: no diamond, horn, orange, cyan
+BASE = Vocabulary(WORLD.shapes[:-1], WORLD.colours[:-2])
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,19 +81,18 @@ def write_wave(path: Path, wave: np.ndarray) -> None:
     soundfile.write(path, wave, RATE, subtype="PCM_16")
 
 
-def _render_clip(folder: Path, request: Request, index: int) -> None:
-    scene = clip_scene(request, index)
+def render_clip(folder: Path, index: int, make: Callable[[], Scene]) -> None:
+    """make: draws the scene, in the process that renders it."""
+    scene = make()
     write_video(scene, folder / "videos" / f"{_identity(index)}.mp4")
     write_wave(folder / "audio" / f"{_identity(index)}.wav", render_sound(scene))
 
 
-def _render_image(folder: Path, request: Request, index: int) -> None:
-    frame = draw_frame(image_scene(request, index), 5.0)
-    (folder / "images" / f"{_identity(index)}.png").write_bytes(png_bytes(frame))
+def render_image(folder: Path, index: int, make: Callable[[], Scene]) -> None:
+    (folder / "images" / f"{_identity(index)}.png").write_bytes(png_bytes(draw_frame(make(), 5.0)))
 
 
-def _render_speech(folder: Path, job: tuple[str, Utterance]) -> None:
-    name, utterance = job
+def render_speech(folder: Path, name: str, utterance: Utterance) -> None:
     write_wave(folder / "speech" / f"{name}.wav", speak(utterance))
 
 
@@ -146,11 +145,11 @@ def spoken(request: Request) -> Iterator[tuple[dict[str, Any], tuple[str, Uttera
         rng = request.rng(_SPOKEN, index)
         scene, index = sample_scene(rng), index + 1
         for question in balance.pick(scene, choices, 1):
-            sentences = [lead + question.text for lead in LEAD_INS if split_of(lead + question.text) == request.split]
-            if not sentences:
+            own = [said for lead in LEAD_INS if split_of(said := lead + question.text) == request.split]
+            if not own:
                 continue
             name = f"question-{_identity(found)}"
-            utterance = sample_utterance(rng, sentences[rng.integers(len(sentences))], VOICES[request.split])
+            utterance = sample_utterance(rng, own[rng.integers(len(own))], VOICES[request.split])
             content = [
                 {"type": "text", "text": tell_scene(scene)},
                 _speech_entry(name),
@@ -260,9 +259,11 @@ def _fill(folder: Path, request: Request, workers: int) -> None:
     _jsonl(folder / "transcription.jsonl", (row for row, _ in said))
     _jsonl(folder / "images.jsonl", image_rows(request, half))
     _add_lacking(folder, request)
-    jobs: list[Callable[[], None]] = [partial(_render_clip, folder, request, index) for index in range(request.num)]
-    jobs += [partial(_render_image, folder, request, index) for index in range(half)]
-    jobs += [partial(_render_speech, folder, job) for _, job in asked + said]
+    jobs: list[Callable[[], None]] = [
+        partial(render_clip, folder, index, partial(clip_scene, request, index)) for index in range(request.num)
+    ]
+    jobs += [partial(render_image, folder, index, partial(image_scene, request, index)) for index in range(half)]
+    jobs += [partial(render_speech, folder, *speech) for _, speech in asked + said]
     run_jobs(jobs, workers, f"miniature world, {request.split}")
     (folder / "DONE.json").write_text(json.dumps(asdict(request)) + "\n")
 

@@ -45,10 +45,10 @@ from typing import Any
 
 import numpy as np
 
-from data.schema import MEDIA, Media, Sample, UserError, nearest
+from data.schema import MEDIA, Media, Sample, UserError, first_line, nearest
 from data.sources import alpaca, llava, messages, sharegpt, swift
 from data.sources.conversations import Layout, count_answers, sample_of
-from data.sources.placeholders import path_of
+from data.sources.placeholders import entries_of, path_of
 from data.sources.rows import Rows, ask, chosen, columns_of, text_of
 
 _LAYOUTS: dict[str, Callable[..., Layout]] = {
@@ -187,10 +187,9 @@ def _opened(path: Path, split: str | None, subset: str | None, revision: str | N
     except UserError:
         raise
     except Exception as error:  # of many kinds: no such file, no network, a broken file, an unknown split
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{path}: `datasets` cannot open it ({reason}); expected a folder of save_to_disk, {', '.join(_FILES)} files, "
-            "or a data set's name on the hub (which needs the network, or a downloaded copy)"
+            f"{path}: `datasets` cannot open it ({first_line(error)}); expected a folder of save_to_disk, "
+            f"{', '.join(_FILES)} files, or a data set's name on the hub (which needs the network, or a downloaded copy)"
         ) from error
 
 
@@ -326,8 +325,7 @@ def _parse_columns(
     media = []
     for name, (kind, modality) in (MEDIA | {"audio": ("audio", audio_as)}).items():
         value = row.get(names[name]) if names[name] else None
-        entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
-        media += [Media(kind, path_of(entry, names[name]), modality) for entry in entries]
+        media += [Media(kind, path_of(entry, names[name]), modality) for entry in entries_of(value)]
     instruction = text_of(row, names["instruction"]) if names["instruction"] else None
     asked = row.get(names["question"]) if names["question"] else None
     question = prompt if prompt and (asked is None or not str(asked).strip()) else text_of(row, names["question"])

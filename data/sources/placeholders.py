@@ -39,11 +39,16 @@ def media_of(row: dict[str, Any], columns: Mapping[Kind, str], audio_as: str) ->
         column = columns[kind]
         if row.get(column) in (None, "", []) and names_media(row.get(OTHER_NUMBER.get(column, ""))):
             column = OTHER_NUMBER[column]
-        value = row.get(column)
-        entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
         modality = audio_as if kind == "audio" else "vision"
-        found[kind] = [Media(kind, path_of(entry, column), modality) for entry in entries]
+        found[kind] = [Media(kind, path_of(entry, column), modality) for entry in entries_of(row.get(column))]
     return found
+
+
+def entries_of(value: Any) -> list[Any]:
+    """The entries of a media column's value: a list, one alone, or none."""
+    if isinstance(value, list):
+        return value
+    return [] if value in (None, "") else [value]
 
 
 def names_media(value: Any) -> bool:

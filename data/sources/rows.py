@@ -1,4 +1,7 @@
-"""What all readers share: lazily parsed rows, and a message for every way in which a file or a row can be wrong."""
+"""What all readers share: lazily parsed rows, and a message for every way in which a file or a row can be wrong.
+
+Cost: a row is parsed whenever it is asked for, and nothing of it is kept.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from data.schema import Media, Sample, UserError, nearest
 from data.sources.index import array_rows
 from data.sources.rows import Rows, text_of, value_of
 from eval.benchmarks.base import Earned, Row
-from eval.benchmarks.multiple_choice import MultipleChoice
+from eval.benchmarks.multiple_choice import MultipleChoice, lettered
 from eval.benchmarks.questions import record_of
 
 # as the publishers spell them in the file
@@ -53,7 +53,6 @@ CORRECTED = (
 )  # fmt: skip
 _SPEECH = {name.lower() for name in SPEECH + CORRECTED}
 _OTHERS = {name.lower() for name in (*SOUND_AND_MUSIC, "Music_Instruments_Classification")}
-CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 
 
 class AirBench(MultipleChoice):
@@ -85,10 +84,10 @@ class AirBench(MultipleChoice):
         media = [Media("audio", path, speech_as if _task(row) in _SPEECH else "audio")]
         meta = {"task_name": task, "dataset_name": row["dataset_name"], "path": row["path"]}
         name = str(row.get("uniq_id", index))
-        return self.asked(name, text_of(row, "question"), _choices(row), text_of(row, "answer_gt"), media, index, meta)
+        return self.asked(name, text_of(row, "question"), lettered(row), text_of(row, "answer_gt"), media, index, meta)
 
     def choices_of(self, row: Row) -> list[str]:
-        return _choices(row.meta) or super().choices_of(row)
+        return lettered(row.meta) or super().choices_of(row)
 
     def official_reading(self, row: Row) -> str | None:
         text = row.prediction.strip().replace("\n", "")
@@ -101,10 +100,6 @@ class AirBench(MultipleChoice):
 
     def official_details(self, rows: Sequence[Row]) -> dict[str, Any]:
         return super().official_details([row for row in rows if self.official_reading(row) is not None])
-
-
-def _choices(row: dict[str, Any]) -> list[str]:
-    return [str(row[key]) for key in CHOICES if row.get(key) is not None]
 
 
 def _task(record: Any) -> str:

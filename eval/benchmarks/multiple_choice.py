@@ -133,6 +133,11 @@ class MultipleChoice(RightOrWrong):
         return tables
 
 
+def lettered(row: dict[str, Any]) -> list[str]:
+    """The options that a row has under choice_a to choice_d, as publishers write them."""
+    return [str(row[key]) for key in ("choice_a", "choice_b", "choice_c", "choice_d") if row.get(key) is not None]
+
+
 def numbered(answer: Any, choices: Sequence[str]) -> str | None:
     """The letter of an option that is named by its number from 0; None where the answer is no such number."""
     known = LETTERS[: len(choices)]

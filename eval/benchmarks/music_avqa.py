@@ -73,8 +73,8 @@ class MusicAvqa(TypedShortAnswer):
         for row, right in self._officially(rows):
             by_type[" ".join(question_type(row))].append(right)
         types = {
-            name: {"rows": counts[name], "parsed": len(by_type[name]), "accuracy": _mean(by_type[name])}
-            for name in sorted(counts)
+            name: {"rows": count, "parsed": len(right), "accuracy": share(sum(right), len(right))}
+            for name, count, right in ((name, counts[name], by_type[name]) for name in sorted(counts))
         }
         return {"types": types}
 
@@ -93,7 +93,3 @@ def _between(text: str) -> str:
 def _one_of(text: str) -> str | None:
     answer = normalise(text) if len(text) <= LONGEST else ""
     return answer if answer in _NORMALISED else None
-
-
-def _mean(right: list[bool]) -> float:
-    return share(sum(right), len(right))

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 from data.schema import Media, Sample, UserError
 from data.sources.rows import not_json, read_text, text_of
-from eval.benchmarks.multiple_choice import MultipleChoice
+from eval.benchmarks.multiple_choice import MultipleChoice, lettered
 from eval.benchmarks.questions import record_of
 
 IMAGE_TYPES = [str(number) for number in range(1, 10)]
@@ -53,9 +53,7 @@ class SeedBench(MultipleChoice):
 
     def prompt(self, record: Any, index: int) -> Sample:
         row = record_of(record)
-        choices = [
-            str(row[key]) for key in ("choice_a", "choice_b", "choice_c", "choice_d") if row.get(key) is not None
-        ]
+        choices = lettered(row)
         image = text_of(row, "data_id")
         meta = {"dimension": row.get("dimension"), "image_path": image}
         name = str(row.get("question_id", index))

@@ -34,10 +34,11 @@ def _normalisers() -> tuple[Callable[[str], str], Callable[[str], str]]:
 def whisper_normalised(text: str, english: bool = True) -> str:
     """The text as Whisper's word error rates see it."""
     words = _closed(text).split()
-    told, plain = _normalisers() if english else (_normalisers()[1],) * 2
+    rules, plain = _normalisers()
+    rules = rules if english else plain
     head, tail = (_closed(" ".join(part)) for part in (words[:MOST], words[MOST:]))  # the cut may open others
     try:
-        head = told(head)
+        head = rules(head)
     except (ValueError, ArithmeticError):  # a number that it cannot build
         head = plain(head)
     return " ".join([*head.split(), *plain(tail).split()])

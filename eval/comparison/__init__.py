@@ -1,3 +1,3 @@
 """Parts of eval/compare.py: settings (what to compare), plan (which run comes next), progress (what is done), work (one
-run, in a process of its own), pool (the processes), shown (how far it is), differences (statistics), results, report
-and plots (what came out)."""
+run, in a process of its own), pool (the processes), preload (what they import), shown (how far it is), differences
+(statistics), results, report and plots (what came out)."""

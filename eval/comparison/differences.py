@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+LEVEL = 0.95  # of intervals
 DRAWS = 20_000
 EXACT = 16  # up to so many clips that differ, all sign flips are tried
 BLOCK = 500  # draws held in memory at once
@@ -48,17 +49,17 @@ class Estimate:
     with_seeds: bool  # whether the interval knows of the seeds
 
 
-def score(points_SU: Array, of_U: Array, level: float = 0.95) -> Estimate:
+def score(points_SU: Array, of_U: Array) -> Estimate:
     """The mean score over seeds. points_SU: earned by each seed at each clip; of_U: what could be earned there."""
-    return _estimate([(points_SU, 1.0)], of_U, level)
+    return _estimate([(points_SU, 1.0)], of_U)
 
 
-def difference(points_SU: Array, other_SU: Array, of_U: Array, level: float = 0.95) -> Estimate:
+def difference(points_SU: Array, other_SU: Array, of_U: Array) -> Estimate:
     """The mean score minus that of another method on the same clips; the numbers of seeds may differ."""
-    return _estimate([(points_SU, 1.0), (other_SU, -1.0)], of_U, level)
+    return _estimate([(points_SU, 1.0), (other_SU, -1.0)], of_U)
 
 
-def _estimate(terms: list[tuple[Array, float]], of_U: Array, level: float) -> Estimate:
+def _estimate(terms: list[tuple[Array, float]], of_U: Array) -> Estimate:
     units, total = len(of_U), float(of_U.sum())
     scores = [points.sum(1) / total for points, _ in terms]
     mean = float(sum(sign * values.mean() for (_, sign), values in zip(terms, scores, strict=True)))
@@ -75,7 +76,7 @@ def _estimate(terms: list[tuple[Array, float]], of_U: Array, level: float) -> Es
         p = 2.0 ** (1 - units) if mean else 1.0  # nothing varies: t would be infinite, this is what sign flips say
         return Estimate(mean, [mean, mean], p, with_seeds)
     freedom = variance**2 / sum(part**2 / df for part, df in parts)
-    half = t_quantile(0.5 + level / 2, freedom) * math.sqrt(variance)
+    half = t_quantile(0.5 + LEVEL / 2, freedom) * math.sqrt(variance)
     return Estimate(mean, [mean - half, mean + half], t_two_sided(mean / math.sqrt(variance), freedom), with_seeds)
 
 
@@ -105,7 +106,7 @@ def t_two_sided(t: float, freedom: float) -> float:
 # ---- tests -----------------------------------------------------------------------------------------------------------
 
 
-def sign_flips(differences_U: Array, seed: int = 0) -> float:
+def sign_flips(differences_U: Array) -> float:
     """Two-sided p of the sum of paired differences under random signs.
 
     Exact for up to EXACT differences that are not zero, else from DRAWS random sign patterns, the observed one counted
@@ -120,7 +121,7 @@ def sign_flips(differences_U: Array, seed: int = 0) -> float:
     if len(found) <= EXACT:
         patterns = np.arange(2 ** len(found))[:, None] >> np.arange(len(found)) & 1
         return float(np.mean(np.abs((1 - 2 * patterns) @ found) >= bound))
-    generator, reached = np.random.default_rng(seed), 0
+    generator, reached = np.random.default_rng(0), 0
     for _ in range(DRAWS // BLOCK):
         signs = 1 - 2 * generator.integers(0, 2, size=(BLOCK, len(found)))
         reached += int(np.sum(np.abs(signs @ found) >= bound))

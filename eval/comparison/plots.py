@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mokamm.report import GREY, _plain, _pyplot
+from mokamm.report import GREY, plain_axes, pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ def styles(results: Tree) -> dict[str, tuple[Any, str]]:
 
 def plot_rates(results: Tree, path: Path) -> None:
     """Validation accuracy over the rate: a panel for each method, the reference behind it; the chosen rate ringed."""
-    plt = _pyplot()
+    plt = pyplot()
     methods = [m for m in results["methods"] if any(rate["runs"] for rate in m["rates"])] or results["methods"]
     columns = min(COLUMNS, len(methods))
     rows = math.ceil(len(methods) / columns)
@@ -49,7 +49,7 @@ def plot_rates(results: Tree, path: Path) -> None:
         _rate_curve(axes, method, looks[method["name"]][0] if method is not reference else "black")
         axes.set_title(method["name"], fontsize=11)
         axes.set_xscale("log")
-        _plain(axes)
+        plain_axes(axes)
     for hidden, above in zip(panels.flat[len(methods) :], panels.flat[len(methods) - columns :], strict=False):
         hidden.set_visible(False)
         above.tick_params(labelbottom=True)
@@ -78,7 +78,7 @@ def plot_parameters(results: Tree, path: Path) -> None:
     Methods of nearly equal counts are drawn beside each other, not upon each other; one that trains projectors alone, which
     has no place on the axis, as a line across.
     """
-    plt = _pyplot()
+    plt = pyplot()
     names = list(results["benchmarks"])
     figure, panels = plt.subplots(
         1, len(names), figsize=(5.2 * len(names) + 2.2, 4.8), squeeze=False, layout="constrained"
@@ -87,7 +87,7 @@ def plot_parameters(results: Tree, path: Path) -> None:
     for axes, name in zip(panels.flat, names, strict=True):
         _parameter_panel(axes, results, name, looks)
         axes.set(xscale="log", xlabel="trained parameters without projectors", title=name.replace("_", " "))
-        _plain(axes)
+        plain_axes(axes)
     panels[0][0].set_ylabel("test score, %")
     handles, labels = panels[0][0].get_legend_handles_labels()
     if handles:
@@ -122,8 +122,10 @@ def side_by_side(counts: dict[str, int], apart: float = 1.09) -> dict[str, float
     order = sorted(counts, key=lambda name: counts[name])
     clusters: list[list[str]] = []
     for name in order:
-        near = clusters and counts[name] < apart * counts[clusters[-1][-1]]
-        clusters[-1].append(name) if near else clusters.append([name])
+        if clusters and counts[name] < apart * counts[clusters[-1][-1]]:
+            clusters[-1].append(name)
+        else:
+            clusters.append([name])
     places = {}
     for cluster in clusters:
         middle = math.exp(sum(math.log(counts[name]) for name in cluster) / len(cluster))

@@ -33,6 +33,10 @@ class Progress:
     unscored: dict[Run, str] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
+    def finished(self, run: Run) -> bool:
+        """Whether a run was trained to its end."""
+        return run in self.known and self.known[run].status == FINISHED
+
     def scored(self, run: Run) -> bool:
         """Whether all benchmarks' predictions of a run are there."""
         folder = run.folder(self.comparison.out) / "predictions"
@@ -79,7 +83,7 @@ class Progress:
         """A method's tasks that can start, and how many more will follow."""
         config = self.comparison.config
         found = stand(config, method, self.known)
-        finished = [run for run in found.runs if run in self.known and self.known[run].status == FINISHED]
+        finished = filter(self.finished, found.runs)
         unscored = [run for run in finished if not self.scored(run) and run not in self.unscored]
         tasks = [Task("train", run) for run in found.todo] + [Task("evaluate", run) for run in unscored]
         pending = len([run for run in found.todo if run in found.runs]) if found.runs else len(config.seeds)

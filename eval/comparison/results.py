@@ -1,13 +1,13 @@
 """What came out of a comparison: from the runs' outcomes and predictions to one JSON tree.
 
-{"config": {...}, "machine": {...}, "reference": name, "benchmarks": {name: measure}, "methods": [
+{"config": {...}, "run_config": {...}, "machine": {...}, "reference": name, "benchmarks": {name: measure}, "methods": [
     {"name", "group", "overrides", "rates": [{"rate", "runs": [{"seed", "status", "reason", "loss", "accuracy"}]}],
      "chosen": rate | null, "end": "" | "lowest" | "highest" | "only",
      "trained_parameters", "projector_parameters", "calibration_steps", "step_seconds", "memory_gb", "checkpoint_bytes",
-     "adapter_bytes",
-     "runs": [{"seed", "status", "figures", "scores": {benchmark: share}}],
-     "benchmarks": {name: {"mean", "interval", "seeds": [share], "difference": {"mean", "lower_is_better", "interval",
-                           "p_clips", "p_methods", "p_clips_holm", "p_methods_holm"} | null}}}]}
+     "adapter_bytes", "seconds", "threads", "jobs",
+     "runs": [{"seed", "status", "reason", "figures", "scores": {benchmark: share}}],
+     "benchmarks": {name: {"mean", "interval", "with_seeds", "seeds": [share], "difference": {"mean", "lower_is_better",
+                           "interval", "p_clips", "p_methods", "p_clips_holm", "p_methods_holm"} | null}}}]}
 
 Shares lie between 0 and 1. Holm's family is all tests of the comparison: every method but the reference, on every
 benchmark. Figures of a method are those of its runs at the chosen rate: the median of step times, the greatest peak.
@@ -27,10 +27,10 @@ import numpy as np
 from data.schema import UserError
 from eval.benchmarks import find_benchmark
 from eval.comparison.differences import Array, Estimate, difference, holm, score, sign_flips
-from eval.comparison.plan import FINISHED, Outcome, stand
+from eval.comparison.plan import Outcome, stand
 from eval.comparison.progress import Progress
 from eval.comparison.settings import MethodConfig, Run
-from mokamm.training.finish import installed
+from mokamm.machine import installed, processors
 
 LIBRARIES = ("mokamm", "torch", "transformers", "peft", "numpy")
 Tree = dict[str, Any]
@@ -83,7 +83,7 @@ def gather(progress: Progress) -> Tree:
     _compare(methods, earned, tables, config.reference)
     return {
         "config": config.model_dump(mode="json"),
-        "run_config": _without_versions(plain.to_dict()),
+        "run_config": {key: value for key, value in plain.to_dict().items() if key != "versions"},
         "machine": _machine(plain.training.use_cpu),
         "reference": config.reference,
         "benchmarks": {name: find_benchmark(benchmark).measure for name, benchmark in comparison.benchmarks.items()},
@@ -91,27 +91,12 @@ def gather(progress: Progress) -> Tree:
     }
 
 
-def _without_versions(tree: Tree) -> Tree:
-    return {key: value for key, value in tree.items() if key != "versions"}
-
-
 def _machine(use_cpu: bool | None) -> Tree:
     import torch
 
-    cores = len(os.sched_getaffinity(0))
-    model = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
+    machine = {"processor": next(iter(processors()), platform.processor()), "cores": len(os.sched_getaffinity(0))}
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() and not use_cpu else {}
-    return {"processor": model, "cores": cores, **gpu, "python": platform.python_version(), **installed(LIBRARIES)}
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    return {**machine, **gpu, "python": platform.python_version(), **installed(LIBRARIES)}
 
 
 # ---- a method --------------------------------------------------------------------------------------------------------
@@ -121,13 +106,13 @@ def _method(progress: Progress, method: MethodConfig, tables: dict[str, Points])
     """Its tree, and its points (seeds x units) by benchmark."""
     comparison, config = progress.comparison, progress.comparison.config
     found = stand(config, method, progress.known)
-    scored = [run for run in found.runs if _finished(progress, run) and progress.scored(run)]
+    scored = [run for run in found.runs if progress.finished(run) and progress.scored(run)]
     points: dict[str, Array] = {}
     for name, table in tables.items():
         rows = [table.read(run.folder(comparison.out) / "predictions" / f"{name}.jsonl") for run in scored]
         if rows:
             points[name] = np.stack(rows)
-    figures = [progress.known[run].figures for run in found.runs if _finished(progress, run)]
+    figures = [progress.known[run].figures for run in filter(progress.finished, found.runs)]
     tree = {
         "name": method.name,
         "group": method.group,
@@ -140,10 +125,6 @@ def _method(progress: Progress, method: MethodConfig, tables: dict[str, Points])
         "benchmarks": {name: _scores(rows, tables[name]) for name, rows in points.items()},
     }
     return tree, points
-
-
-def _finished(progress: Progress, run: Run) -> bool:
-    return run in progress.known and progress.known[run].status == FINISHED
 
 
 def _rate(progress: Progress, method: MethodConfig, rate: float) -> Tree:
@@ -197,7 +178,7 @@ def _run(progress: Progress, run: Run) -> Tree:
         "figures": outcome.figures,
         "scores": {},
     }
-    if outcome.status == FINISHED and progress.scored(run):
+    if progress.finished(run) and progress.scored(run):
         folder = run.folder(progress.comparison.out) / "predictions"
         tree["scores"] = {
             path.name.removesuffix(".metrics.json"): json.loads(path.read_text())["score"]

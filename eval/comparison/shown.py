@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from eval.comparison.plan import FINISHED
 from eval.comparison.progress import Progress
 
 
@@ -38,9 +37,10 @@ class Shown:
     def tell(self, line: str) -> None:
         done, total = self.counts()
         line = f"[{done}/{total}, {self.time_left()} left] {line}"
-        self.bar.console.print(line, markup=False, highlight=False) if self.bar else print(
-            line, file=sys.stderr, flush=True
-        )
+        if self.bar:
+            self.bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar:
@@ -49,7 +49,7 @@ class Shown:
     def counts(self) -> tuple[int, int]:
         """Trainings and evaluations done, and all of them."""
         progress = self.progress
-        scored = sum(progress.scored(run) for run in progress.known if progress.known[run].status == FINISHED)
+        scored = sum(map(progress.scored, filter(progress.finished, progress.known)))
         done = len(progress.known) + scored + len(progress.unscored)
         return done, done + sum(progress.left().values())
 

@@ -103,16 +103,13 @@ def _samples(config: RunConfig, processor: Any) -> Iterator[tuple[Any, Any]]:
     from mokamm.build import media_loader
     from mokamm.training.corpus import open_parts
 
-    data = config.data
-    parts = open_parts(config, data.train, processor, "data.train")
-    parts += open_parts(config, data.validation, processor, "data.validation", prefix="validation/")
-    for part in parts:
+    for part in open_parts(config, processor, "train") + open_parts(config, processor, "validation"):
         process: Any = part.process
         for row in range(len(part.rows)):
             with suppress(BadSample):
                 yield part.rows[row], process.loader
     for job in [job_of(config, entry) for entry in config.evaluation.benchmarks]:
-        loader = media_loader(job.media_dir, data.limits, data.allow_outside)
+        loader = media_loader(job.media_dir, config.data)
         rows = job.benchmark.load(job.path, job.limit, job.options, job.media_dir)
         yield from ((row.sample, loader) for row in rows if row.sample is not None)
 
@@ -123,6 +120,7 @@ def _samples(config: RunConfig, processor: Any) -> Iterator[tuple[Any, Any]]:
 def measured(config: RunConfig, folder: Path, start: float | None) -> Outcome:
     """What a trained run's folder says of it; diverged where its validation loss is no number. start: of its one process,
     by time.monotonic; None where it took several, so that this one cannot tell how long it took."""
+    import torch
     import yaml
 
     from mokamm.training.watch import memory_gb, read_metrics
@@ -139,7 +137,7 @@ def measured(config: RunConfig, folder: Path, start: float | None) -> Outcome:
         "adapter_bytes": sum(_bytes(folder / "final" / part) for part in ("adapter", "llm")),
         "seconds": None if start is None else round(time.monotonic() - start, 2),
         "processor_seconds": None if start is None else round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 2),
-        "threads": _threads(),
+        "threads": torch.get_num_threads(),
     }
     finite = math.isfinite(validation["loss"])
     reason = "" if finite else "the validation loss is not a number"
@@ -169,12 +167,6 @@ def step_seconds(records: list[dict[str, Any]]) -> float | None:
     lines = [record for record in records if record["kind"] == "train"]
     means = [line["seconds"] / (line["step"] - before["step"]) for before, line in itertools.pairwise(lines)]
     return statistics.median(means) if means else None
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _bytes(folder: Path) -> int:

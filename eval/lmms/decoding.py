@@ -6,6 +6,7 @@ until            texts; the answer ends before the first of them (stop_sequences
 do_sample, temperature, repetition_penalty    must not ask for anything but greedy or beam search
 top_p, top_k, seed     mean nothing without sampling
 image_aspect_ratio     another model's preprocessing; a run has its own
+max_length             has no part in it: max_new_tokens is the answer's length
 """
 
 from __future__ import annotations

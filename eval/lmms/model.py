@@ -27,6 +27,7 @@ from eval.generation import answer_batches, by_tokens, make_batches
 from eval.lmms.decoding import Decoding
 from eval.lmms.media import GivenMedia
 from eval.lmms.messages import sample_of, user_turn
+from mokamm.training.launch import rank_here, world_here
 
 WINDOW = 16  # batches whose media are in memory together
 
@@ -50,7 +51,7 @@ class Mokamm(lmms):
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UserError(f"--batch_size must be a number of at least 1; found {batch_size!r}")
         self.batch_size = int(batch_size)
-        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._rank, self._world_size = rank_here(), world_here()
         if device is None and self._world_size > 1 and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.model = MultimodalLM.from_run(run, base=base, device=device)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from dataclasses import replace
@@ -60,7 +59,7 @@ def compare(base: nn.Module, setup: Setup, batch: int, rounds: int, methods: tup
         subject.announce(*placed_tokens(batch))
     steps = {name: step_of(subject, setup, x, gradient, embeds) for name, subject in made.items()}
     forwards = {name: forward_of(subject, setup, x, embeds) for name, subject in made.items()}
-    seconds = in_turns({name: _waited(step, setup.device) for name, step in steps.items()}, rounds)
+    seconds = in_turns(steps, rounds)
     row: dict[str, Any] = {"width": width, "batch": batch, **_times(seconds)}
     counted = {} if setup.compile else steps  # within a compiled graph nothing can be counted this way
     row["operations"] = {name: operations(step, setup.device) for name, step in counted.items()}
@@ -91,17 +90,6 @@ def compare_what_fits(
     if "plain" in methods:
         return compare_what_fits(base, setup, batch, rounds, tuple(m for m in methods if m != "plain"))
     return {"width": sizes(base)[0], "batch": batch, "failed": "out of memory", "ratios": {}}
-
-
-def _waited(step: Any, device: str) -> Any:
-    if device != "cuda":
-        return step
-
-    def waited() -> None:
-        step()
-        torch.cuda.synchronize()
-
-    return waited
 
 
 def _times(seconds: dict[str, list[float]]) -> dict[str, Any]:
@@ -162,11 +150,8 @@ def decode(base: nn.Module, setup: Setup, tokens: int, rounds: int) -> dict[str,
         subject.announce(*placed_tokens(1))
 
     def answer(module: Any, length: int) -> Any:
-        return _waited(
-            lambda: module.generate(
-                inputs_embeds=x, attention_mask=mask, max_new_tokens=length, min_new_tokens=length, do_sample=False
-            ),
-            setup.device,
+        return lambda: module.generate(
+            inputs_embeds=x, attention_mask=mask, max_new_tokens=length, min_new_tokens=length, do_sample=False
         )
 
     turns = {(name, n): answer(subject.module, n) for name, subject in made.items() for n in (1, tokens)}
@@ -257,12 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     with stdout_kept_clean(args.json):
         found = {**surroundings("adapters.py", args, argv), **measure(args)}
-        text = json.dumps(found, default=str)
-        keep(found, args.out)
-        if not args.json:
-            print_tables(found)
-    if args.json:
-        print(text)
+    if not keep(found, args.out, args.json):
+        print_tables(found)
     return 0
 
 

@@ -13,7 +13,6 @@ The result is also written to eval/speed/results/cache.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -62,11 +61,11 @@ def measure(config: RunConfig, limit: int) -> dict[str, float]:
         for name, used in (("none", None), ("empty", cache), ("full", cache)):
             perception = Perception(encoders, used)
             processor.lookup = perception.lookup
-            parts = open_parts(config, config.data.train, processor, "data.train")
+            parts = open_parts(config, processor, "train")
             seconds, result["rows"] = one_pass(parts, limit, perception)
             result[f"seconds_{name}"] = round(seconds, 2)
         processor.lookup = None
-        parts = open_parts(config, config.data.train, processor, "data.train")
+        parts = open_parts(config, processor, "train")
         result["predicted_bytes"], result["true_bytes"] = predicted(parts, encoders, limit), cache.total_bytes()
     return result
 
@@ -82,9 +81,7 @@ def main() -> None:
     with stdout_kept_clean(args.json):
         config = load_config(find_path(args.config), args.overrides)
         result = {**surroundings("cache.py", args), **measure(config, args.limit)}
-    keep(result, RESULTS / "cache.json")
-    if args.json:
-        print(json.dumps(result))
+    if keep(result, RESULTS / "cache.json", args.json):
         return
     print(
         f"{result['rows']} rows: {result['seconds_none']} s without a cache, {result['seconds_empty']} s filling one, "

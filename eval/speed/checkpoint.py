@@ -17,7 +17,6 @@ GPU is used. The result is also written to eval/speed/results/checkpoint.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -151,9 +150,7 @@ def main() -> None:
     with stdout_kept_clean(args.json):
         methods = {method: measure(args.config, method, args.rounds) for method in args.methods}
         found = {**surroundings("checkpoint.py", args), "methods": methods}
-    keep(found, RESULTS / "checkpoint.json")
-    if args.json:
-        print(json.dumps(found))
+    if keep(found, RESULTS / "checkpoint.json", args.json):
         return
     for method, rows in methods.items():
         for what, row in rows.items():

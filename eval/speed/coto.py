@@ -14,7 +14,6 @@ time counts, so that other programs do not. Two LLMs: the miniature one (5 layer
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -152,9 +151,7 @@ def main() -> None:
             "steps": STEPS,
             "llms": {name: measure(LLMS[name], args) for name in args.llms},
         }
-    keep(found, args.out)
-    if args.json:
-        print(json.dumps(found))
+    if keep(found, args.out, args.json):
         return
     for name, result in found["llms"].items():
         for method, row in result.items():

@@ -14,7 +14,6 @@ wall. The result is also written to eval/speed/results/generation.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -60,7 +59,7 @@ def measure(model: Any, config: Any, job: Any, repeats: int, batch_size: int) ->
 
     tokens = config.evaluation.max_new_tokens
     rows = [row for row in job.load(Control()) if row.sample is not None and row.error is None]
-    loader = media_loader(job.media_dir, config.data.limits, config.data.allow_outside)
+    loader = media_loader(job.media_dir, config.data)
     ask = asker(model, config, job, Control(), tokens)
     answers: dict[str, dict[int, str]] = {}
 
@@ -141,10 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with stdout_kept_clean(args.json):
         found = compare(args)
-    keep(found, args.out)
-    if args.json:
-        print(json.dumps(found))
-    else:
+    if not keep(found, args.out, args.json):
         print_table(found)
     return 0
 

@@ -8,7 +8,6 @@ adapter's folder. LoRI-S keeps the largest entries of a random B. Nothing depend
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -72,9 +71,7 @@ def main() -> None:
         sizes = measure(args.rank, args.sparsity, args.layers)
     ratios = {m: {key: round(size / sizes["lora"][key], 4) for key, size in row.items()} for m, row in sizes.items()}
     found = {**surroundings("lori.py", args), "sizes": sizes, "of_lora": ratios}
-    keep(found, args.out)
-    if args.json:
-        print(json.dumps(found, default=str))
+    if keep(found, args.out, args.json):
         return
     for method, row in sizes.items():
         print(f"{method}: " + ", ".join(f"{key} {size:,} ({ratios[method][key]:.1%})" for key, size in row.items()))

@@ -17,7 +17,6 @@ The result is also written to eval/speed/results/media.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -35,19 +34,19 @@ from data.schema import Media
 from eval.speed.reporting import RESULTS, keep, surroundings
 from mokamm.arguments import at_least_one
 
-SEGMENTS = 10
+SEGMENTS = SECONDS = 10
 Decode = Callable[[], Any]
 
 
-def write_video(path: Path, size: tuple[int, int], rate: int, seconds: int = 10) -> None:
-    """A moving gradient with noise, as H.264."""
+def write_video(path: Path, size: tuple[int, int], rate: int) -> None:
+    """SECONDS of a moving gradient with noise, as H.264."""
     random = np.random.default_rng(0)
     width, height = size
     ramp = np.add.outer(np.arange(height), np.arange(width))
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for k in range(rate * seconds):
+        for k in range(rate * SECONDS):
             noise = random.integers(0, 20, (height, width))
             grey = ((ramp + 3 * k) % 200 + noise).astype(np.uint8)
             frame = av.VideoFrame.from_ndarray(np.repeat(grey[..., None], 3, axis=2), format="rgb24")
@@ -55,10 +54,10 @@ def write_video(path: Path, size: tuple[int, int], rate: int, seconds: int = 10)
         container.mux(stream.encode())
 
 
-def write_sound(path: Path, rate: int, channels: int, seconds: int = 10) -> None:
+def write_sound(path: Path, rate: int, channels: int) -> None:
     import soundfile
 
-    samples = np.random.default_rng(0).normal(0, 0.1, (rate * seconds, channels)).astype(np.float32)
+    samples = np.random.default_rng(0).normal(0, 0.1, (rate * SECONDS, channels)).astype(np.float32)
     soundfile.write(path, samples, rate)
 
 
@@ -150,14 +149,12 @@ def main() -> None:
         name: {f"over_{way}": round(rates["ours"] / rate, 3) for way, rate in rates.items() if way != "ours"}
         for name, rates in clips.items()
     }
-    samples = {name: round(10 * SAMPLE_RATE * clips[name]["ours"]) for name in ("sound", "stereo")}
+    samples = {name: round(SECONDS * SAMPLE_RATE * clips[name]["ours"]) for name in ("sound", "stereo")}
     result = {
         **surroundings("media.py", args), "seconds": "CPU",
         "clips_per_second": clips, "ratios": ratios, "samples_per_second": samples,
     }  # fmt: skip
-    keep(result, RESULTS / "media.json")
-    if args.json:
-        print(json.dumps(result))
+    if keep(result, RESULTS / "media.json", args.json):
         return
     for name, rates in clips.items():
         beside = ", ".join(f"{way} {rate:.1f}" for way, rate in rates.items() if way != "ours")

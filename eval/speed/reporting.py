@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from mokamm.machine import processors
+
 RESULTS = Path(__file__).resolve().parent / "results"
 RATIOS = {
     "moka/lora": "overhead moka/lora",
@@ -27,11 +29,8 @@ def surroundings(script: str, args: argparse.Namespace, words: Sequence[str] | N
     import peft
     import transformers
 
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = f"{models[0]} x {len(models)}" if models else cpu
+    names = processors()
+    cpu = f"{names[0]} x {len(names)}" if names else platform.processor()
     machine: dict[str, Any] = {"cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version()}
     if getattr(args, "device", "cpu").startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name()
@@ -41,11 +40,14 @@ def surroundings(script: str, args: argparse.Namespace, words: Sequence[str] | N
     return {"command": command, "machine": machine, "versions": versions, "seed": 0, "settings": settings}
 
 
-def keep(found: dict[str, Any], path: Path | None) -> None:
-    """Write the result where a path is given."""
+def keep(found: dict[str, Any], path: Path | None, as_json: bool) -> bool:
+    """Write the result where a path is given, and print it where --json asks for it; whether it was printed."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    if as_json:
+        print(json.dumps(found, default=str))
+    return as_json
 
 
 def print_tables(found: dict[str, Any]) -> None:

@@ -110,9 +110,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     result = {**surroundings("rows.py", args), "forms": {form: measure(form, args.rows) for form in FORMS}}
-    keep(result, RESULTS / "rows.json")
-    if args.json:
-        print(json.dumps(result))
+    if keep(result, RESULTS / "rows.json", args.json):
         return
     for form, row in result["forms"].items():  # type: ignore[attr-defined]
         print(

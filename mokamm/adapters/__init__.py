@@ -24,10 +24,12 @@ from mokamm.adapters.lori import LoriConfig, LoriModel, freeze_lora_a
 from mokamm.adapters.masks import Mask
 from mokamm.adapters.peft_bridge import (
     check_adapter_name,
+    ends_in,
     fused_experts,
     match_parameters,
     match_targets,
     nearest,
+    short_name,
     taken_for_experts,
 )
 from mokamm.adapters.routed import MokaConfig, MokaModel, RoutedLinear
@@ -196,10 +198,10 @@ def wrap(llm: nn.Module, method: str, modalities: list[str], options: dict[str, 
 
 def _tell_of_experts(fused: list[str], method: str, targets: list[str]) -> None:
     """A warning where fused experts, most of a model's weights, are left as they are: no target of modules names them."""
-    left = {name for name in fused if not any(name == t or name.endswith("." + t) for t in targets)}
+    left = {name for name in fused if not any(ends_in(name, t) for t in targets)}
     if not left:
         return
-    names = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in left}))
+    names = ", ".join(sorted(set(map(short_name, left))))
     how = f"adapter.target_parameters=[{names}] adapts them"
     log.warning(
         "note: the experts (%s) are not adapted, only linear layers are; %s",

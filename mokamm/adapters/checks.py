@@ -11,12 +11,8 @@ from torch import Tensor
 from mokamm.adapters.peft_bridge import TunerLayer
 from mokamm.routing import AdapterError
 
-SHAPES = {
-    "peft_type": "method",
-    "r": "r",
-    "modalities": "",
-    "shared_b": "shared_b",
-}  # PEFT's name -> the adapter section's
+# PEFT's name -> the adapter section's
+SHAPES = {"peft_type": "method", "r": "r", "modalities": "", "shared_b": "shared_b"}
 MATHEMATICS = ("lora_alpha", "attention_weight", "attention_weight_pattern", "scale_logits", "logits_by_keys")
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

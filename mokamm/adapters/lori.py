@@ -100,7 +100,7 @@ class LoriLinear(TunerLayer):
         """s B A in the dtype of the adapter, laid out like W."""
         A = cast(nn.Linear, self.lori_A[name]).weight.detach()
         delta = (dense_weight(self.lori_B[name]).to(A.dtype) @ A) * self.scaling[name]
-        return delta.T if type(self.get_base_layer()).__name__ == "Conv1D" else delta
+        return delta.T if self.weight_is_transposed else delta
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -139,6 +139,16 @@ def fused_experts(model: nn.Module) -> list[str]:
     return names
 
 
+def ends_in(name: str, target: str) -> bool:
+    """Whether a target is a module's or parameter's name, or the end of it from a dot on."""
+    return f".{name}".endswith(f".{target}")
+
+
+def short_name(fused: str) -> str:
+    """A fused expert weight as a target names it: experts.down_proj."""
+    return ".".join(fused.split(".")[-2:])
+
+
 def match_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
     """Which fused expert weights each of a config's `target_parameters` matches.
 
@@ -146,13 +156,10 @@ def match_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
         AdapterError: one matches none (with the nearest), or dropout is asked for, which PEFT cannot give them.
     """
     names = fused_experts(model)
-    found = {
-        t: [n for n in names if n == t or n.endswith("." + t)]
-        for t in sorted(getattr(config, "target_parameters", None) or [])
-    }
+    found = {t: [n for n in names if ends_in(n, t)] for t in sorted(getattr(config, "target_parameters", None) or [])}
     for target, matched in found.items():
         if not matched:
-            known = {".".join(name.split(".")[-2:]) for name in names}
+            known = set(map(short_name, names))
             there = nearest(target, known) if known else ": this LLM has none"
             raise AdapterError(f"target_parameters: '{target}' matches no fused expert weight{there}")
     if found and config.lora_dropout:
@@ -205,7 +212,7 @@ def _matches(model: nn.Module, config: Any, unfit: dict[str, str]) -> dict[str, 
     elif isinstance(targets, str):
         found = {targets: [name for name in names if re.fullmatch(targets, name)]}
     else:
-        found = {t: [name for name in names if name == t or name.endswith("." + t)] for t in sorted(targets)}
+        found = {t: [name for name in names if ends_in(name, t)] for t in sorted(targets)}
     for target, matched in found.items():
         if not matched:
             known = {name.rpartition(".")[2] for name in names if name not in unfit}
@@ -272,7 +279,7 @@ def _fused_hint(model: nn.Module, target: str) -> str:
     ]
     if not fused:
         return ""
-    short = ".".join(fused[0].split(".")[-2:])
+    short = short_name(fused[0])
     return f", but the fused expert weight {fused[0]} (method lora adapts it: target_parameters=[{short}])"
 
 
@@ -374,6 +381,11 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def place(self, adapter_name: str) -> None:
         """Brings a new adapter to the device and dtype of the wrapped module."""
         self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    @property
+    def weight_is_transposed(self) -> bool:
+        """Whether the base's weight is (in_features, out_features)."""
+        return type(self.get_base_layer()).__name__ == "Conv1D"
 
     def to_merge(self, adapter_names: list[str] | None) -> list[str]:
         """Which of these adapters (None: the active ones) are not merged yet."""

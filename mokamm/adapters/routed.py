@@ -135,9 +135,7 @@ class RoutedLinear(TunerLayer):
         modalities, by_keys = len(config.modalities), config.logits_by_keys
         self.settings[name] = Settings(r, s, modalities, float(weight), logit_scale, config.shared_b, by_keys)
         self.moka_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.moka_A[name] = new_a(
-            self, rows, config, key, DownProjection, FrozenDownProjection
-        )  # kaiming_uniform(a=sqrt 5)
+        self.moka_A[name] = new_a(self, rows, config, key, DownProjection, FrozenDownProjection)
         self.moka_B[name] = new_b(self, r if config.shared_b else rows, config, UpProjection)
         self.place(name)
         self.set_adapter(self.active_adapters)
@@ -317,16 +315,12 @@ class RoutedLinear(TunerLayer):
             r = self.settings[name].r
             b = dense_weight(self.moka_B[name])[:, :r] * self.settings[name].scaling
             a = dense_weight(self.moka_A[name])[:r].clone()
-            self.folds[name] = Fold.into(self.base_weight, b, a, self._weight_is_transposed)
+            self.folds[name] = Fold.into(self.base_weight, b, a, self.weight_is_transposed)
 
     def unfold_text(self) -> None:
         """Takes the text path out of W again; W is bit-identical to what it was."""
         for name in reversed(list(self.folds)):
             self.folds.pop(name).out_of(self.base_weight)
-
-    @property
-    def _weight_is_transposed(self) -> bool:
-        return type(self.get_base_layer()).__name__ == "Conv1D"
 
     # -- PEFT's bookkeeping: whatever changes which adapter acts, or its weights, takes the folded one out first --
 

@@ -62,8 +62,7 @@ def check(config: RunConfig, out: Path, limit: int | None = None, workers: int |
 
     processor, encoders = build_processor(config, weights=False)
     processor.max_length = UNBOUNDED
-    parts = open_parts(config, config.data.train, processor, "data.train")
-    parts += open_parts(config, config.data.validation, processor, "data.validation", prefix="validation/")
+    parts = open_parts(config, processor, "train") + open_parts(config, processor, "validation")
     walk, summary = Walk(parts, encoders, limit), Summary(config, parts)
     out.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(out / "bad_samples.jsonl", 1.0, len(walk))

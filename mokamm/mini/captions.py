@@ -20,12 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from data.miniworld.draw import draw_frame, png_bytes, write_video
 from data.miniworld.scene import BASE, Scene, sample_scene
-from data.miniworld.sound import render_sound
-from data.miniworld.speech import BASE_VOICES, Utterance, sample_utterance, speak
+from data.miniworld.speech import BASE_VOICES, Utterance, sample_utterance
 from data.miniworld.tell import tell_picture, tell_scene, tell_sentence, tell_sounds
-from data.miniworld.write import run_jobs, write_wave
+from data.miniworld.write import render_clip, render_image, render_speech, run_jobs
 from mokamm.mini.text import DESCRIBE_PICTURE, DESCRIBE_SOUND, NOTE, TRANSCRIBE, note_lines
 
 SEED = 90_210
@@ -42,20 +40,6 @@ def _still(index: int) -> Scene:
 def _utterance(index: int) -> Utterance:
     rng = np.random.default_rng([SEED, 1, index])
     return sample_utterance(rng, tell_sentence(rng, BASE), BASE_VOICES)
-
-
-def _render_clip(folder: Path, index: int) -> None:
-    scene = _scene(index)
-    write_video(scene, folder / "videos" / f"{index:08d}.mp4")
-    write_wave(folder / "audio" / f"{index:08d}.wav", render_sound(scene))
-
-
-def _render_image(folder: Path, index: int) -> None:
-    (folder / "images" / f"{index:08d}.png").write_bytes(png_bytes(draw_frame(_still(index), 5.0)))
-
-
-def _render_speech(folder: Path, index: int) -> None:
-    write_wave(folder / "speech" / f"{index:08d}.wav", speak(_utterance(index)))
 
 
 def _row(media: list[dict[str, str]], prompt: str, answer: str) -> dict[str, Any]:
@@ -94,8 +78,8 @@ def write_captions(folder: Path, clips: int, images: int, utterances: int) -> No
         return
     for name in ("videos", "audio", "images", "speech"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    jobs = [partial(_render_clip, folder, index) for index in range(clips)]
-    jobs += [partial(_render_image, folder, index) for index in range(images)]
-    jobs += [partial(_render_speech, folder, index) for index in range(utterances)]
+    jobs = [partial(render_clip, folder, index, partial(_scene, index)) for index in range(clips)]
+    jobs += [partial(render_image, folder, index, partial(_still, index)) for index in range(images)]
+    jobs += [partial(render_speech, folder, f"{index:08d}", _utterance(index)) for index in range(utterances)]
     run_jobs(jobs, os.cpu_count() or 1, "stage 1")
     done.write_text("".join(json.dumps(row) + "\n" for row in _rows(clips, images, utterances)))

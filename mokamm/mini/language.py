@@ -96,6 +96,17 @@ def _tokenizer(folder: Path, rank: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
+def _resume(state: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
+    """The steps and seconds of the saved state, which model and optimizers take over; zeros where there is none."""
+    if not state.exists():
+        return 0, 0.0
+    saved = torch.load(state, weights_only=True)
+    model.load_state_dict(saved["model"])
+    for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(values)
+    return saved["step"], saved["used"]
+
+
 def train(folder: Path, work: Path, minutes: float) -> dict[str, float]:
     """Train for about `minutes`; the learning rate falls to zero over the second half of it."""
     torch.manual_seed(0)
@@ -106,13 +117,7 @@ def train(folder: Path, work: Path, minutes: float) -> dict[str, float]:
     model.set_attn_implementation("eager")
     optimizers = _optimizers(model)
     state = work / "language.pt"
-    step, used = 0, 0.0
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        step, used = saved["step"], saved["used"]
+    step, used = _resume(state, model, optimizers)
     losses: list[float] = []
     began = time.monotonic()
     native = native_bfloat16()
@@ -137,12 +142,8 @@ def train(folder: Path, work: Path, minutes: float) -> dict[str, float]:
         losses.append(answers.item())
         step, used, began = step + 1, *_clock(used, began)
         if step % 200 == 0 and rank == 0:
-            print(
-                json.dumps(
-                    {"step": step, "minutes": round(used / 60, 2), "loss": round(float(np.mean(losses[-200:])), 4)}
-                ),
-                flush=True,
-            )
+            mean = round(float(np.mean(losses[-200:])), 4)
+            print(json.dumps({"step": step, "minutes": round(used / 60, 2), "loss": mean}), flush=True)
         if step % 500 == 0 and rank == 0:
             states = [optimizer.state_dict() for optimizer in optimizers]
             torch.save({"model": model.state_dict(), "optimizers": states, "step": step, "used": used}, state)
@@ -152,14 +153,14 @@ def train(folder: Path, work: Path, minutes: float) -> dict[str, float]:
 
 
 @torch.no_grad()
-def told_accuracy(folder: Path, documents: int = 200) -> float:
-    """Share of answers to questions about unseen scenes told in words that are right to the last token."""
+def told_accuracy(folder: Path) -> float:
+    """Share of answers to questions about 200 unseen scenes told in words that are right to the last token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     rng, right, asked = np.random.default_rng(2**20), 0, 0
-    for _ in range(documents):
+    for _ in range(200):
         turns = told(rng, BASE)
         ids, _ = encode(tokenizer, turns)
         guessed = model(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()

@@ -65,17 +65,8 @@ def fit(
         optimizer.zero_grad()
         seen.append(loss.item())
         if step % 25 == 24:
-            print(
-                json.dumps(
-                    {
-                        "part": name,
-                        "step": step + 1,
-                        "used": round(used, 3),
-                        "loss": round(float(np.mean(seen[-25:])), 4),
-                    }
-                ),
-                flush=True,
-            )
+            row = {"part": name, "step": step + 1, "used": round(used, 3), "loss": round(float(np.mean(seen[-25:])), 4)}
+            print(json.dumps(row), flush=True)
         if used >= 1:
             break
     return {"steps": len(seen), "loss": float(np.mean(seen[-25:]))}

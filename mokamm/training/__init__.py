@@ -10,4 +10,5 @@ checkpoint    whole folders                     resume        where a run begins
 stopping      signals: save and leave           peers         a rank that does not answer any more
 disk          full, read-only, failing disks    world         the miniature world of data.world
 watch         metrics.jsonl, TensorBoard, W&B   finish        final/, evaluation, report, model card
+packing       samples that share rows
 """

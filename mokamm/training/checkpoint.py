@@ -51,16 +51,9 @@ NEEDED = (STATE, PROJECTORS, "optimizer-rank0.pt", "rng-rank0.pt")  # what every
 TEMPORARY, REPLACED, GONE = ".tmp", ".old", ".gone"  # being written, replaced, deleted; none outlives a `sweep`
 # what a run leaves beside its checkpoints
 RECORDS = (
-    "config.yaml",
-    "metrics.jsonl",
-    "bad_samples.jsonl",
-    "tensorboard",
-    "wandb",
-    "final",
-    "predictions",
-    "report",
+    "config.yaml", "metrics.jsonl", "bad_samples.jsonl", "tensorboard", "wandb", "final", "predictions", "report",
     "README.md",
-)
+)  # fmt: skip
 
 
 @dataclass

@@ -1,4 +1,9 @@
-"""From the sources that a configuration names to data sets and loaders of batches."""
+"""From the sources that a configuration names to data sets and loaders of batches.
+
+    data.train --open_parts--> rows, each with its processor --MultimodalDataset--> examples --batches--> DataLoader
+
+Cost: each annotation file is indexed once, in the main process; workers decode, tokenise and join.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -15,9 +20,9 @@ from torch.utils.data import DataLoader
 from data.collate import collate, consolidated
 from data.dataset import MultimodalDataset, Part
 from data.ledger import Ledger
-from data.media import MediaLimits, MediaLoader
 from data.schema import IGNORED, BadSample, Batch, Example, UserError
 from data.sources import open_source
+from mokamm.build import media_loader
 from mokamm.config import RunConfig
 from mokamm.config_sections import SourceConfig
 from mokamm.training.stopping import ignore_signals
@@ -50,8 +55,7 @@ class Corpus(NamedTuple):
 
 def build_corpus(config: RunConfig, processor: Any) -> Corpus:
     """Open every source. processor: mokamm.processor.Processor; each source gets a copy with its own media folder."""
-    train = open_parts(config, config.data.train, processor, "data.train")
-    validation = open_parts(config, config.data.validation, processor, "data.validation", prefix="validation/")
+    train, validation = open_parts(config, processor, "train"), open_parts(config, processor, "validation")
     total = sum(len(part.rows) for part in (*train, *validation))
     ledger = Ledger(f"{config.training.output_dir}/bad_samples.jsonl", config.data.max_bad_fraction, total)
     seed = config.training.seed
@@ -63,23 +67,22 @@ def build_corpus(config: RunConfig, processor: Any) -> Corpus:
     )
 
 
-def open_parts(
-    config: RunConfig, entries: list[SourceConfig], processor: Any, key: str, prefix: str = ""
-) -> list[Part]:
-    limits = MediaLimits(**config.data.limits.model_dump())
+def open_parts(config: RunConfig, processor: Any, split: Literal["train", "validation"]) -> list[Part]:
+    """The sources of data.train or data.validation, each with a name of its own and a loader of its media folder."""
+    entries: list[SourceConfig] = getattr(config.data, split)
+    prefix = "validation/" if split == "validation" else ""
     parts, seen = [], Counter[str]()
     for i, entry in enumerate(entries):
         path, media_dir = config.locate(entry)
         try:
             rows = open_source(entry.source, path, limit=entry.limit, media_dir=media_dir, **entry.options)
         except UserError as error:
-            raise type(error)(f"{key}.{i}: {error}") from None
+            raise type(error)(f"data.{split}.{i}: {error}") from None
         name = prefix + (entry.name or path.stem)
         seen[name] += 1
         if seen[name] > 1 and not entry.name:
             name = f"{name}-{seen[name]}"
-        loader = MediaLoader(media_dir, limits, config.data.allow_outside)
-        parts.append(Part(rows, entry.weight, name, processor.with_loader(loader)))
+        parts.append(Part(rows, entry.weight, name, processor.with_loader(media_loader(media_dir, config.data))))
     return parts
 
 

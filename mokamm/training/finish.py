@@ -1,8 +1,10 @@
-"""What a finished run leaves: final/, the evaluation's predictions, report/, a model card, a command to talk to it."""
+"""What a finished run leaves: final/, the evaluation's predictions, report/, a model card, a command to talk to it.
+
+Cost: the evaluation, in a process of its own; the rest takes seconds.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -10,29 +12,19 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from data.schema import MEDIA, UserError
-from mokamm.config import RunConfig, find_path, load_run_config
+from mokamm.config import ROOT, RunConfig, find_path, load_run_config
+from mokamm.machine import installed
 from mokamm.training.disk import replacing
 from mokamm.training.launch import plain_environment
-from mokamm.training.world import REPOSITORY
 from mokamm.weights import ADAPTER, fingerprint
 
 LIBRARIES = (
-    "mokamm",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "open_clip_torch",
-    "av",
-    "safetensors",
-)
+    "mokamm", "torch", "transformers", "peft", "accelerate", "deepspeed", "open_clip_torch", "av", "safetensors"
+)  # fmt: skip
 
 
 def versions(config: RunConfig, model: Any) -> dict[str, Any]:
@@ -52,15 +44,6 @@ def versions(config: RunConfig, model: Any) -> dict[str, Any]:
     return found
 
 
-def installed(names: Iterable[str]) -> dict[str, str]:
-    """The versions of those libraries that have one: mokamm has none where it is found by PYTHONPATH alone."""
-    found = {}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
 def parameters_by_part(parts: dict[str, list[tuple[str, Any]]]) -> dict[str, int]:
     """How many numbers train: {"projector": n, "adapter" or "llm": n}; those that ZeRO-3 has sharded count whole."""
     return {part: sum(getattr(p, "ds_numel", p.numel()) for _, p in members) for part, members in parts.items()}
@@ -68,7 +51,7 @@ def parameters_by_part(parts: dict[str, list[tuple[str, Any]]]) -> dict[str, int
 
 def evaluate(run: Path) -> bool:
     """`python eval/run.py all RUN` as a process of its own (this floor may not import eval). Whether it went well."""
-    command = [sys.executable, str(REPOSITORY / "eval" / "run.py"), "all", str(run)]
+    command = [sys.executable, str(ROOT / "eval" / "run.py"), "all", str(run)]
     return subprocess.run(command, env=plain_environment(), check=False).returncode == 0
 
 
@@ -124,7 +107,7 @@ def _finite(record: dict[str, Any], *keys: str) -> dict[str, float | None]:
 
 def from_here(program: str) -> str:
     """The path of one of this checkout's programs from the working directory."""
-    return os.path.relpath(REPOSITORY / program)
+    return os.path.relpath(ROOT / program)
 
 
 def talk_command(config: RunConfig, run: Path, program: str = "mokamm/infer.py") -> str:

@@ -223,7 +223,7 @@ def network_of(model: Any, config: RunConfig) -> Network:
     shape = llm.config.get_text_config()
     method = config.method
     width, heads = _number(shape, "hidden_size"), _number(shape, "num_attention_heads")
-    linear = _linear(llm)
+    linear = [(name, m) for name, m in llm.named_modules() if isinstance(m, nn.Linear)]
     outputs = changed = 0
     if method == "full":
         trained = [(n.rpartition(".")[2], m.in_features) for n, m in linear if m is not llm.get_output_embeddings()]
@@ -256,7 +256,7 @@ def network_of(model: Any, config: RunConfig) -> Network:
         outputs=outputs // count,
         changed=changed // count,
         dropout=adapter.lora_dropout > 0,
-        linear_elements=linear_elements(llm),
+        linear_elements=sum(m.weight.numel() for _, m in linear),
         weight_bytes=llm.get_input_embeddings().weight.element_size(),
         media=tuple(_media(name, model) for name in getattr(model, "senses", {})),
     )
@@ -271,22 +271,10 @@ def _number(shape: Any, name: str, otherwise: int | None = None) -> int:
     return max(each)
 
 
-def _linear(llm: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(name, m) for name, m in llm.named_modules() if isinstance(m, nn.Linear)]
-
-
-def linear_elements(llm: nn.Module) -> int:
-    """Elements of all Linear weights, with the head and the adapter's."""
-    return sum(m.weight.numel() for _, m in _linear(llm))
-
-
 def _media(name: str, model: Any) -> Media:
     """A modality's segments and its projector."""
-    from data.media import SAMPLE_RATE
-
-    sense, projector = model.senses[name], model.projectors[name]
-    patches = sense.patches(None if sense.kind == "frames" else round(sense.seconds * SAMPLE_RATE))
-    return Media(sense.segments, sense.tokens(patches), projector.kept(patches))
+    sense = model.senses[name]
+    return Media(sense.segments, sense.tokens(sense.most_patches), model.projectors[name].kept(sense.most_patches))
 
 
 def setting_of(config: RunConfig, ranks: Ranks, trained: int) -> Setting:

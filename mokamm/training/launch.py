@@ -16,7 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -93,6 +93,15 @@ class Ranks:
         return values
 
 
+def rank_here() -> int:
+    """By the launcher's word, before a group is joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_here() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start(training: TrainingConfig, backend: str | None = None) -> Ranks:
     """Choose the device, fix the number of threads, join the process group, seed the generators.
 
@@ -111,7 +120,6 @@ def start(training: TrainingConfig, backend: str | None = None) -> Ranks:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if training.deepspeed and not launched:
         _alone()
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if not cpu and local_rank >= torch.cuda.device_count():
         raise UserError(
@@ -124,7 +132,8 @@ def start(training: TrainingConfig, backend: str | None = None) -> Ranks:
     _threads()
     grouped = _joined(training, cpu, launched, backend)
     seed_everything(training.seed)
-    return Ranks(rank, local_rank, world, device, grouped, _hosts(world) if grouped else ())
+    ranks = Ranks(rank_here(), local_rank, world_here(), device, grouped)
+    return replace(ranks, hosts=tuple(ranks.gather(_own_host()))) if grouped else ranks
 
 
 def stop(ranks: Ranks) -> None:
@@ -136,8 +145,9 @@ def stop(ranks: Ranks) -> None:
 
 
 def leave(code: int = 0) -> None:
-    """End the process at once where there are several: threads of gloo now and then abort in the interpreter's end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """End the process at once where there are several: peers may wait for it, and threads of gloo now and then abort in
+    the interpreter's end."""
+    if world_here() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -166,9 +176,9 @@ def check_shared(folder: Path, ranks: Ranks, named: str = "training.output_dir")
         )
 
 
-def _appears(path: Path, seconds: float = 10.0) -> bool:
+def _appears(path: Path) -> bool:
     """Whether a file is there, or comes soon: network file systems tell others late."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + 10.0
     while not path.exists():
         if time.monotonic() > until:
             return False
@@ -230,14 +240,6 @@ def _threads() -> None:
 
 def _threads_are_torchruns() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-
-
-def _hosts(world: int) -> tuple[tuple[str, str], ...]:
-    import torch.distributed as dist
-
-    hosts: list[Any] = [None] * world
-    dist.all_gather_object(hosts, _own_host())
-    return tuple(hosts)
 
 
 def _own_host() -> tuple[str, str]:

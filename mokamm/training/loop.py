@@ -81,14 +81,14 @@ def fit(
     forecast: compared with the measured peak after the first step.
     Raises Stopped, with everything saved, where a rank was signalled; BadStep where training.on_nan says so.
     """
-    training, shape, state = config.training, beginning.shape, beginning.state
+    training, plan, state = config.training, beginning.plan, beginning.state
     engine, window = start(training, model, parameter_groups(training, parts), beginning.folder, ranks)
     if training.gradient_checkpointing:
         checkpoint_activations(model.llm)
     with SignalWatch(tell=ranks.main) as signals:
-        loop = Loop(config, model, engine, corpus, ranks, shape, state, window, signals, forecast)
+        loop = Loop(config, model, engine, corpus, ranks, plan, state, window, signals, forecast)
         try:
-            loop.run(stop_after or shape.total_steps)
+            loop.run(stop_after or plan.total_steps)
         finally:
             loop.close()
     engine.close()
@@ -132,7 +132,7 @@ class Loop:
         engine: Engine,
         corpus: Corpus,
         ranks: Ranks,
-        shape: Plan,
+        plan: Plan,
         state: TrainerState,
         window: dict[str, float],
         signals: SignalWatch,
@@ -141,13 +141,13 @@ class Loop:
         self.forecast = forecast
         self.training: TrainingConfig = config.training
         self.model, self.engine, self.corpus = model, engine, corpus
-        self.ranks, self.plan, self.state = ranks, shape, state
+        self.ranks, self.plan, self.state = ranks, plan, state
         self.folder = Path(self.training.output_dir)
         self.join = joining(config)
-        self.factor = schedule(self.training, shape.total_steps)
+        self.factor = schedule(self.training, plan.total_steps)
         adapter = config.adapter.model_dump() if self.training.stage == 2 else {}
-        self.coto = Coto.of(model.llm, adapter, shape.total_steps, self.training.seed)
-        self.watch = Watch(self.folder, shape.total_steps, state.step, self.training.report_to) if ranks.main else None
+        self.coto = Coto.of(model.llm, adapter, plan.total_steps, self.training.seed)
+        self.watch = Watch(self.folder, plan.total_steps, state.step, self.training.report_to) if ranks.main else None
         self.window = Window.restored(window)
         self.signals, self.bad_steps = signals, BadSteps(self.training, state, ranks)
         self.saved = -1  # the last step that was saved

@@ -71,7 +71,7 @@ class Network:
     outputs: int = 0
     changed: int = 0
     dropout: bool = False
-    linear_elements: int = 0  # of all Linear weights, with the head
+    linear_elements: int = 0  # of all Linear weights, with the head and the adapter's
     weight_bytes: int = 4  # of an element of the LLM
     media: tuple[Media, ...] = ()
 
@@ -224,7 +224,7 @@ def _inputs(network: Network, setting: Setting) -> float:
     a = (2 if autocast else 4) if cast else e
     kept = network.inputs if cast or network.dropout else network.distinct_inputs
     mask = network.inputs * (a if setting.on_cpu else 1) if network.dropout else 0
-    wide = {"hira": 0}.get(network.method, network.rank)
+    wide = 0 if network.method == "hira" else network.rank
     lengths = 2 * network.outputs if network.method == "dora" else 0  # both parts of what a length multiplies
     return float(places * (kept * a + mask + (network.linears * wide + lengths) * a) + network.changed * a)
 

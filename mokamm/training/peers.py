@@ -15,7 +15,7 @@ import re
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,14 +35,14 @@ class PeerLost(UserError):
 
 
 @contextmanager
-def told(ranks: Ranks, training: TrainingConfig) -> Iterator[None]:
-    """Turns what a backend raises when a peer is gone into PeerLost; anything else passes."""
+def told(ranks: Ranks, message: Callable[[str], str]) -> Iterator[None]:
+    """Turns what a backend raises when a peer is gone into PeerLost; anything else passes. message: of what it said."""
     try:
         yield
     except RuntimeError as error:
         if ranks.world == 1 or not is_loss(error):
             raise
-        raise PeerLost(message(ranks, training, str(error))) from error
+        raise PeerLost(message(str(error))) from error
 
 
 def is_loss(error: RuntimeError) -> bool:

@@ -96,16 +96,12 @@ def resolve(config: RunConfig, llm_config: object, rows: int, ranks: int) -> str
     training = config.training
     if training.learning_rate != "auto":
         return None
-    steps = total_steps(config, rows, ranks)
+    steps = plan_of(training, rows, ranks).total_steps
     model_type, hidden = shape_of(llm_config)
     rate = recommend(model_type, hidden, config.adapter, steps)
     training.learning_rate = rate.value
     notes = f"; not calibrated: {'; '.join(rate.notes)}" if rate.notes else ""
     return f"learning_rate: auto = {rate.value:.3g} ({rate.formula}, {steps} steps){notes}"
-
-
-def total_steps(config: RunConfig, rows: int, ranks: int) -> int:
-    return plan_of(config.training, rows, ranks).total_steps
 
 
 def shape_of(llm_config: object) -> tuple[str, int]:

@@ -29,7 +29,7 @@ from mokamm.weights import fingerprint, sha256
 class Beginning:
     """Where a run begins: its steps, how far they are done, and the checkpoint that holds them (None: at step 0)."""
 
-    shape: Plan
+    plan: Plan
     state: TrainerState
     folder: Path | None
     lock: IO[str] | None  # held by rank 0 as long as this lives
@@ -43,12 +43,12 @@ def begin(config: RunConfig, corpus: Corpus, ranks: Ranks) -> Beginning:
     Raises UserError where the checkpoint comes from another run than the one configured.
     """
     training, run = config.training, Path(config.training.output_dir)
-    shape = plan_of(training, len(corpus.train), ranks.world)
+    plan = plan_of(training, len(corpus.train), ranks.world)
     lock = hold(run) if ranks.main else None
     if ranks.main:
         checkpoint.sweep(run)
     folder = ranks.shared(lambda: checkpoint.find(run, training.resume_from_checkpoint))
-    same = {**ranks.shared(lambda: common(config, shape)), "device": ranks.device.type}
+    same = {**ranks.shared(lambda: common(config, plan)), "device": ranks.device.type}
     state = checkpoint.read_state(folder, same) if folder else TrainerState(same=same)
     today = ranks.shared(lambda: date.today().isoformat())
     config.model.llm.chat_date = date.fromisoformat(state.same.setdefault(DAY, same.get(DAY, today)))
@@ -60,7 +60,7 @@ def begin(config: RunConfig, corpus: Corpus, ranks: Ranks) -> Beginning:
     if ranks.main:
         checkpoint.set_aside(run, state.step if own else 0)
     ranks.barrier()
-    return Beginning(shape, state, folder, lock)
+    return Beginning(plan, state, folder, lock)
 
 
 DAY = "model.llm.chat_date"
@@ -71,7 +71,7 @@ SAME = (
 )  # fmt: skip
 
 
-def common(config: RunConfig, shape: Plan) -> dict[str, Any]:
+def common(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on from, for its steps to be the same.
 
     The base goes by its weights and annotation files by their content, wherever they lie; the DeepSpeed JSON by name and
@@ -83,11 +83,11 @@ def common(config: RunConfig, shape: Plan) -> dict[str, Any]:
     base = find_path(llm.path)
     deepspeed = find_path(training.deepspeed) if training.deepspeed else None
     return {
-        "rows": shape.rows,
-        "ranks": shape.world,
-        "training.per_device_train_batch_size": shape.batch,
-        "training.gradient_accumulation_steps": shape.accumulation,
-        "total steps": shape.total_steps,
+        "rows": plan.rows,
+        "ranks": plan.world,
+        "training.per_device_train_batch_size": plan.batch,
+        "training.gradient_accumulation_steps": plan.accumulation,
+        "total steps": plan.total_steps,
         **{f"training.{key}": getattr(training, key) for key in SAME},
         "training.deepspeed": deepspeed.name if deepspeed else None,
         "the DeepSpeed JSON": json.loads(deepspeed.read_text()) if deepspeed else None,

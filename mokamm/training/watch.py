@@ -19,11 +19,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 from data.schema import UserError
+from mokamm.machine import installed
 from mokamm.training.disk import replacing, writing
 
 METRICS = "metrics.jsonl"
@@ -148,14 +148,11 @@ WRITERS: dict[str, Callable[[Path, int], Writer]] = {"tensorboard": TensorBoard,
 
 def check_report_to(names: Sequence[str]) -> None:
     """Raise UserError, before anything is built, for a writer whose package is not installed."""
-    try:
-        if "wandb" in names:
-            version("wandb")  # asks for the package: a folder of that name, which W&B leaves, could be imported too
-    except PackageNotFoundError:
+    if "wandb" in names and not installed(["wandb"]):  # a folder of that name, which W&B leaves, could be imported too
         raise UserError(
             "training.report_to names wandb, which is not installed: uv sync --extra wandb (or pip install wandb), or "
             "training.report_to=[tensorboard]; metrics.jsonl is always written"
-        ) from None
+        )
 
 
 def _flat(kind: str, values: dict[str, Any]) -> dict[str, float]:

@@ -10,13 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.miniworld.write import Request, lacking
+from data.miniworld.write import SPLITS, Request, lacking
 from data.schema import UserError
+from mokamm.config import ROOT
 from mokamm.config_sections import WorldConfig
 from mokamm.training.launch import plain_environment
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-SPLITS = ("train", "validation", "test")
 
 
 def make_world(world: WorldConfig) -> None:
@@ -38,11 +36,11 @@ def make_world(world: WorldConfig) -> None:
         print(f"making the miniature world: {folder}, {getattr(world, split)} scenes", flush=True)
         command = [sys.executable, "-m", "data.miniworld", "--out", str(Path(world.dir).resolve()), "--split", split]
         command += ["--num", str(getattr(world, split)), "--seed", str(world.seed)]
-        done = subprocess.run(command, cwd=REPOSITORY, env=plain_environment(), check=False)
+        done = subprocess.run(command, cwd=ROOT, env=plain_environment(), check=False)
         if done.returncode:
             raise UserError(
                 f"the miniature world could not be made (exit code {done.returncode}); its own message stands above. "
-                f"To try it alone, in {REPOSITORY.name}/: python {' '.join(command[1:])}"
+                f"To try it alone, in {ROOT.name}/: python {' '.join(command[1:])}"
             )
 
 

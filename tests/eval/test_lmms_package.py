@@ -178,7 +178,7 @@ def test_its_answers_are_those_of_our_runner(results: Path, run: Path, data: Pat
 
     model = MultimodalLM.from_run(run)
     assert model.config is not None
-    loader = media_loader(data, model.config.data.limits)
+    loader = media_loader(data, model.config.data)
     rows = BENCHMARKS[task].load(data / file, options={"video_dir": "videos", "audio_dir": "audio"})
     found = records(results, task)
     assert [record["id"] for record in found] == [row.id for row in rows]

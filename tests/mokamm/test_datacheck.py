@@ -140,7 +140,7 @@ def test_lengths_are_those_of_the_training(config, checked):
     loaded = load_config(config, ["data.max_length=100000"])
     processor, _ = build_processor(loaded)
     lengths = []
-    for part in open_parts(loaded, loaded.data.train, processor, "data.train"):
+    for part in open_parts(loaded, processor, "train"):
         for row in range(len(part.rows)):
             try:
                 lengths.append(len(part.process(part.rows[row]).input_ids))

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 
 from data.schema import UserError
-from mokamm.training import watch
+from mokamm import machine
 from mokamm.training.watch import Watch, check_report_to, read_metrics
 
 TRAIN = {
@@ -56,7 +56,7 @@ def test_wandb_that_is_not_installed_is_told_before_anything_is_built(monkeypatc
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(watch, "version", missing)
+    monkeypatch.setattr(machine.metadata, "version", missing)
     with pytest.raises(UserError, match="uv sync --extra wandb"):
         check_report_to(["tensorboard", "wandb"])
     check_report_to(["tensorboard"])
