@@ -318,8 +318,15 @@ def test_training_while_folded_is_refused() -> None:
     set_routing(model, Routing.text_only())
     with pytest.raises(AdapterError, match=r"unfold_text\(\) first"):
         model(input_ids=torch.tensor([[3, 4]]))
+    with torch.no_grad():  # what records no gradient, an evaluation in between, may go on
+        model(input_ids=torch.tensor([[3, 4]]))
+    set_routing(model, Routing(IDS, KEYS))
+    with pytest.raises(AdapterError, match=r"unfold_text\(\) first"):
+        model(input_ids=torch.tensor([[3]]))  # a step after the prompt
     model.eval()  # gradients would miss the text path
     set_routing(model, Routing(IDS, KEYS))
+    with pytest.raises(AdapterError, match=r"inputs alone: model\.requires_grad_\(False\)"):
+        model(inputs_embeds=torch.zeros(2, 1, 16).double().requires_grad_()).logits.sum().backward()  # of a step, too
     x = torch.randn(2, 8, 16, dtype=torch.float64)
     expected = model(inputs_embeds=x).logits
     with pytest.raises(AdapterError, match=r"inputs alone: model\.requires_grad_\(False\)"):

@@ -110,6 +110,7 @@ def test_a_product_by_hand() -> None:
     )
     torch.testing.assert_close(B(z), expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(B.dense(), dense)
+    assert not B.dense().requires_grad
     assert B.values is not None
     assert B.values.numel() == int(where.sum())
     assert set(B.state_dict()) == {"values", "shape", "mask", "frozen_mask", "frozen_values"}  # no positions
@@ -127,6 +128,26 @@ def test_a_product_by_hand() -> None:
     none.start(dense)
     assert not [*none.parameters()]
     torch.testing.assert_close(none(z), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(none.dense(), dense)  # in the dtype of the frozen entries
+    none.set_mask(pack(where))  # another mask, under which entries train
+    assert [p.requires_grad for p in none.parameters()] == [True]
+    none.start(dense * where)  # and another beginning, which leaves nothing of the first one
+    torch.testing.assert_close(none.dense().double(), dense * where, rtol=1e-6, atol=0)
+
+
+def test_damaged_frozen_entries_are_refused() -> None:
+    B, frozen = SparseB(3, 5), torch.zeros(5, 3, dtype=torch.bool)
+    frozen[0], values = True, torch.ones(3)
+    with pytest.raises(AdapterError, match="b: its mask of frozen entries and their number disagree"):
+        B.set_frozen(pack(frozen), values[:2], "b")
+    for damaged in (
+        pack(frozen)[:1],
+        torch.tensor([3, 128], dtype=torch.uint8),
+    ):  # too short; a bit that stands for none
+        with pytest.raises(AdapterError, match=r"b: its mask .* is not one of a B of shape \(5, 3\)"):
+            B.set_frozen(damaged, values, "b")
+    B.set_frozen(pack(frozen), values, "b")
+    assert torch.equal(B.dense(), frozen.float())
 
 
 def test_a_product_without_kept_entries() -> None:
@@ -202,6 +223,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
         found.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, again in zip(*found, strict=True):
         torch.testing.assert_close(again, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5])
+def test_dropout_of_the_given_rate_falls_on_the_adapters_input_in_training(rate: float) -> None:
+    model, _ = lori_s(lora_dropout=rate)
+    layer, x = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj"), torch.randn(2, 5, 16).double()
+    W, A, B = layer.base_layer.weight, layer.lori_A["default"].weight, layer.lori_B["default"].dense()
+    for training in (True, False):
+        torch.manual_seed(7)
+        out = layer.train(training)(x)
+        torch.manual_seed(7)
+        dropped = nn.functional.dropout(x, rate, training)
+        torch.testing.assert_close(out, x @ W.T + 2.0 * dropped @ A.T @ B.T, rtol=1e-12, atol=1e-12)
 
 
 def test_bf16_autocast_is_close_to_float64() -> None:
