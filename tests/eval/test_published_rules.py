@@ -125,6 +125,9 @@ def test_ave_truth_is_the_annotation_and_other_splits_are_not_missing(tmp_path: 
     whole.write_text("\n".join([*lines, *(f"Cat&c{i}&good&0&10" for i in range(9))]) + "\n")
     result = scored(tmp_path, "ave", rows, whole)
     assert (result["missing"], result["rules"]["strict"]["score"]) == (0, 1.0)
+    for more, missing in ((400, 400), (401, 0)):  # under any name: the test split has 402 clips
+        (tmp_path / "all.txt").write_text("\n".join([*lines, *(f"Cat&c{i}&good&0&10" for i in range(more))]) + "\n")
+        assert scored(tmp_path, "ave", rows, tmp_path / "all.txt")["missing"] == missing
 
 
 # ---- MUSIC-AVQA ------------------------------------------------------------------------------------------------------
@@ -220,6 +223,9 @@ def test_mme_equals_a_loop(tmp_path: Path) -> None:
         assert official["subtasks"][name]["acc+"] == pytest.approx(plus)
         assert official["subtasks"][name]["images"] == 9
     own = sum(sum(tables[name]) for name in subtasks[:5])
+    for rule in (strict, official):  # the interval is that of the sum over subtasks
+        low, high = rule["interval"]
+        assert rule["score"] - 250 < low < rule["score"] < high < rule["score"] + 250
     assert strict["score"] == pytest.approx(own)  # all answers are plain, so that both rules read them alike
     assert official["perception_own_scene"] == pytest.approx(own)
     assert official["score"] == pytest.approx(own - sum(tables["scene"]) + sum(tables["posters"]))
@@ -287,6 +293,7 @@ OPTIONS = ["a cat", "the dog", "A minor", "B minor"]
         ("banana b ", None, "A"),
         ("Because it is red", None, "E"),
         ("I think B", None, None),
+        ("E", "E", None),  # the last letter where the options are not known
         ("F", None, None),
         ("", None, None),
         ("да", None, None),
@@ -343,6 +350,12 @@ def test_a_letter_may_be_a_word(text: str, options: list[str], letter: str) -> N
 )
 def test_an_options_very_text_goes_before_its_like(text: str, options: list[str], letter: str) -> None:
     assert choose(text, options) == letter
+
+
+@pytest.mark.parametrize(("text", "options"), [("dog", ["dog", "dog", "cat"]), ("DOG", ["dog", "Dog", "cat"])])
+def test_a_text_of_two_options_chooses_neither(text: str, options: list[str]) -> None:
+    assert choose(text, options) is None
+    assert choose("cat", options) == "C"
 
 
 @given(st.text(max_size=40))
