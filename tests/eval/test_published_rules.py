@@ -246,6 +246,33 @@ def test_mme_strict_wants_an_answer_and_both_rows(tmp_path: Path) -> None:
     assert (result["parsed"], result["unparsed"]) == (2, 1)
 
 
+def test_an_image_with_more_rows_than_two_wants_all_of_them(tmp_path: Path) -> None:
+    rows = [
+        image_row(k, f"MME/count/{i}.jpg", f"q{k}", "Yes", said) for i in (1, 2) for k, said in enumerate(["yes"] * 3)
+    ]
+    rows[-1]["output"] = ["no"]
+    for rule in scored(tmp_path, "mme", rows)["rules"].values():
+        assert rule["subtasks"]["count"]["acc"] == pytest.approx(500 / 6)
+        assert (rule["subtasks"]["count"]["acc+"], rule["subtasks"]["count"]["images"]) == (50.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "image", "subtask"),
+    [
+        ({"subtask": "ocr"}, "x/1.jpg", "OCR"),
+        ({"category": " Count "}, "posters/1.jpg", "count"),
+        ({"category": "mine"}, "posters/1.jpg", "mine"),
+        ({}, "scene/MME/posters/images/1.jpg", "posters"),  # the innermost folder of that name
+        ({}, "MME\\CODE_reasoning\\1.png", "code_reasoning"),
+        ({}, "x/count.jpg", "unknown"),
+        ({}, "x/count", "unknown"),  # a file of that name is no folder
+    ],
+)
+def test_the_subtask_of_a_row(more: dict[str, str], image: str, subtask: str, tmp_path: Path) -> None:
+    result = scored(tmp_path, "mme", [image_row(0, image, "a", "Yes", "Yes", **more)])
+    assert list(result["rules"]["strict"]["subtasks"]) == [subtask]
+
+
 def test_pope_by_hand(tmp_path: Path) -> None:
     said = ["Yes", "yes, there is", "No", "I see no such thing", "its eyes are closed", "", "нет", "No, yes", "no </s>"]
     true = ["yes", "no", "no", "no", "no", "yes", "no", "yes", "yes"]

@@ -345,6 +345,15 @@ def test_training_while_folded_is_refused() -> None:
     torch.testing.assert_close(folded, x.grad)
 
 
+def test_where_b_alone_trains_a_folded_layer_has_no_derivative_either() -> None:
+    model = get_peft_model(small_llm(), MokaConfig(r=3, frozen_a=True)).eval()
+    model.base_model.fold_text()
+    set_routing(model, Routing.text_only())
+    out = model(inputs_embeds=torch.randn(2, 8, 16, dtype=torch.float64).requires_grad_()).logits
+    with pytest.raises(AdapterError, match=r"unfold_text\(\) first"):
+        out.sum().backward()
+
+
 def test_another_dtype_takes_the_folded_text_path_out_first() -> None:
     model = randomise(get_peft_model(small_llm(torch.float32), MokaConfig(r=3)))
     model.base_model.fold_text()
@@ -494,6 +503,14 @@ def test_experts_are_refused_unless_left_out() -> None:
         get_peft_model(Expert(), MokaConfig(r=2))
     model = get_peft_model(Expert(), MokaConfig(r=2, exclude_modules=r".*experts\..*"))
     assert target_report(model) == {"gate": 1}
+
+
+def test_modalities_are_a_list_of_the_configs_own() -> None:
+    """As a saved config has them, with which they are compared."""
+    given = ["text", "vision"]
+    config = MokaConfig(modalities=given)
+    given.append("audio")
+    assert config.modalities == MokaConfig(modalities=("text", "vision")).modalities == ["text", "vision"]
 
 
 @pytest.mark.parametrize("names", [["vision", "audio"], ["vision", "text"], ["text", "text"], []])

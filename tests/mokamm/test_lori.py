@@ -93,7 +93,7 @@ def test_a_product_by_hand() -> None:
     where = torch.rand(5, 3) < 0.4
     with pytest.raises(AdapterError, match="and a mask that is set"):
         B.start(dense)
-    for damaged in ([1, 128], [1], [1, 1, 1]):  # bytes for 15 entries: the last bit stands for none
+    for damaged in ([1, 128], [1], [1, 1, 1], []):  # bytes for 15 entries: the last bit stands for none
         with pytest.raises(AdapterError, match=r"B: its mask .* is not one of a B of shape \(5, 3\)"):
             B.set_mask(torch.tensor(damaged, dtype=torch.uint8))
     B.set_mask(pack(where))
@@ -148,6 +148,22 @@ def test_damaged_frozen_entries_are_refused() -> None:
             B.set_frozen(damaged, values, "b")
     B.set_frozen(pack(frozen), values, "b")
     assert torch.equal(B.dense(), frozen.float())
+
+
+def test_a_backward_pass_outside_of_autocast_takes_the_inputs_own_dtypes() -> None:
+    torch.manual_seed(0)
+    B, dense, z = SparseB(3, 5), torch.randn(5, 3), torch.randn(2, 4, 3, requires_grad=True)
+    B.set_mask(pack(torch.ones(5, 3, dtype=torch.bool)))
+    B.start(dense)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = B(z)
+    g = torch.randn(2, 4, 5).bfloat16()
+    assert out.dtype == torch.bfloat16
+    found = torch.autograd.grad(out, (z, B.values), g)
+    expected = (g.float() @ dense, torch.einsum("btd,btr->dr", g.float(), z).flatten())
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.01 * other.norm()
 
 
 def test_a_product_without_kept_entries() -> None:

@@ -124,6 +124,9 @@ def test_two_masks_are_told_apart() -> None:
     second = Mask({"a": pack(torch.tensor([False, True]))}, {"a": (2, 1)})
     other = Mask({"a": pack(torch.tensor([True, False]))}, {"a": (1, 2)})
     assert len({mask.digest() for mask in (first, second, other)}) == 3
+    names, bits = ("a", "b"), {"a": first.bits["a"], "b": second.bits["a"]}
+    orders = [Mask({n: bits[n] for n in order}, dict.fromkeys(order, (2, 1))) for order in (names, names[::-1])]
+    assert orders[0].digest() == orders[1].digest() != Mask({**bits, "b": bits["a"]}, orders[0].shapes).digest()
 
 
 def test_bad_files_end_in_one_message(trained: tuple, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
