@@ -344,12 +344,7 @@ class RoutedLinear(TunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         self.unfold_text()
-        self.siblings.clear()
         super().enable_adapters(enabled)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.unfold_text()
-        super().delete_adapter(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         raise AdapterError(

@@ -163,6 +163,18 @@ class TestSiblings:
         siblings._begin(own)
         assert siblings.others(own.q_proj) == [own.k_proj, own.v_proj]
 
+    @pytest.mark.parametrize("change", ["eval", "fold_text"])
+    def test_one_that_drops_nothing_or_is_folded_is_computed_alone(self, change: str) -> None:
+        _, attention, x = self.parts(lora_dropout=0.5 if change == "eval" else 0.0)
+        with torch.no_grad():
+            expected = attention.k_proj.eval()(x)
+            attention.k_proj.train()
+            getattr(attention.k_proj, change)()
+            attention.q_proj.siblings._begin(attention)
+            attention.q_proj(x)
+            assert set(attention.q_proj.siblings.waiting.outputs) == {attention.v_proj}
+            torch.testing.assert_close(attention.k_proj(x), expected, rtol=0, atol=1e-12)
+
     def test_layers_called_by_themselves_share_nothing(self) -> None:
         """Weights, modes and graphs may change between one call and the next."""
         _, attention, x = self.parts()
