@@ -65,7 +65,7 @@ class RoutingContext:
             self.going_on[threading.get_ident()] = tokens
         elif eager:
             length = _length(args, kwargs)
-            if length and self.prompt is not None and self.prompt[0] is routing and length >= self.prompt[1] + T:
+            if self.prompt is not None and self.prompt[0] is routing and length >= self.prompt[1] + T:
                 self.going_on[threading.get_ident()] = tokens
             else:
                 self.prompt = routing, length

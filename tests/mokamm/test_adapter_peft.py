@@ -248,6 +248,18 @@ def test_several_adapters() -> None:
     assert torch.equal(logits_of(model), randomised)
 
 
+def test_a_routing_must_suit_every_active_adapter() -> None:
+    model = get_peft_model(small_llm(), MokaConfig(r=3))
+    model.add_adapter("fewer", MokaConfig(r=3, modalities=["text", "vision"]))
+    set_routing(model, Routing(IDS, KEYS))
+    assert IDS.max() == 2
+    for active in (["default", "fewer"], ["fewer", "default"]):
+        model.base_model.set_adapter(active)
+        with pytest.raises(AdapterError, match="modalit"):
+            set_routing(model, Routing(IDS, KEYS))
+        set_routing(model, Routing(IDS.clamp(max=1), KEYS))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_folding_is_taken_out_bit_by_bit(dtype: torch.dtype) -> None:
     model = randomise(get_peft_model(small_llm(dtype), MokaConfig(r=3)))

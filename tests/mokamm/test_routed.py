@@ -304,6 +304,19 @@ class TestAfterAPrompt:
         torch.testing.assert_close(step, expected, rtol=0, atol=1e-10)
 
     @torch.no_grad()
+    def test_a_step_that_failed_is_over(self) -> None:
+        model = wrapped(small_llm())
+        prompt, cache = self.after(model, self.IDS)
+        expected = model(inputs_embeds=prompt).logits
+        wrong = model.get_output_embeddings().register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        wrong.remove()
+        layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+        assert layer.context.look_up(prompt) is layer.context.routing
+        assert torch.equal(model(inputs_embeds=prompt).logits, expected)
+
+    @torch.no_grad()
     def test_a_routing_set_for_what_follows_a_prefix_holds_there(self) -> None:
         model = wrapped(small_llm())
         prompt, cache = self.after(model, torch.zeros(1, 3, dtype=torch.long))

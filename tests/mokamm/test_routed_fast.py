@@ -308,6 +308,13 @@ def test_it_steps_aside() -> None:
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-10)
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    routing, layer = routing_of(BATCHES["ragged"]), layer_of(nn.Linear(WIDTH, OUT))
+    expected = run(layer, routing, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(run(layer, routing, True), expected, 1e-12)
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_the_plain_path_of_a_bfloat16_layer_stays_bfloat16(stored: torch.dtype) -> None:
     keys = torch.tensor([[False, True, False, True]])  # one is not text

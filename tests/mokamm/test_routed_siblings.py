@@ -256,6 +256,8 @@ class TestSiblings:
         model, attention, _ = self.parts()
         model.add_adapter("more", MokaConfig(r=2, target_modules=["q_proj", "v_proj"]))
         assert len(attention._forward_hooks) == len(attention._forward_pre_hooks) == 1
+        llm = model.base_model.model
+        assert len(llm._forward_hooks) == len(llm._forward_pre_hooks) == 1  # the context's, once
         llm = model.unload()
         for module in llm.modules():
             kinds = [kind for kind, found in vars(module).items() if "_forward_" in kind and "hooks" in kind and found]
