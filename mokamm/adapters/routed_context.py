@@ -99,8 +99,6 @@ class RoutingContext:
                     f"The routing is that of a prompt, (B, T) = {routing.shape}, but a routed layer got several tokens "
                     f"(input {tuple(x.shape)}) that go on from its cache. {ONE_BY_ONE}"
                 )
-            if same:
-                return routing
         if routing is None:
             if x.shape[-2] == 1:
                 return None

@@ -294,6 +294,8 @@ class TestAfterAPrompt:
             AdapterError, match=r"several tokens .* go on from its cache.* one by one.*prompt_lookup_num_tokens"
         ):
             model(input_ids=torch.tensor([[5, 6, 7, 8]]), past_key_values=cache)
+        with pytest.raises(AdapterError, match=r"several tokens .* go on from its cache"):
+            model(torch.tensor([[5, 6, 7, 8]]), past_key_values=cache)  # not by name
         with model.disable_adapter():  # the base alone may
             model(input_ids=torch.tensor([[5, 6, 7, 8]]), past_key_values=cache)
         cache.crop(-4)

@@ -256,9 +256,14 @@ class TestSiblings:
         model, attention, _ = self.parts()
         model.add_adapter("more", MokaConfig(r=2, target_modules=["q_proj", "v_proj"]))
         assert len(attention._forward_hooks) == len(attention._forward_pre_hooks) == 1
-        llm = model.base_model.model
+        llm, calls = model.base_model.model, []
         assert len(llm._forward_hooks) == len(llm._forward_pre_hooks) == 1  # the context's, once
+        own = [module.register_forward_hook(lambda *_: calls.append(1)) for module in (llm, attention)]
         llm = model.unload()
+        llm(input_ids=torch.tensor([[3]]))
+        assert len(calls) == 2  # whoever else has hooks there keeps them
+        for hook in own:
+            hook.remove()
         for module in llm.modules():
             kinds = [kind for kind, found in vars(module).items() if "_forward_" in kind and "hooks" in kind and found]
             assert not kinds
