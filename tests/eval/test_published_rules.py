@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from eval.benchmarks import BENCHMARKS
 from eval.benchmarks.ave import NAMES
 from eval.benchmarks.choices import choose, official_choice, options_in, true_letter
+from eval.benchmarks.fields import take_apart
 from eval.benchmarks.music_avqa import ANSWERS
 from eval.score import score
 
@@ -270,7 +271,10 @@ def test_an_image_with_more_rows_than_two_wants_all_of_them(tmp_path: Path) -> N
 )
 def test_the_subtask_of_a_row(more: dict[str, str], image: str, subtask: str, tmp_path: Path) -> None:
     result = scored(tmp_path, "mme", [image_row(0, image, "a", "Yes", "Yes", **more)])
-    assert list(result["rules"]["strict"]["subtasks"]) == [subtask]
+    strict = result["rules"]["strict"]
+    assert list(strict["subtasks"]) == [subtask]
+    assert strict["cognition"] == (100 if subtask == "code_reasoning" else 0)
+    assert strict["perception"] == (100 if subtask in ("OCR", "count", "posters") else 0)
 
 
 def test_pope_by_hand(tmp_path: Path) -> None:
@@ -434,8 +438,16 @@ def test_circular_evaluation(tmp_path: Path) -> None:
     assert "circular" not in scored(tmp_path, "mmbench", rows[::2])["rules"]["strict"]
     without = scored(tmp_path, "mmbench", [row for row in rows if row["index"] != 1_000_000])["rules"]["strict"]
     assert (without["circular"], without["vanilla"]) == (0.0, pytest.approx(2 / 3))  # question 0 lacks a pass
+    unknown = scored(tmp_path, "mmbench", [row | {"index": -1 - k} for k, row in enumerate(rows)])
+    assert "circular" not in unknown["rules"]["strict"]  # numbers of no pass
     whole = [row | {"question": "Which?\nA. x\nB. y\nC. z"} for row in rows]
     assert scored(tmp_path, "mmbench", whole)["rules"]["strict"]["circular"] == 0.0  # three options, two passes
+
+
+@pytest.mark.parametrize(("index", "circular"), [(999_999, False), (1_000_000, True), (2_000_003, True)])
+def test_one_row_of_a_later_pass_asks_for_all(index: int, circular: bool) -> None:
+    found = [take_apart(image_row(number, "1.jpg", "?", "A", "A")) for number in (3, index)]
+    assert BENCHMARKS["mmbench"].options_for(found)["circular"] is circular
 
 
 # ---- MMAU, AIR-Bench -------------------------------------------------------------------------------------------------
