@@ -64,7 +64,7 @@ class Mmau(MultipleChoice):
             return ""
         answer = row.meta.get("answer")
         right = _words(answer if isinstance(answer, str) else choices[LETTERS.index(truth)])
-        wrong = {word for choice in choices if _words(choice) != right for word in _words(choice) - right}
+        wrong = {word for choice in choices for word in _words(choice) - right}
         return truth if right <= words and not wrong & words else ""
 
 

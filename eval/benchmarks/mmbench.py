@@ -135,14 +135,14 @@ def _passes(record: dict[str, Any]) -> list[dict[str, Any]]:
     for k in range(len(choices)):
         moved = dict(zip(OPTIONS, choices[k:] + choices[:k], strict=False))
         answer = LETTERS[(LETTERS.index(letter) - k) % len(choices)]
-        passes.append({**record, **moved, "answer": answer, "index": str(index + PASS * k), "image_index": str(index)})
+        passes.append({**record, **moved, "answer": answer, "index": str(index + PASS * k)})
     return passes
 
 
 def _picture(record: dict[str, Any], folder: Path, stem: str, write: bool) -> str:
     """The picture's path in `folder`; if told to, written there from the cell's base64 where it is not yet, or another."""
     try:
-        index = int(str(record.get("image_index") or record.get("index"))) % PASS
+        index = int(str(record.get("index"))) % PASS  # that of the first pass
     except ValueError:
         raise BadSample(f"'index' must be a number, found {record.get('index')!r}") from None
     cell = (record.get("image") or "").strip()

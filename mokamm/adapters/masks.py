@@ -107,7 +107,7 @@ def keep_top(
         bits = _magnitude(name, read(name), layers[name])
         kept, equal = bits > threshold, bits == threshold
         kept |= equal & (equal.cumsum(0) <= equals)
-        equals -= min(equals, int(equal.sum()))
+        equals -= int(equal.sum())  # below zero where none is left to keep
         packed[name] = pack(kept)
     return Mask(packed, {name: layers[name] for name in names}, a_hash)
 

@@ -141,7 +141,7 @@ class RoutedLinear(TunerLayer):
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.folds and not self.training and self.context.steps_are_text and x.dim() == 3 and x.size(1) == 1:
+        if self.folds and not torch.is_grad_enabled() and self.context.steps_are_text and x.shape[1:-1] == (1,):
             base = self._modules["base_layer"]  # W holds the text path; in few calls, so that decoding costs the base's
             own: dict[str, Any] = base._parameters  # type: ignore[union-attr]
             if not is_bare(base, nn.Linear) or "weight" not in own or "bias" not in own:
@@ -343,12 +343,7 @@ class RoutedLinear(TunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         self.unfold_text()
-        self.siblings.clear()
         super().enable_adapters(enabled)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.unfold_text()
-        super().delete_adapter(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         raise AdapterError(UNMERGEABLE)

@@ -65,7 +65,7 @@ class RoutingContext:
             self.going_on[threading.get_ident()] = tokens
         elif eager:
             length = _length(args, kwargs)
-            if length and self.prompt is not None and self.prompt[0] is routing and length >= self.prompt[1] + T:
+            if self.prompt is not None and self.prompt[0] is routing and length >= self.prompt[1] + T:
                 self.going_on[threading.get_ident()] = tokens
             else:
                 self.prompt = routing, length
@@ -99,8 +99,6 @@ class RoutingContext:
                     f"The routing is that of a prompt, (B, T) = {routing.shape}, but a routed layer got several tokens "
                     f"(input {tuple(x.shape)}) that go on from its cache. {ONE_BY_ONE}"
                 )
-            if same:
-                return routing
         if routing is None:
             if x.shape[-2] == 1:
                 return None

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from eval.benchmarks import BENCHMARKS
 from eval.benchmarks.ave import NAMES
 from eval.benchmarks.choices import choose, official_choice, options_in, true_letter
+from eval.benchmarks.fields import take_apart
 from eval.benchmarks.music_avqa import ANSWERS
 from eval.score import score
 
@@ -125,6 +126,9 @@ def test_ave_truth_is_the_annotation_and_other_splits_are_not_missing(tmp_path: 
     whole.write_text("\n".join([*lines, *(f"Cat&c{i}&good&0&10" for i in range(9))]) + "\n")
     result = scored(tmp_path, "ave", rows, whole)
     assert (result["missing"], result["rules"]["strict"]["score"]) == (0, 1.0)
+    for more, missing in ((400, 400), (401, 0)):  # under any name: the test split has 402 clips
+        (tmp_path / "all.txt").write_text("\n".join([*lines, *(f"Cat&c{i}&good&0&10" for i in range(more))]) + "\n")
+        assert scored(tmp_path, "ave", rows, tmp_path / "all.txt")["missing"] == missing
 
 
 # ---- MUSIC-AVQA ------------------------------------------------------------------------------------------------------
@@ -220,6 +224,9 @@ def test_mme_equals_a_loop(tmp_path: Path) -> None:
         assert official["subtasks"][name]["acc+"] == pytest.approx(plus)
         assert official["subtasks"][name]["images"] == 9
     own = sum(sum(tables[name]) for name in subtasks[:5])
+    for rule in (strict, official):  # the interval is that of the sum over subtasks
+        low, high = rule["interval"]
+        assert rule["score"] - 250 < low < rule["score"] < high < rule["score"] + 250
     assert strict["score"] == pytest.approx(own)  # all answers are plain, so that both rules read them alike
     assert official["perception_own_scene"] == pytest.approx(own)
     assert official["score"] == pytest.approx(own - sum(tables["scene"]) + sum(tables["posters"]))
@@ -238,6 +245,36 @@ def test_mme_strict_wants_an_answer_and_both_rows(tmp_path: Path) -> None:
     assert (strict["acc"], strict["acc+"]) == (pytest.approx(200 / 3), 0.0)
     assert (official["acc"], official["acc+"]) == (100.0, 50.0)
     assert (result["parsed"], result["unparsed"]) == (2, 1)
+
+
+def test_an_image_with_more_rows_than_two_wants_all_of_them(tmp_path: Path) -> None:
+    rows = [
+        image_row(k, f"MME/count/{i}.jpg", f"q{k}", "Yes", said) for i in (1, 2) for k, said in enumerate(["yes"] * 3)
+    ]
+    rows[-1]["output"] = ["no"]
+    for rule in scored(tmp_path, "mme", rows)["rules"].values():
+        assert rule["subtasks"]["count"]["acc"] == pytest.approx(500 / 6)
+        assert (rule["subtasks"]["count"]["acc+"], rule["subtasks"]["count"]["images"]) == (50.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "image", "subtask"),
+    [
+        ({"subtask": "ocr"}, "x/1.jpg", "OCR"),
+        ({"category": " Count "}, "posters/1.jpg", "count"),
+        ({"category": "mine"}, "posters/1.jpg", "mine"),
+        ({}, "scene/MME/posters/images/1.jpg", "posters"),  # the innermost folder of that name
+        ({}, "MME\\CODE_reasoning\\1.png", "code_reasoning"),
+        ({}, "x/count.jpg", "unknown"),
+        ({}, "x/count", "unknown"),  # a file of that name is no folder
+    ],
+)
+def test_the_subtask_of_a_row(more: dict[str, str], image: str, subtask: str, tmp_path: Path) -> None:
+    result = scored(tmp_path, "mme", [image_row(0, image, "a", "Yes", "Yes", **more)])
+    strict = result["rules"]["strict"]
+    assert list(strict["subtasks"]) == [subtask]
+    assert strict["cognition"] == (100 if subtask == "code_reasoning" else 0)
+    assert strict["perception"] == (100 if subtask in ("OCR", "count", "posters") else 0)
 
 
 def test_pope_by_hand(tmp_path: Path) -> None:
@@ -287,6 +324,7 @@ OPTIONS = ["a cat", "the dog", "A minor", "B minor"]
         ("banana b ", None, "A"),
         ("Because it is red", None, "E"),
         ("I think B", None, None),
+        ("E", "E", None),  # the last letter where the options are not known
         ("F", None, None),
         ("", None, None),
         ("да", None, None),
@@ -345,6 +383,12 @@ def test_an_options_very_text_goes_before_its_like(text: str, options: list[str]
     assert choose(text, options) == letter
 
 
+@pytest.mark.parametrize(("text", "options"), [("dog", ["dog", "dog", "cat"]), ("DOG", ["dog", "Dog", "cat"])])
+def test_a_text_of_two_options_chooses_neither(text: str, options: list[str]) -> None:
+    assert choose(text, options) is None
+    assert choose("cat", options) == "C"
+
+
 @given(st.text(max_size=40))
 @settings(max_examples=200, deadline=None)
 def test_the_official_letter_equals_a_loop(text: str) -> None:
@@ -394,8 +438,16 @@ def test_circular_evaluation(tmp_path: Path) -> None:
     assert "circular" not in scored(tmp_path, "mmbench", rows[::2])["rules"]["strict"]
     without = scored(tmp_path, "mmbench", [row for row in rows if row["index"] != 1_000_000])["rules"]["strict"]
     assert (without["circular"], without["vanilla"]) == (0.0, pytest.approx(2 / 3))  # question 0 lacks a pass
+    unknown = scored(tmp_path, "mmbench", [row | {"index": -1 - k} for k, row in enumerate(rows)])
+    assert "circular" not in unknown["rules"]["strict"]  # numbers of no pass
     whole = [row | {"question": "Which?\nA. x\nB. y\nC. z"} for row in rows]
     assert scored(tmp_path, "mmbench", whole)["rules"]["strict"]["circular"] == 0.0  # three options, two passes
+
+
+@pytest.mark.parametrize(("index", "circular"), [(999_999, False), (1_000_000, True), (2_000_003, True)])
+def test_one_row_of_a_later_pass_asks_for_all(index: int, circular: bool) -> None:
+    found = [take_apart(image_row(number, "1.jpg", "?", "A", "A")) for number in (3, index)]
+    assert BENCHMARKS["mmbench"].options_for(found)["circular"] is circular
 
 
 # ---- MMAU, AIR-Bench -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data.schema import UserError
 from data.sources.ave import format_event
 from eval.benchmarks import BENCHMARKS, find_benchmark
-from eval.benchmarks.base import Row, normalise
+from eval.benchmarks.base import Benchmark, Row, file_stem, normalise
 from eval.benchmarks.events import Event, labels, overlap
 from eval.benchmarks.transcription import letter_errors, word_errors
 from eval.intervals import bootstrap_interval
@@ -62,6 +62,11 @@ def test_normalise(text: str, expected: str) -> None:
     assert normalise(text) == expected
 
 
+@pytest.mark.parametrize("path", ["b.wav", "a/b.wav", "C:\\a\\b.wav", "a\\c/b.flac", "b"])
+def test_a_files_stem_is_its_name_on_every_system(path: str) -> None:
+    assert file_stem(path) == "b"
+
+
 def test_questions_by_type() -> None:
     kinds = [["Audio", "Counting"]] * 4 + [["Audio-Visual", "Existential"]] * 3 + [["Audio", "Comparative"]]
     metrics = avqa.score(
@@ -104,6 +109,21 @@ def test_a_substring_is_not_an_answer() -> None:
     assert spoken.score(rows(("no", "piano"), ("piano", "no")))["score"] == 0.0
 
 
+def test_a_row_that_can_earn_nothing_is_not_right() -> None:
+    class Weighted(Benchmark):
+        name = "weighted"
+
+        def parse(self, text: str) -> str:
+            return text
+
+        def points(self, row: Row) -> tuple[float, float]:
+            return float(row.prediction), float(row.answer)
+
+    pairs = rows(("2", "2"), ("1", "2"), ("0", "0"))
+    assert [Weighted().to_json(row)["correct"] for row in pairs] == [True, False, False]
+    assert Weighted().score(pairs)["score"] == 3 / 4
+
+
 # ---- events ----------------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +133,7 @@ def test_labels_are_half_open_seconds() -> None:
     assert labels(Event("bell", 9, 10)) == [""] * 9 + ["bell"]
     assert labels(Event("bell", 0, 999)) == ["bell"] * 10
     assert labels(Event("bell", 2.4, 4.6)) == [""] * 2 + ["bell"] * 3 + [""] * 5  # middles 2.5, 3.5, 4.5
+    assert labels(Event("bell", 2.5, 4.5)) == [""] * 2 + ["bell"] * 2 + [""] * 6  # from 2.5 on, before 4.5
     assert labels(Event("bell", 2.6, 4.4)) == [""] * 3 + ["bell"] + [""] * 6  # middle 3.5 only
 
 
@@ -136,6 +157,17 @@ def test_events_by_hand() -> None:
     # truths: bell 3 + 3 + 3 seconds, drum 4 + 4 + 4; both names three times, the first one counts as the most frequent
     assert metrics["metrics"]["baselines"]["true_category_whole_clip"] == pytest.approx(21 / 60)
     assert metrics["metrics"]["baselines"]["majority_category_whole_clip"] == pytest.approx(9 / 60)
+
+
+def test_intervals_that_touch_or_overlap_are_one() -> None:
+    assert Event("bell", 3, 5, ((0, 3), (7, 9), (8, 8.5), (6, 6))).intervals == [(0, 5), (7, 9)]
+
+
+def test_a_row_is_exact_by_its_labels() -> None:
+    whole, longer = format_event("bell", 0, 10), format_event("bell", 0, 12)
+    metrics = events.score(rows((longer, whole), (format_event("bell", 0, 9), whole)))
+    assert metrics["metrics"]["exact"] == 1 / 2
+    assert metrics["score"] == 19 / 20
 
 
 def test_an_event_without_truth_costs_ten_labels() -> None:

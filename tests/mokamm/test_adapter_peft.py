@@ -248,6 +248,18 @@ def test_several_adapters() -> None:
     assert torch.equal(logits_of(model), randomised)
 
 
+def test_a_routing_must_suit_every_active_adapter() -> None:
+    model = get_peft_model(small_llm(), MokaConfig(r=3))
+    model.add_adapter("fewer", MokaConfig(r=3, modalities=["text", "vision"]))
+    set_routing(model, Routing(IDS, KEYS))
+    assert IDS.max() == 2
+    for active in (["default", "fewer"], ["fewer", "default"]):
+        model.base_model.set_adapter(active)
+        with pytest.raises(AdapterError, match="modalit"):
+            set_routing(model, Routing(IDS, KEYS))
+        set_routing(model, Routing(IDS.clamp(max=1), KEYS))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_folding_is_taken_out_bit_by_bit(dtype: torch.dtype) -> None:
     model = randomise(get_peft_model(small_llm(dtype), MokaConfig(r=3)))
@@ -318,8 +330,15 @@ def test_training_while_folded_is_refused() -> None:
     set_routing(model, Routing.text_only())
     with pytest.raises(AdapterError, match=r"unfold_text\(\) first"):
         model(input_ids=torch.tensor([[3, 4]]))
+    with torch.no_grad():  # what records no gradient, an evaluation in between, may go on
+        model(input_ids=torch.tensor([[3, 4]]))
+    set_routing(model, Routing(IDS, KEYS))
+    with pytest.raises(AdapterError, match=r"unfold_text\(\) first"):
+        model(input_ids=torch.tensor([[3]]))  # a step after the prompt
     model.eval()  # gradients would miss the text path
     set_routing(model, Routing(IDS, KEYS))
+    with pytest.raises(AdapterError, match=r"inputs alone: model\.requires_grad_\(False\)"):
+        model(inputs_embeds=torch.zeros(2, 1, 16).double().requires_grad_()).logits.sum().backward()  # of a step, too
     x = torch.randn(2, 8, 16, dtype=torch.float64)
     expected = model(inputs_embeds=x).logits
     with pytest.raises(AdapterError, match=r"inputs alone: model\.requires_grad_\(False\)"):
@@ -336,6 +355,15 @@ def test_training_while_folded_is_refused() -> None:
     model.base_model.unfold_text()
     model(inputs_embeds=x).logits.sum().backward()
     torch.testing.assert_close(folded, x.grad)
+
+
+def test_where_b_alone_trains_a_folded_layer_has_no_derivative_either() -> None:
+    model = get_peft_model(small_llm(), MokaConfig(r=3, frozen_a=True)).eval()
+    model.base_model.fold_text()
+    set_routing(model, Routing.text_only())
+    out = model(inputs_embeds=torch.randn(2, 8, 16, dtype=torch.float64).requires_grad_()).logits
+    with pytest.raises(AdapterError, match=r"unfold_text\(\) first"):
+        out.sum().backward()
 
 
 def test_another_dtype_takes_the_folded_text_path_out_first() -> None:
@@ -487,6 +515,14 @@ def test_experts_are_refused_unless_left_out() -> None:
         get_peft_model(Expert(), MokaConfig(r=2))
     model = get_peft_model(Expert(), MokaConfig(r=2, exclude_modules=r".*experts\..*"))
     assert target_report(model) == {"gate": 1}
+
+
+def test_modalities_are_a_list_of_the_configs_own() -> None:
+    """As a saved config has them, with which they are compared."""
+    given = ["text", "vision"]
+    config = MokaConfig(modalities=given)
+    given.append("audio")
+    assert config.modalities == MokaConfig(modalities=("text", "vision")).modalities == ["text", "vision"]
 
 
 @pytest.mark.parametrize("names", [["vision", "audio"], ["vision", "text"], ["text", "text"], []])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -370,4 +371,6 @@ def test_a_converted_folder_loads_by_peft_alone(method, tmp_path, monkeypatch, c
 def test_converting_says_what_it_cannot_know_without_the_llm(tmp_path, capsys):
     wrap(mixed(), "lora", ["text"], LORA).save_pretrained(tmp_path / "saved")
     assert convert([str(tmp_path / "saved"), str(tmp_path / "plain"), "--to", "lora"]) == 0
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert not config.get("target_parameters")  # nothing is taken for experts of an LLM that nobody knows
     assert "PEFT alone would take these for the experts" in capsys.readouterr().err

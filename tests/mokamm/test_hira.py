@@ -43,7 +43,7 @@ def twins(dtype: torch.dtype, linear: nn.Module | None = None, adapters: int = 1
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "hira_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.5)
+                parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.5)  # the same in every dtype
     return peft, use_one_matmul(copy.deepcopy(peft))
 
 
@@ -89,7 +89,47 @@ def test_half_precision_is_as_exact_as_pefts():
         for reference, peft, ours in zip(exact, *found, strict=True):
             assert ours.dtype == peft.dtype
             errors = [float((t.double() - reference).norm() / reference.norm()) for t in (peft, ours)]
-            assert errors[1] < max(1.5 * errors[0], 0.01)
+            assert errors[1] < 1.5 * errors[0] < 0.01
+
+
+def test_a_float32_adapter_on_bfloat16_and_backward_outside_autocast():
+    """As PEFT loads a bfloat16 LLM, and as a loop trains under autocast: the factors' gradients are float32."""
+    exact = results(twins(torch.float64)[0], torch.float64)
+    for weights, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+        _, ours = twins(weights)
+        for name, parameter in ours.named_parameters():
+            if "hira_" in name:
+                parameter.data = parameter.data.float()
+        x = torch.randn(2, 7, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(weights)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = ours(x.requires_grad_())
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+        trained = [p.grad for _, p in sorted(ours.named_parameters()) if p.requires_grad]
+        assert {grad.dtype for grad in trained} == {torch.float32}
+        for reference, found in zip(exact, [y.detach(), x.grad, *trained], strict=True):
+            assert float((found.double() - reference).norm() / reference.norm()) < 0.02
+
+
+def test_autocast_rounds_the_changed_weight_once():
+    _, ours = twins(torch.float32)
+    layer, x = ours.base_model.model.linear, torch.randn(3, IN, generator=torch.Generator().manual_seed(1))
+    base, change = layer.base_layer, layer.hira_B["default"] @ layer.hira_A["default"]
+    expected = x.bfloat16() @ (base.weight + base.weight * change).bfloat16().T + base.bias.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(x), expected)
+
+
+def test_a_layer_without_the_active_adapter_is_the_base_layer():
+    peft = get_peft_model(
+        nn.Sequential(nn.Linear(IN, IN), nn.Linear(IN, IN)).double(), HiraConfig(target_modules=["0"])
+    )
+    peft.add_adapter("other", HiraConfig(target_modules=["1"]))
+    peft.set_adapter("other")
+    ours, x = use_one_matmul(copy.deepcopy(peft)), torch.randn(3, IN, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), peft(x))
+    with torch.no_grad():
+        peft.base_model.model[1].hira_B["other"].fill_(0.1)
+    assert not torch.allclose(ours(x), peft(x))
 
 
 def test_disabled_and_merged_are_pefts():
@@ -112,9 +152,10 @@ def test_where_one_matmul_does_not_say_it_pefts_forward_does():
         found.append(results(model.train(), torch.float64))
     for expected, got in zip(*found, strict=True):
         assert torch.equal(expected, got)
-    torch.testing.assert_close(
-        ours.eval()(torch.ones(1, IN, dtype=torch.float64)), peft.eval()(torch.ones(1, IN).double())
-    )
+    with FlopCounterMode(display=False) as counter:  # nothing is dropped in eval: one matmul, and B A
+        found = ours.eval()(torch.ones(1, IN, dtype=torch.float64))
+    assert counter.get_total_flops() == 2 * OUT * IN * (1 + R)
+    torch.testing.assert_close(found, peft.eval()(torch.ones(1, IN).double()))
     transposed = [results(model, torch.float64) for model in twins(torch.float64, Conv1D(OUT, IN))]
     trained = twins(torch.float64)
     for model in trained:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from mokamm.adapter_folder import AdapterFolder
 from mokamm.adapters import AdapterError, LoriConfig, MokaConfig, wrap
@@ -93,7 +93,7 @@ def test_a_product_by_hand() -> None:
     where = torch.rand(5, 3) < 0.4
     with pytest.raises(AdapterError, match="and a mask that is set"):
         B.start(dense)
-    for damaged in ([1, 128], [1], [1, 1, 1]):  # bytes for 15 entries: the last bit stands for none
+    for damaged in ([1, 128], [1], [1, 1, 1], []):  # bytes for 15 entries: the last bit stands for none
         with pytest.raises(AdapterError, match=r"B: its mask .* is not one of a B of shape \(5, 3\)"):
             B.set_mask(torch.tensor(damaged, dtype=torch.uint8))
     B.set_mask(pack(where))
@@ -110,6 +110,7 @@ def test_a_product_by_hand() -> None:
     )
     torch.testing.assert_close(B(z), expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(B.dense(), dense)
+    assert not B.dense().requires_grad
     assert B.values is not None
     assert B.values.numel() == int(where.sum())
     assert set(B.state_dict()) == {"values", "shape", "mask", "frozen_mask", "frozen_values"}  # no positions
@@ -127,6 +128,42 @@ def test_a_product_by_hand() -> None:
     none.start(dense)
     assert not [*none.parameters()]
     torch.testing.assert_close(none(z), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(none.dense(), dense)  # in the dtype of the frozen entries
+    none.set_mask(pack(where))  # another mask, under which entries train
+    assert [p.requires_grad for p in none.parameters()] == [True]
+    none.start(dense * where)  # and another beginning, which leaves nothing of the first one
+    torch.testing.assert_close(none.dense().double(), dense * where, rtol=1e-6, atol=0)
+
+
+def test_damaged_frozen_entries_are_refused() -> None:
+    B, frozen = SparseB(3, 5), torch.zeros(5, 3, dtype=torch.bool)
+    frozen[0], values = True, torch.ones(3)
+    with pytest.raises(AdapterError, match="b: its mask of frozen entries and their number disagree"):
+        B.set_frozen(pack(frozen), values[:2], "b")
+    for damaged in (
+        pack(frozen)[:1],
+        torch.tensor([3, 128], dtype=torch.uint8),
+    ):  # too short; a bit that stands for none
+        with pytest.raises(AdapterError, match=r"b: its mask .* is not one of a B of shape \(5, 3\)"):
+            B.set_frozen(damaged, values, "b")
+    B.set_frozen(pack(frozen), values, "b")
+    assert torch.equal(B.dense(), frozen.float())
+
+
+def test_a_backward_pass_outside_of_autocast_takes_the_inputs_own_dtypes() -> None:
+    torch.manual_seed(0)
+    B, dense, z = SparseB(3, 5), torch.randn(5, 3), torch.randn(2, 4, 3, requires_grad=True)
+    B.set_mask(pack(torch.ones(5, 3, dtype=torch.bool)))
+    B.start(dense)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = B(z)
+    g = torch.randn(2, 4, 5).bfloat16()
+    assert out.dtype == torch.bfloat16
+    found = torch.autograd.grad(out, (z, B.values), g)
+    expected = (g.float() @ dense, torch.einsum("btd,btr->dr", g.float(), z).flatten())
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.01 * other.norm()
 
 
 def test_a_product_without_kept_entries() -> None:
@@ -202,6 +239,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
         found.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, again in zip(*found, strict=True):
         torch.testing.assert_close(again, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5])
+def test_dropout_of_the_given_rate_falls_on_the_adapters_input_in_training(rate: float) -> None:
+    model, _ = lori_s(lora_dropout=rate)
+    layer, x = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj"), torch.randn(2, 5, 16).double()
+    W, A, B = layer.base_layer.weight, layer.lori_A["default"].weight, layer.lori_B["default"].dense()
+    for training in (True, False):
+        torch.manual_seed(7)
+        out = layer.train(training)(x)
+        torch.manual_seed(7)
+        dropped = nn.functional.dropout(x, rate, training)
+        torch.testing.assert_close(out, x @ W.T + 2.0 * dropped @ A.T @ B.T, rtol=1e-12, atol=1e-12)
 
 
 def test_bf16_autocast_is_close_to_float64() -> None:
@@ -283,6 +333,69 @@ def test_merging_is_plain_addition() -> None:
     plain = model.merge_and_unload()
     assert type(plain) is LlamaForCausalLM
     torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_bfloat16_llm_stays_bfloat16_whatever_the_adapter_is_stored_in(stored: torch.dtype) -> None:
+    """h = W x + s B A x against float64; the same merged. PEFT keeps the adapter of such an LLM in float32."""
+    model, _ = lori_s(dtype=torch.bfloat16)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    A, B = layer.lori_A["default"], layer.lori_B["default"]
+    assert A.weight.dtype == B.values.dtype == torch.float32
+    A.to(stored)
+    x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
+    changed = layer.base_layer.weight.double() + 2.0 * B.dense().double() @ A.weight.double()
+    expected = x.double() @ changed.T
+    for merge in (False, True):
+        if merge:
+            model.merge_adapter()
+            assert layer.base_layer.weight.dtype == torch.bfloat16
+        out = layer(x)
+        assert out.dtype == torch.bfloat16
+        assert (out.double() - expected).norm() < 0.01 * expected.norm()
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_several_adapters_merge_where_they_are_and_into_transposed_weights() -> None:
+    torch.manual_seed(0)
+    llm = GPT2LMHeadModel(GPT2Config(vocab_size=37, n_embd=16, n_layer=1, n_head=2, n_positions=32)).double().eval()
+    model = get_peft_model(llm, LoriConfig(**OPTIONS, target_modules=["c_attn", "c_fc"]))
+    model.add_adapter("other", LoriConfig(r=3, lora_alpha=9, target_modules=["c_fc"], a_seed=9))
+    for name in ("default", "other"):
+        own = factors(model, name)
+        shapes = {key: B.size for key, (_, B) in own.items()}
+        everything = {key: pack(torch.ones(shape, dtype=torch.bool)) for key, shape in shapes.items()}
+        model.base_model.set_mask(Mask(everything, shapes), name)
+        for _, B in own.values():
+            nn.init.normal_(B.values)
+    model.base_model.set_adapter(["default", "other"])
+    attention = model.base_model.model.transformer.h[0].attn.c_attn
+    A, B = attention.lori_A["default"].weight, attention.lori_B["default"].dense()
+    changed = attention.base_layer.weight + 2.0 * (B @ A).T  # (in, out), as Conv1D has it
+    before, expected = copy.deepcopy(model), logits(model)
+    for safe in (False, True):
+        model.merge_adapter(safe_merge=safe)
+        torch.testing.assert_close(attention.base_layer.weight, changed, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-10, atol=1e-10)
+        model.unmerge_adapter()
+        for (name, own), (_, first) in zip(model.named_parameters(), before.named_parameters(), strict=True):
+            torch.testing.assert_close(own, first, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float64, torch.inf), (torch.float16, 1e6)])
+def test_a_safe_merge_changes_nothing_where_the_sum_is_not_finite(dtype: torch.dtype, value: float) -> None:
+    """A sum that float32 holds, and the weight's float16 does not, is none that is finite."""
+    model, _ = lori_s(dtype=dtype)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    layer.lori_B["default"].values.data[0] = value
+    assert value == torch.inf or torch.isfinite(layer.get_delta_weight("default")).all()
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(AdapterError, match="Merging 'default' gives weights that are not finite; nothing was changed"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before)
+    assert not layer.merged
+    layer.merge()  # whoever does not ask gets it
+    assert not torch.isfinite(layer.base_layer.weight).all()
 
 
 def test_offloaded_weights_are_merged_where_peft_loads_them() -> None:
@@ -376,6 +489,60 @@ def test_what_cannot_be_gone_on_from() -> None:
     assert "model.layers.9.x is adapted there and not here" in str(error.value)
     assert f"{first}: A and B are" in str(error.value)
     assert "lora_alpha / r is 1 there and 2 here" in str(error.value)
+
+
+def test_layers_that_the_source_lacks_are_named_before_anything_is_changed() -> None:
+    model = wrap(small_llm(), "lori_s", ["text"], OPTIONS)
+    shapes = {name: (tuple(A.weight.shape), B.size) for name, (A, B) in factors(model).items()}
+    lacking, before = list(shapes)[0::3], a_digest(model)
+    fewer = {name: shape for name, shape in shapes.items() if name not in lacking}
+    with pytest.raises(AdapterError, match=f"{lacking[0]} is adapted here and not there") as error:
+        adopt_a(model, Source("safety", fewer, 2.0, lambda name: draw(name, shapes[name][0], 9), None))  # type: ignore[arg-type]
+    assert len(lacking) == 5
+    assert str(error.value).count("is adapted here and not there") == 4
+    assert str(error.value).endswith("... and 1 more")
+    assert a_digest(model) == before
+
+
+@pytest.mark.parametrize("seed", [0, 9])
+def test_a_lori_d_begins_at_the_a_of_a_lori_s(tmp_path: Path, seed: int) -> None:
+    """As the first phase of a run that goes on from one: A is that of the source, the source stays as it is."""
+    old, _ = lori_s(a_seed=seed)
+    old.save_pretrained(tmp_path)
+    source = AdapterFolder.open(tmp_path).source()
+    settings = dict(source.settings)
+    for method in ("lori_d", "lori_s"):
+        model = wrap(small_llm(), method, ["text"], OPTIONS)
+        own = a_digest(model)
+        adopt_a(model, source)
+        assert a_digest(model) == a_digest(old)
+        assert source.settings == settings
+        assert settings["peft_type"] == "LORI_S"
+        if method == "lori_s":  # an A that its own seed gives is remade, another one is stored
+            config = model.peft_config["default"]
+            assert (config.store_a, config.a_hash) == ((False, own) if seed == 0 else (True, None))
+
+
+def test_an_adapter_of_another_name_is_gone_on_with() -> None:
+    model, _ = lori_s()
+    before = {name: (A.weight.clone(), B.dense()) for name, (A, B) in factors(model).items()}
+    model.add_adapter("other", LoriConfig(r=3, lora_alpha=3, target_modules=["q_proj"], a_seed=9))
+    own = factors(model, "other")
+    generator = torch.Generator().manual_seed(3)
+    dense = {name: torch.randn(B.size, dtype=torch.float64, generator=generator) for name, (_, B) in own.items()}
+    model.base_model.set_mask(cut(dense), "other")
+    shapes = {name: ((3, A.in_features), B.size) for name, (A, B) in own.items()}
+    source = Source("safety", shapes, 1.0, lambda name: draw(name, shapes[name][0], 77), dense.__getitem__)
+    adopt_a(model, source, "other")
+    start_b(model, source, "other")
+    for name, (A, B) in factors(model, "other").items():
+        assert torch.equal(A.weight.float(), draw(name, shapes[name][0], 77))
+        assert torch.equal(B.dense(), dense[name])
+    for name, (A, B) in factors(model).items():
+        assert torch.equal(A.weight, before[name][0])
+        assert torch.equal(B.dense(), before[name][1])
+    assert model.peft_config["other"].store_a
+    assert not model.peft_config["default"].store_a
 
 
 def test_what_a_newer_version_wrote_is_not_gone_on_from(tmp_path: Path) -> None:

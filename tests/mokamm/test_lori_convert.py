@@ -52,8 +52,11 @@ def published(tmp_path: Path) -> tuple[Path, Path, torch.Tensor]:
 def test_lori_s_becomes_lora_with_identical_logits(
     tmp_path: Path, store_a: bool, capsys: pytest.CaptureFixture
 ) -> None:
-    model, _ = lori_s(a_seed=2, store_a=store_a)
-    model.save_pretrained(tmp_path / "sparse")
+    model, _ = lori_s(a_seed=2, store_a=store_a, lora_dropout=0.125, exclude_modules=["k_proj"])
+    model.eval().save_pretrained(tmp_path / "sparse")
+    path = tmp_path / "sparse" / "adapter_config.json"
+    saved = json.loads(path.read_text()) | {"base_model_name_or_path": "meta-llama/Llama-2-7b-chat-hf"}
+    path.write_text(json.dumps(saved))
     out = tmp_path / "lora"
     assert main([str(tmp_path / "sparse"), str(out), "--dry-run"]) == 0
     assert not out.exists()
@@ -61,10 +64,17 @@ def test_lori_s_becomes_lora_with_identical_logits(
     assert main([str(tmp_path / "sparse"), str(out)]) == 0
     assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert all(".lora_" in key for key in load_file(out / "adapter_model.safetensors"))
+    config = json.loads((out / "adapter_config.json").read_text())
     plain = PeftModel.from_pretrained(small_llm(), out)
     torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=1e-12)
     # and back: the entries that are not zero, with that A stored
     assert main([str(out), str(tmp_path / "back")]) == 0
+    back = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    for one in (config, back):  # settings that both methods have
+        for key in ("r", "lora_alpha", "lora_dropout", "exclude_modules", "task_type", "base_model_name_or_path"):
+            assert one[key] == saved[key] not in (None, 0), key
+        assert one["target_modules"] == sorted(factors(model))
+        assert one["inference_mode"]
     again = PeftModel.from_pretrained(small_llm(), tmp_path / "back")
     assert again.peft_config["default"].peft_type == "LORI_S"
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-12)
@@ -187,6 +197,7 @@ def test_what_cannot_be_converted(published: tuple, tmp_path: Path, capsys: pyte
     torch.save({"x.lora_A.default.weight": torch.ones(2, 2)}, tmp_path / "a.pt")
     wrong = torch.load(pickled, weights_only=True)
     torch.save({key: ~where for key, where in wrong.items()}, tmp_path / "inverse.pt")
+    torch.save(dict(list(wrong.items())[1:]), tmp_path / "lacking.pt")
     (tmp_path / "text.yaml").write_text("a: b")
     sparse.save_pretrained(tmp_path / "whole")
     out, mask = str(tmp_path / "out"), ["--mask", str(pickled)]
@@ -201,6 +212,7 @@ def test_what_cannot_be_converted(published: tuple, tmp_path: Path, capsys: pyte
         ([str(tmp_path / "a.pt"), out], "is none of: "),
         ([str(pickled), out, "--to", "lora"], "is a mask; it cannot become lora"),
         ([str(folder), out, "--mask", str(tmp_path / "inverse.pt")], "the mask is not this adapter's"),
+        ([str(folder), out, "--mask", str(tmp_path / "lacking.pt")], "the mask does not know it"),
         ([str(folder), str(tmp_path / "moka")], "is there already; nothing is overwritten"),
         ([str(folder), str(tmp_path / "text.yaml" / "zz")], "a file lies where a folder should be"),
         ([str(tmp_path / "whole"), out, *mask], "is to become lora, and is: LORI_S"),

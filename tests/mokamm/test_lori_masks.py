@@ -116,7 +116,17 @@ def test_the_command_cuts_what_the_function_cuts(trained: tuple, tmp_path: Path,
     with pytest.raises(SystemExit) as end:
         cli.main(["lori-mask", str(run), "--out", str(tmp_path / "again.safetensors")])
     assert end.value.code == 0
-    assert "up_proj" in capsys.readouterr().out
+    told = capsys.readouterr().out.splitlines()
+    again = read_mask(tmp_path / "again.safetensors")
+    assert again.kept == round(0.1 * again.total)  # of nine in ten nothing trains, where nobody asks otherwise
+    up = [name for name in again.bits if name.endswith(".up_proj")]
+    counts = sum(count(again.bits[name]) for name in up), sum(math.prod(again.shapes[name]) for name in up)
+    assert [line.split() for line in told if "up_proj" in line or " all " in line] == [
+        [name, str(some), "of", f"{of:,}", f"{some / of:.2%}"]
+        for name, some, of in (("up_proj", *counts), ("all", again.kept, again.total))
+    ]
+    write_mask(Mask(again.bits, again.shapes), out)
+    assert read_mask(out).a_hash is None
 
 
 def test_two_masks_are_told_apart() -> None:
@@ -124,6 +134,9 @@ def test_two_masks_are_told_apart() -> None:
     second = Mask({"a": pack(torch.tensor([False, True]))}, {"a": (2, 1)})
     other = Mask({"a": pack(torch.tensor([True, False]))}, {"a": (1, 2)})
     assert len({mask.digest() for mask in (first, second, other)}) == 3
+    names, bits = ("a", "b"), {"a": first.bits["a"], "b": second.bits["a"]}
+    orders = [Mask({n: bits[n] for n in order}, dict.fromkeys(order, (2, 1))) for order in (names, names[::-1])]
+    assert orders[0].digest() == orders[1].digest() != Mask({**bits, "b": bits["a"]}, orders[0].shapes).digest()
 
 
 def test_bad_files_end_in_one_message(trained: tuple, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -235,11 +235,56 @@ def test_a_damaged_configuration_beside_it_is_named(content, tmp_path):
         read_published(folder)
 
 
-def test_a_layer_without_a_module_that_others_have_is_named(tmp_path):
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_layer_without_a_module_that_others_have_is_named(layer, backwards, tmp_path):
     state = adapter_state(llama(), AUDIO_VISUAL)
-    state = {key: tensor for key, tensor in state.items() if "layers.0.mlp.up_proj" not in key}
-    with pytest.raises(UserError, match=r"missing: model\.layers\.0\.mlp\.up_proj, which other layers have"):
+    state = {key: tensor for key, tensor in state.items() if f"layers.{layer}.mlp.up_proj" not in key}
+    state = dict(reversed(state.items())) if backwards else state
+    with pytest.raises(UserError, match=rf"missing: model\.layers\.{layer}\.mlp\.up_proj, which other layers have"):
         read_published(publish(tmp_path / "a", state, {}))
+
+
+def test_matrices_of_another_rank_are_refused(tmp_path):
+    state = adapter_state(llama(), AUDIO_VISUAL)
+    name = "base_model.model.model.layers.1.mlp.up_proj"
+    state[f"{name}.lora_A2.weight"] = torch.zeros(R + 1, 16)
+    with pytest.raises(UserError, match="the ranks differ: 4, 5; this layer has one rank for all modalities"):
+        read_published(publish(tmp_path / "a", state, {}))
+
+
+@pytest.mark.parametrize("factors", [AUDIO_VISUAL, VISUAL_TEXT], ids=["audio-visual", "visual-text"])
+def test_keys_with_the_adapters_name_in_them(factors, tmp_path):
+    state = adapter_state(llama(), factors)
+    named = {key.replace(".weight", ".default.weight"): tensor for key, tensor in state.items()}
+    found = [
+        read_published(publish(tmp_path / name, content, {})) for name, content in (("plain", state), ("named", named))
+    ]
+    assert found[0].moka == found[1].moka
+    assert found[0].adapter.keys() == found[1].adapter.keys()
+    assert all(torch.equal(tensor, found[1].adapter[key]) for key, tensor in found[0].adapter.items())
+
+
+def test_settings_are_those_beside_it_or_the_published_codes_own(tmp_path):
+    folder = publish(tmp_path / "a", adapter_state(llama(), AUDIO_VISUAL), {})
+    for settings, alpha, dropout, base in (
+        ({"lora_alpha": 8, "lora_dropout": 0.25, "base_model_name_or_path": "some/llm"}, 8, 0.25, "some/llm"),
+        ({}, 16, 0.05, None),
+        (None, 16, 0.05, None),
+    ):
+        path, out = folder / "adapter_config.json", tmp_path / f"out {settings}".replace("/", "-")
+        path.unlink() if settings is None else path.write_text(json.dumps(settings))
+        assert convert([str(folder), str(out)]) == 0
+        found = json.loads((out / "adapter" / "adapter_config.json").read_text())
+        assert (found["lora_alpha"], found["lora_dropout"], found["base_model_name_or_path"]) == (alpha, dropout, base)
+
+
+def test_queries_with_and_without_a_batch_are_the_same(tmp_path):
+    whole, parts = published_projector("model.vl_projector", "visual")
+    key = next(key for key in whole if key.endswith("query_tokens"))
+    for folder, queries in (("a", whole[key]), ("b", whole[key][0])):
+        read = read_published(publish(tmp_path / folder, {}, whole | {key: queries}))
+        assert torch.equal(read.projectors["vision.queries.weight"], parts.tokens[0])
 
 
 def test_projectors_of_stage_1_in_files_of_any_name(tmp_path, capsys):

@@ -294,6 +294,8 @@ class TestAfterAPrompt:
             AdapterError, match=r"several tokens .* go on from its cache.* one by one.*prompt_lookup_num_tokens"
         ):
             model(input_ids=torch.tensor([[5, 6, 7, 8]]), past_key_values=cache)
+        with pytest.raises(AdapterError, match=r"several tokens .* go on from its cache"):
+            model(torch.tensor([[5, 6, 7, 8]]), past_key_values=cache)  # not by name
         with model.disable_adapter():  # the base alone may
             model(input_ids=torch.tensor([[5, 6, 7, 8]]), past_key_values=cache)
         cache.crop(-4)
@@ -302,6 +304,19 @@ class TestAfterAPrompt:
         assert layer.context.look_up(prompt) is layer.context.routing  # a layer called by itself has the prompt's again
         expected = self.expected(model, self.IDS, prompt, torch.tensor([[5]]))
         torch.testing.assert_close(step, expected, rtol=0, atol=1e-10)
+
+    @torch.no_grad()
+    def test_a_step_that_failed_is_over(self) -> None:
+        model = wrapped(small_llm())
+        prompt, cache = self.after(model, self.IDS)
+        expected = model(inputs_embeds=prompt).logits
+        wrong = model.get_output_embeddings().register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        wrong.remove()
+        layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+        assert layer.context.look_up(prompt) is layer.context.routing
+        assert torch.equal(model(inputs_embeds=prompt).logits, expected)
 
     @torch.no_grad()
     def test_a_routing_set_for_what_follows_a_prefix_holds_there(self) -> None:

@@ -40,17 +40,18 @@ def test_prefill_steps_beams_and_flattened_inputs() -> None:
         assert context.look_up(torch.zeros(6, 6, 4)).shape == (6, 6)
 
 
-@pytest.mark.parametrize("name", ["past_key_values", "cache"])
-def test_a_cache_is_known_by_either_of_its_names(name: str) -> None:
+@pytest.mark.parametrize("name", ["past_key_values", "cache", None])
+def test_a_cache_is_known_by_either_of_its_names_or_its_place(name: str | None) -> None:
     """transformers has passed it as `cache` since 5.24."""
     context, cache, token = RoutingContext(), DynamicCache(), torch.ones(1, 1, dtype=torch.long)
     context.routing = Routing(torch.tensor([[1]]), torch.tensor([[False]]))
     llm, seen = nn.Embedding(3, 4), []
     llm.forward = lambda *_, **__: seen.append(context.look_up(torch.zeros(1, 1, 4)))
     context.watch(llm)
-    llm(input_ids=token, **{name: cache})
+    args, kwargs = ((token,), {name: cache}) if name else ((token, None, None, cache), {})
+    llm(*args, **kwargs)
     cache.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4), 0)
-    llm(input_ids=token, **{name: cache})
+    llm(*args, **kwargs)
     assert seen == [context.routing, None]
 
 

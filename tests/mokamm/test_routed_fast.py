@@ -169,7 +169,7 @@ def test_base_layers_of_other_kinds() -> None:
         assert_close(run(layer, routing, True), run(layer, routing, False), 1e-12)
 
 
-@pytest.mark.parametrize("views", [["weight", "bias"], ["bias"]], ids=["weight and bias", "bias"])
+@pytest.mark.parametrize("views", [["weight", "bias"], ["weight"], ["bias"]], ids=["weight and bias", "weight", "bias"])
 def test_a_weight_that_is_no_parameter(views: list[str]) -> None:
     """Some wrappers put views of one flat tensor in the parameters' places."""
     routing, layer = routing_of(BATCHES["ragged"]), layer_of(nn.Linear(WIDTH, OUT))
@@ -306,6 +306,30 @@ def test_it_steps_aside() -> None:
         torch.autograd.grad(module(x).square().sum(), layer.moka_A["default"].weight) for module in (layer, compiled)
     ]
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-10)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    routing, layer = routing_of(BATCHES["ragged"]), layer_of(nn.Linear(WIDTH, OUT))
+    expected = run(layer, routing, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(run(layer, routing, True), expected, 1e-12)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_the_plain_path_of_a_bfloat16_layer_stays_bfloat16(stored: torch.dtype) -> None:
+    keys = torch.tensor([[False, True, False, True]])  # one is not text
+    ids, x = torch.tensor([[0, 1, 2, 0]]), torch.randn(1, 4, WIDTH, generator=torch.Generator().manual_seed(4))
+    found = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        layer = layer_of(dtype=dtype)
+        for factor in (layer.moka_A, layer.moka_B):
+            factor.to(stored if dtype == torch.bfloat16 else dtype)
+        layer.context.routing = Routing(ids, keys)
+        h = layer(x.to(dtype).requires_grad_())
+        assert not is_fast(h)
+        assert h.dtype == dtype
+        found[dtype] = h.double()
+    assert (found[torch.bfloat16] - found[torch.float64]).norm() < 0.02 * found[torch.float64].norm()
 
 
 def test_a_folded_step_is_the_base_layer_and_hooks_still_run() -> None:

@@ -163,6 +163,18 @@ class TestSiblings:
         siblings._begin(own)
         assert siblings.others(own.q_proj) == [own.k_proj, own.v_proj]
 
+    @pytest.mark.parametrize("change", ["eval", "fold_text"])
+    def test_one_that_drops_nothing_or_is_folded_is_computed_alone(self, change: str) -> None:
+        _, attention, x = self.parts(lora_dropout=0.5 if change == "eval" else 0.0)
+        with torch.no_grad():
+            expected = attention.k_proj.eval()(x)
+            attention.k_proj.train()
+            getattr(attention.k_proj, change)()
+            attention.q_proj.siblings._begin(attention)
+            attention.q_proj(x)
+            assert set(attention.q_proj.siblings.waiting.outputs) == {attention.v_proj}
+            torch.testing.assert_close(attention.k_proj(x), expected, rtol=0, atol=1e-12)
+
     def test_layers_called_by_themselves_share_nothing(self) -> None:
         """Weights, modes and graphs may change between one call and the next."""
         _, attention, x = self.parts()
@@ -244,7 +256,14 @@ class TestSiblings:
         model, attention, _ = self.parts()
         model.add_adapter("more", MokaConfig(r=2, target_modules=["q_proj", "v_proj"]))
         assert len(attention._forward_hooks) == len(attention._forward_pre_hooks) == 1
+        llm, calls = model.base_model.model, []
+        assert len(llm._forward_hooks) == len(llm._forward_pre_hooks) == 1  # the context's, once
+        own = [module.register_forward_hook(lambda *_: calls.append(1)) for module in (llm, attention)]
         llm = model.unload()
+        llm(input_ids=torch.tensor([[3]]))
+        assert len(calls) == 2  # whoever else has hooks there keeps them
+        for hook in own:
+            hook.remove()
         for module in llm.modules():
             kinds = [kind for kind, found in vars(module).items() if "_forward_" in kind and "hooks" in kind and found]
             assert not kinds
