@@ -185,4 +185,10 @@ def _json_problems(key: str, path: Path) -> list[str]:
         content = json.loads(path.read_text())
     except ValueError as error:
         return [f"{key}: {path} is not JSON: {error}"]
-    return [] if isinstance(content, dict) else [f"{key}: {path} must hold a JSON object"]
+    if not isinstance(content, dict):
+        return [f"{key}: {path} must hold a JSON object"]
+    zero = content.get("zero_optimization") or {}
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if stage in (0, 1, 2, 3) and not isinstance(stage, bool):
+        return []
+    return [f"{key}: {path}: zero_optimization.stage must be 0, 1, 2 or 3; found {json.dumps(stage)}"]

@@ -310,6 +310,15 @@ def refuse(*_):
     raise PermissionError
 
 
+@pytest.mark.parametrize("zero", ['{"stage": "auto"}', '{"stage": 4}', '{"stage": true}', "true", "[3]"])
+def test_a_zero_stage_that_is_none_is_told_with_the_config(write, tmp_path, zero):
+    path = tmp_path / "zero.json"
+    path.write_text(f'{{"zero_optimization": {zero}}}')
+    config = load_config(write(GOOD), [f"training.deepspeed={path}"])
+    with pytest.raises(ConfigError, match=r"deepspeed: .*zero\.json: zero_optimization\.stage must be 0, 1, 2 or 3"):
+        config.check_files()
+
+
 def test_missing_files_are_all_named(write, tmp_path, monkeypatch):
     overrides = ["training.deepspeed=configs/deepspeed/zero22.json", f"training.init_from={tmp_path}/none"]
     config = load_config(write(GOOD), overrides)
