@@ -101,9 +101,15 @@ def unfit_modules(model: nn.Module) -> dict[str, str]:
     """Linear modules that no method can adapt, by name, and why."""
     modules, plain, found = dict(model.named_modules()), LoraConfig(), {}
     for name in linear_names(model):
+        last = name.rpartition(".")[2]
         try:
-            _check_lora_target_modules_mamba(plain, model, name.rpartition(".")[2])
+            _check_lora_target_modules_mamba(plain, model, last)
+            read_past = (
+                last == "dt_proj"
+            )  # Mamba's, Falcon Mamba's and Jamba's mixers multiply by its weight themselves
         except ValueError:
+            read_past = True
+        if read_past:
             found[name] = "whose weight the Mamba kernels of this LLM read past any adapter"
         if not _gives_rows(modules[name]):
             found[name] = f"a {type(modules[name]).__name__}, which does not give one row of outputs for one of inputs"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import (
+    LoraConfig,
     PeftConfig,
     PeftModel,
     PeftType,
@@ -460,6 +461,25 @@ def test_what_cannot_be_adapted_is_left_out_by_all_linear_and_refused_by_name(ll
     for targets in ([odd], rf".*{odd}"):
         with pytest.raises(AdapterError, match=rf"matches \S+\.{odd}, {why}.*exclude_modules='\.\*\\\.{odd}'"):
             wrap(build(), method, ["text", "vision"], {"r": 2, "target_modules": targets})
+
+
+@pytest.mark.parametrize("llm", ["mamba", "falcon_mamba", "jamba"])
+def test_a_projection_whose_weight_a_mixer_reads_itself_is_no_target(llm: str) -> None:
+    def build() -> nn.Module:
+        options = (
+            {"state_size": 4} if llm != "jamba" else {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
+        )
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(llm, **SMALL | options)).eval()
+
+    torch.manual_seed(0)
+    pefts = get_peft_model(build(), LoraConfig(target_modules=["dt_proj"], init_lora_weights=False))
+    ids = torch.arange(3, 12)[None]
+    adapted = pefts(input_ids=ids).logits
+    with pefts.disable_adapter():
+        assert torch.equal(pefts(input_ids=ids).logits, adapted)  # the reason: PEFT's own adapter there does nothing
+    assert "dt_proj" not in target_report(wrap(build(), "lora", ["text"], {"r": 2}))
+    with pytest.raises(AdapterError, match=r"matches \S+\.dt_proj, whose weight the Mamba kernels"):
+        wrap(build(), "moka", ["text", "vision"], {"r": 2, "target_modules": ["dt_proj"]})
 
 
 def test_a_linear_class_of_an_llm_s_own_is_adapted() -> None:
