@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -92,6 +93,14 @@ def beside(path: Path) -> tuple[str, int]:
     with os.scandir(path.parent) as entries:
         names = [entry.name for entry in islice(entries, 10_000)]
     return next(iter(difflib.get_close_matches(path.name, names, n=1)), ""), len(names)
+
+
+def near(path: Path) -> str:
+    """The name in its folder that is nearest to that of a missing file, as the end of a message; else nothing."""
+    close = ""
+    with suppress(OSError):  # its folder is not there, or may not be listed
+        close, _ = beside(path)
+    return f"; did you mean '{close}'?" if close else ""
 
 
 @dataclass(frozen=True, slots=True)

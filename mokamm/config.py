@@ -11,14 +11,13 @@ below a second; this module imports neither torch nor transformers.
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from data.schema import UserError, beside, listed
+from data.schema import UserError, listed, near
 from data.sources import SOURCES, is_there
 from mokamm import names
 from mokamm.config_file import ConfigError, apply_overrides, explain, nearest_file, read_yaml
@@ -117,7 +116,7 @@ class RunConfig(Section):
             for i, entry in enumerate(entries):
                 path, _ = self.locate(entry)
                 if not is_found(entry, path) and (world_is_made or not self.makes(path)):
-                    problems.append(f"{key}.{i}.path: no such file: {path}{_near(path)}")
+                    problems.append(f"{key}.{i}.path: no such file: {path}{near(path)}")
         if self.training.deepspeed:
             problems += _json_problems("training.deepspeed", find_path(self.training.deepspeed))
         problems += [
@@ -142,14 +141,6 @@ def is_found(entry: SourceConfig | BenchmarkConfig, path: Path) -> bool:
 def find_path(path: str) -> Path:
     """A local path from the working directory, else from this checkout (where the shipped base and configs are)."""
     return ROOT / path if not Path(path).exists() and (ROOT / path).exists() else Path(path)
-
-
-def _near(path: Path) -> str:
-    """The name in its folder that is nearest to that of a missing file, as the end of a message; else nothing."""
-    close = ""
-    with suppress(OSError):  # its folder is not there, or may not be listed
-        close, _ = beside(path)
-    return f"; did you mean '{close}'?" if close else ""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from data.schema import MEDIA, UserError
+from data.schema import MEDIA, UserError, near
 from mokamm.arguments import at_least_one
 from mokamm.mistakes import is_users, tell
 from mokamm.quiet import quiet
@@ -89,7 +89,7 @@ def check_media(option: str, path: str, config: RunConfig) -> None:
         known = ", ".join(config.model.modalities) or "text only"
         raise UserError(f"--{option}: this run has no modality '{modality}'; it was trained with: {known}")
     if not Path(path).is_file():
-        raise UserError(f"--{option}: no such file: {path} (working directory {Path.cwd()})")
+        raise UserError(f"--{option}: no such file: {path} (working directory {Path.cwd()}){near(Path(path))}")
 
 
 class Asker:

@@ -203,6 +203,7 @@ def test_a_chat_attaches_media_remembers_and_survives_mistakes(finished, model, 
     [
         (["nowhere", "hello"], "nowhere is no finished run"),
         (["{run}", "hello", "--video", "gone.mp4"], "--video: no such file: gone.mp4"),
+        (["{run}", "hello", "--video", "{media}/fakes.mp4"], "; did you mean 'fake.mp4'?"),
         (["{run}", "hello", "--image", "{media}/fake.mp4"], "fake.mp4"),
         (["{run}", "hello", "--video", "{media}/fake.mp4"], "fake.mp4"),
         (["{run}"], "nothing was asked"),
