@@ -45,8 +45,8 @@ def run_config(base: Path, **training) -> dict:
     }  # fmt: skip
 
 
-def write_run(folder: Path, config: dict) -> Path:
-    """What a finished training leaves, with an adapter that does something."""
+def write_run(folder: Path, config: dict, std: float = 0.05) -> Path:
+    """What a finished training leaves, with an adapter that does something. std: of its B."""
     import torch
 
     from mokamm.build import build_model
@@ -58,8 +58,8 @@ def write_run(folder: Path, config: dict) -> Path:
     torch.manual_seed(0)
     model = build_model(load_config(folder / "config.yaml"), "cpu", for_training=True)
     for name, parameter in model.llm.named_parameters():
-        if "moka_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+        if "_B." in name:
+            torch.nn.init.normal_(parameter, std=std)
     save_weights(model, folder / "final")
     write_manifest(folder / "final")
     return folder

@@ -22,6 +22,7 @@ from mokamm.config_sections import CacheConfig
 from mokamm.convert import main
 from mokamm.model import MultimodalLM
 from mokamm.weights import save_weights, write_manifest
+from tests.mokamm import test_infer
 from tests.mokamm.test_infer import run_config
 
 PLAIN = [
@@ -42,17 +43,8 @@ def base(mini_base: Path) -> Path:
 
 def write_run(folder: Path, base: Path, method: str, **options) -> Path:
     """A finished run whose adapter changes what the LLM says."""
-    folder.mkdir()
     config = run_config(base) | {"adapter": {"method": method, "r": 4, **options}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    torch.manual_seed(0)
-    model = build_model(load_config(folder / "config.yaml"), "cpu", for_training=True)
-    for name, parameter in model.llm.named_parameters():
-        if "_B." in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    save_weights(model, folder / "final")
-    write_manifest(folder / "final")
-    return folder
+    return test_infer.write_run(folder, config, std=0.2)
 
 
 def logits(llm: torch.nn.Module) -> torch.Tensor:
