@@ -27,6 +27,7 @@ from pathlib import Path
 
 from data.schema import UserError
 from mokamm.mistakes import tell
+from mokamm.quiet import stdout_kept_clean
 from mokamm.training.disk import writing
 
 FORMATS = ("lora", "lori_s", "mask", "moka", "beats", "llm")
@@ -130,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(f"{args.out} is there already; nothing is overwritten. Choose another name")
             planned.check(args.out)
         if not args.dry_run:
-            with writing(args.out, "choose another place for OUT"), _whole(args.out):
+            failing = writing(args.out, "choose another place for OUT")
+            with stdout_kept_clean(args.json), failing, _whole(args.out):
                 planned.write(args.out)
     except Exception as error:
         return tell(error)

@@ -6,6 +6,8 @@ import json
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -202,3 +204,12 @@ def test_a_dry_run_says_what_would_be_written(tmp_path, base, capsys):
     told = json.loads(capsys.readouterr().out)
     assert (told["to"], told["written"]) == ("llm", False)
     assert "lora" in told["found"]
+
+
+def test_the_real_command_prints_one_object(tmp_path, base):
+    """In a process of its own: libraries speak when they are first imported."""
+    run, out = write_run(tmp_path / "run", base, "lora"), tmp_path / "merged"
+    command = [sys.executable, "-m", "mokamm.convert", str(run), str(out), "--to", "llm", "--json"]
+    done = subprocess.run(command, cwd=test_infer.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["out"] == str(out)
