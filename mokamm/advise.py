@@ -134,7 +134,7 @@ def advise_parameters(case: Case) -> Advice:
 
 def advise_targets(case: Case) -> Advice:
     from mokamm.adapters import fused_experts, target_report
-    from mokamm.adapters.peft_bridge import short_name
+    from mokamm.adapters.targets import short_name
 
     if case.method in WITHOUT_ADAPTERS:
         everything = case.method == "full"
@@ -161,15 +161,20 @@ def advise_targets(case: Case) -> Advice:
 
 def _linear_layers(llm: Any) -> tuple[dict[str, bool], dict[str, bool]]:
     """Last names of the adapted and of the other linear layers (without the head), and whether they are attention's."""
-    from mokamm.adapters.peft_bridge import BaseTunerLayer, linear_names, unfit_modules
+    from mokamm.adapters.targets import linear_names, tuner_layers, unfit_modules
 
     adapted: dict[str, bool] = {}
     missed: dict[str, bool] = {}
-    modules, head, unfit = dict(llm.named_modules()), llm.get_output_embeddings(), unfit_modules(llm)
+    modules, head, unfit, wrapped = (
+        dict(llm.named_modules()),
+        llm.get_output_embeddings(),
+        unfit_modules(llm),
+        tuner_layers(llm),
+    )
     for name in linear_names(llm):
         if modules[name] is head or name in unfit:
             continue
-        where = adapted if isinstance(modules[name], BaseTunerLayer) else missed
+        where = adapted if name in wrapped else missed
         where[name.rpartition(".")[2]] = "attn" in name or "attention" in name
     return adapted, missed
 

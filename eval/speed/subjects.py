@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from eval.speed.plain_moka import Tokens, wrap_plain
 from mokamm.adapters import MokaConfig, Routing, set_routing
-from mokamm.adapters.peft_bridge import match_targets
+from mokamm.adapters.targets import match_targets
 
 METHODS = ("base", "lora", "moka", "plain")
 TEXT, VISION, AUDIO, QUESTION, ANSWER = 10, 320, 320, 40, 40  # in this order

@@ -22,17 +22,9 @@ from mokamm.adapters.frozen_tuner import FrozenATuner, check_same_a
 from mokamm.adapters.hira import use_one_matmul
 from mokamm.adapters.lori import LoriConfig, LoriModel, freeze_lora_a
 from mokamm.adapters.masks import Mask
-from mokamm.adapters.peft_bridge import (
-    check_adapter_name,
-    ends_in,
-    fused_experts,
-    match_parameters,
-    match_targets,
-    nearest,
-    short_name,
-    taken_for_experts,
-)
+from mokamm.adapters.peft_bridge import check_adapter_name, taken_for_experts
 from mokamm.adapters.routed import MokaConfig, MokaModel, RoutedLinear
+from mokamm.adapters.targets import ends_in, fused_experts, match_parameters, match_targets, nearest, short_name
 from mokamm.routing import AdapterError, Routing
 
 __all__ = [

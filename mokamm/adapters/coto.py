@@ -34,7 +34,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mokamm.adapters.peft_bridge import BaseTunerLayer, let_act, tuner_layers
+from mokamm.adapters.peft_bridge import BaseTunerLayer, let_act
+from mokamm.adapters.targets import tuner_layers
 from mokamm.routing import AdapterError
 
 MEAN_SHARE = 0.625  # of CoTo's defaults: 1 - share (1 - p0) / 2; stochastic depth's probability where none is given

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from mokamm.adapters.checks import check_format, check_lora_options, plain_weight
 from mokamm.adapters.frozen_a import VERSION
 from mokamm.adapters.frozen_tuner import FrozenATuner, new_a, new_b
-from mokamm.adapters.peft_bridge import TunerLayer, first_match, register_method, tied_layers
+from mokamm.adapters.peft_bridge import TunerLayer, register_method, tied_layers
 from mokamm.adapters.routed_context import RoutingContext
 from mokamm.adapters.routed_fast import DownProjection, FrozenDownProjection, UpProjection, together
 from mokamm.adapters.routed_fold import FOLDED, Fold, WithoutDerivative
@@ -52,6 +52,7 @@ from mokamm.adapters.routed_plan import Settings, plan_of
 from mokamm.adapters.routed_siblings import Siblings, find_siblings, part_siblings
 from mokamm.adapters.sparse_b import dense_weight
 from mokamm.adapters.standing_in import is_bare, under_transform
+from mokamm.adapters.targets import first_match
 from mokamm.routing import AdapterError, Routing
 
 FORMAT = 1

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from data.schema import IGNORED, UserError
-from mokamm.adapters.peft_bridge import linear_names, tuner_layers
+from mokamm.adapters.targets import linear_names, tuner_layers
 from mokamm.config import RunConfig
 from mokamm.quantization import check_trainable
 from mokamm.training.engine import bucket_elements, deepspeed_config

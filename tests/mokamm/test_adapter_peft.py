@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +23,16 @@ from peft import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5Model,
+)
 
 from mokamm.adapters import (
     METHODS,
@@ -34,6 +45,7 @@ from mokamm.adapters import (
     target_report,
     wrap,
 )
+from mokamm.adapters.targets import _weights_read, unfit_modules
 from mokamm.names import ROUTED
 from mokamm.routing import Routing
 
@@ -439,8 +451,8 @@ SMALL = {
 HYBRID = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
 ODD = {  # LLM: (its config, a linear module that cannot be adapted, why, others that can)
     "phimoe": ({"num_local_experts": 4}, "router", "a PhimoeTopKRouter, which does not give one row", {"q_proj"}),
-    "falcon_h1": (HYBRID, "out_proj", "whose weight the Mamba kernels of this LLM read", {"q_proj", "in_proj"}),
-    "mamba": ({"state_size": 4}, "out_proj", "whose weight the Mamba kernels of this LLM read", {"in_proj", "x_proj"}),
+    "falcon_h1": (HYBRID, "out_proj", "whose weight FalconH1Mixer reads past", {"q_proj", "in_proj"}),
+    "mamba": ({"state_size": 4}, "out_proj", "whose weight MambaMixer reads past", {"in_proj"}),
 }
 
 
@@ -478,8 +490,35 @@ def test_a_projection_whose_weight_a_mixer_reads_itself_is_no_target(llm: str) -
     with pefts.disable_adapter():
         assert torch.equal(pefts(input_ids=ids).logits, adapted)  # the reason: PEFT's own adapter there does nothing
     assert "dt_proj" not in target_report(wrap(build(), "lora", ["text"], {"r": 2}))
-    with pytest.raises(AdapterError, match=r"matches \S+\.dt_proj, whose weight the Mamba kernels"):
+    with pytest.raises(AdapterError, match=r"matches \S+\.dt_proj, whose weight \w+Mixer reads past any"):
         wrap(build(), "moka", ["text", "vision"], {"r": 2, "target_modules": ["dt_proj"]})
+
+
+# LLM: the linear modules whose weight its code multiplies by itself, on a CPU or in the kernels that a GPU takes
+READ_PAST = {
+    "bamba": {"out_proj"}, "granitemoehybrid": {"out_proj"}, "zamba2": {"out_proj"}, "nemotron_h": {"out_proj"},
+    "mamba": {"x_proj", "dt_proj", "out_proj"}, "mamba2": {"out_proj"}, "jamba": {"dt_proj"},
+    "longcat_flash": {"classifier"}, "gemma3n_text": {"correction_coefs"},
+    "bloom": set(), "gpt2": set(), "qwen3_next": set(), "llama": set(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ_PAST)
+def test_which_weights_are_read_past_an_adapter_is_read_in_the_llm_s_own_code(name: str) -> None:
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(name))
+    past = {module.rpartition(".")[2] for module, why in unfit_modules(llm).items() if "reads past" in why}
+    assert past == READ_PAST[name]
+    with pytest.MonkeyPatch.context() as patch:  # code whose source is gone: nothing is known, nothing refused
+        patch.setattr(inspect, "getsource", Mock(side_effect=OSError("no source")))
+        _weights_read.cache_clear()
+        assert not [why for why in unfit_modules(llm).values() if "reads past" in why]
+    _weights_read.cache_clear()
+
+
+def test_a_weight_whose_dtype_or_a_slice_alone_is_asked_for_is_adapted() -> None:
+    t5 = T5Model(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    assert not unfit_modules(t5)
 
 
 def test_a_linear_class_of_an_llm_s_own_is_adapted() -> None:

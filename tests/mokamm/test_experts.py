@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from mokamm.adapters import AdapterError, RoutedLinear, peft_bridge, set_routing, target_report, wrap
-from mokamm.adapters.peft_bridge import linear_names, transformers_weight_conversion, tuner_layers
+from mokamm.adapters.peft_bridge import transformers_weight_conversion
+from mokamm.adapters.targets import linear_names, tuner_layers
 from mokamm.convert import main as convert
 from mokamm.routing import Routing
 from mokamm.weights import load_weights, save_weights
