@@ -78,7 +78,7 @@ class AudioCaps(Benchmark):
         return self.strict([row])[0][1:3]
 
     def strict(self, rows: Sequence[Row]) -> list[Earned]:
-        said = [row.prediction if row.error is None else "" for row in rows]
+        said = [row.said if row.error is None else "" for row in rows]
         scores = cider_d(said, [_references(row) for row in rows])
         return [Earned(row.unit, score, 1.0) for row, score in zip(rows, scores, strict=True)]
 

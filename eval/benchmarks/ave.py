@@ -61,7 +61,7 @@ class Ave(Events):
     def reading(self, row: Row) -> Event | None:
         if row.error is not None:
             return None
-        return self._normalised(row.prediction) if row.published else self.parse(row.prediction)
+        return self._normalised(row.said) if row.published else self.parse(row.said)
 
     def _normalised(self, text: str) -> Event | None:
         event = event_in_tags(text)

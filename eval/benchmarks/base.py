@@ -6,7 +6,8 @@
 Every score stands under two rules, side by side:
 
     strict     every row counts, a row that could not be read or an answer that cannot be parsed earns nothing, a row
-               counts once, and the metric is what its paper defines
+               counts once, thoughts before an answer (<think> ... </think>) are none of it, and the metric is what its
+               paper defines
     official   what the published script makes of the same file, quirks included; where no script was published, or it
                has no quirks, strict once more
 
@@ -36,6 +37,7 @@ from data.sources import open_source, option_takers
 from data.sources.rows import Rows
 from eval.benchmarks.fields import Fields
 from eval.benchmarks.questions import read_lines
+from eval.benchmarks.tags import after_thoughts
 from eval.intervals import bootstrap_interval
 
 
@@ -55,6 +57,11 @@ class Row:
     error: str | None = None
     sample: Sample | None = None  # what the model is asked; not written into the predictions file
     published: bool = False
+
+    @property
+    def said(self) -> str:
+        """The prediction without thoughts before it: what the strict rule reads."""
+        return after_thoughts(self.prediction)
 
 
 class Earned(NamedTuple):
@@ -239,7 +246,7 @@ class Benchmark(ABC):
 
     def reading(self, row: Row) -> Any | None:
         """The row's answer under the strict rule; None where it cannot be parsed or the row is bad."""
-        return self.parse(row.prediction) if row.error is None else None
+        return self.parse(row.said) if row.error is None else None
 
     def official_reading(self, row: Row) -> Any | None:
         """The row's answer as the published script reads it."""

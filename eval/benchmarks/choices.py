@@ -1,6 +1,7 @@
 """Which option does a text choose? Letters as the strict rule reads them, and as the published MokA scripts do.
 
-strict, the first that holds (options, where their number is not known, are A to E):
+strict, of the text, or what of it stands in <answer> tags or a \\boxed{}, the first that holds (options, where their number
+is not known, are A to E):
     0. the whole text is one option's text, letter for letter or else but for case, and no letter of an option
     1. a letter alone at the beginning: "B", "(B)", "B.", "B) a cat", "B a cat", "b: a cat", or on a line of its own; but
        not the article of "a cat", and not where a second letter follows ("A or B")
@@ -24,6 +25,7 @@ import re
 from collections.abc import Sequence
 
 from eval.benchmarks.base import normalise
+from eval.benchmarks.tags import marked
 
 LETTERS = "ABCDEFGHIJ"
 OFFICIAL_LETTERS = "abcde"
@@ -43,7 +45,7 @@ LONGEST_OPTION = 2000  # letters of a text that may still be an option's own
 
 def choose(text: str, options: Sequence[str] = ()) -> str | None:
     """The chosen letter (upper case) or None. options: their texts in order; () where they are not known."""
-    text = text.replace("</s>", " ").strip()
+    text = marked(text.replace("</s>", " ")).strip()
     known = LETTERS[: len(options) or UNKNOWN]
     if not _is_letter(text, known) and (equal := _whole(text, options)):
         return equal

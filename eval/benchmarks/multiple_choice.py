@@ -84,7 +84,7 @@ class MultipleChoice(RightOrWrong):
         return choose(text)
 
     def reading(self, row: Row) -> str | None:
-        return choose(row.prediction, self.choices_of(row)) if row.error is None else None
+        return choose(row.said, self.choices_of(row)) if row.error is None else None
 
     def official_reading(self, row: Row) -> str | None:
         return official_choice(row.prediction)

@@ -55,7 +55,7 @@ class MusicAvqa(TypedShortAnswer):
     def reading(self, row: Row) -> str | None:
         if row.error is not None:
             return None
-        return _one_of(_between(row.prediction)) if row.published else self.parse(row.prediction)
+        return _one_of(_between(row.said)) if row.published else self.parse(row.said)
 
     def official_reading(self, row: Row) -> str | None:
         text = row.prediction

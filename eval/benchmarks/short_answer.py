@@ -1,7 +1,8 @@
 """Open questions with a short answer: exact match after `normalise`, by question type where the rows name one.
 
-A prediction is an answer when it has one to MAX_WORDS words; anything else is unparsed, hence wrong. Beside each figure
-stands what somebody scores who never looks or listens and always gives the most frequent answer of the same rows.
+A prediction (or what of it stands in <answer> tags or a \\boxed{}) is an answer when it has one to MAX_WORDS words; anything
+else is unparsed, hence wrong. Beside each figure stands what somebody scores who never looks or listens and always gives the
+most frequent answer of the same rows.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.benchmarks.base import Benchmark, Row, majority, normalise, share
+from eval.benchmarks.tags import marked
 
 MAX_WORDS = 6
 
 
 class ShortAnswer(Benchmark):
     def parse(self, text: str) -> str | None:
-        answer = normalise(text)
+        answer = normalise(marked(text))
         return answer if 1 <= len(answer.split()) <= MAX_WORDS else None
 
     def points(self, row: Row) -> tuple[float, float]:

@@ -1,6 +1,11 @@
-"""Answers between tags, as the published audio-visual models give them: <answer> two </answer>."""
+"""What of a text is the answer: between tags, as the published audio-visual models give it, <answer> two </answer>; in
+a box, as mathematical ones do, \\boxed{two}; after its thoughts, as reasoning models do, <think> ... </think> two."""
 
 from __future__ import annotations
+
+import re
+
+_BOX = re.compile(r"\\boxed\{\s{0,9}(?:\\text\{)?([^{}]{0,2000})\}")
 
 
 def tagged(text: str, tag: str) -> list[str]:
@@ -15,3 +20,14 @@ def tagged(text: str, tag: str) -> list[str]:
             return found
         found.append(text[start + len(opening) : end].strip())
         position = end + len(closing)
+
+
+def after_thoughts(text: str) -> str:
+    """A text without the thoughts that end in </think>; nothing of it counts where they were cut off before their end."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def marked(text: str) -> str:
+    """What stands in the last <answer>...</answer>, and in it, or in the text, in the last \\boxed{...}; else the text."""
+    text = (tagged(text, "answer") or [text])[-1]
+    return (_BOX.findall(text) or [text])[-1]

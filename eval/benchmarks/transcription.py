@@ -59,7 +59,7 @@ class Asr(Benchmark):
         return whisper_normalised(text) or None
 
     def reading(self, row: Row) -> str | None:
-        return (self.normalised(row, row.prediction) or None) if row.error is None else None
+        return (self.normalised(row, row.said) or None) if row.error is None else None
 
     def word_errors(self, row: Row) -> tuple[int, int]:
         return self._errors(row, word_errors)

@@ -3,10 +3,10 @@
 File: jsonl (or a JSON array) of {"id"?, "question", "answer": "yes"|"no", "image"|"video"|"audio"|"speech": path}, paths
 relative to the media folder.
 
-strict: a prediction says yes or no when its first word does, or when exactly one of the two stands anywhere in it;
-otherwise it is unparsed, hence wrong. official (the published MokA scripts for POPE and MME): yes if the lower-cased
-text holds `yes` anywhere (`eyes`, too), else no; so nothing is unparsed. Precision, recall and F1 are those of "yes",
-over all rows; the yes-ratio is the share of all rows that say yes.
+strict: a prediction (or what of it stands in <answer> tags or a \\boxed{}) says yes or no when its first word does, or when
+exactly one of the two stands anywhere in it; otherwise it is unparsed, hence wrong. official (the published MokA scripts for
+POPE and MME): yes if the lower-cased text holds `yes` anywhere (`eyes`, too), else no; so nothing is unparsed. Precision,
+recall and F1 are those of "yes", over all rows; the yes-ratio is the share of all rows that say yes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from data.schema import Sample
 from data.sources.rows import text_of
 from eval.benchmarks.base import RightOrWrong, Row, majority, normalise, share
 from eval.benchmarks.questions import ask, own_media, record_of
+from eval.benchmarks.tags import marked
 
 YES_NO = ("yes", "no")
 
@@ -34,7 +35,7 @@ class YesNo(RightOrWrong):
         return ask(name, question, answer, own_media(row), index=index, source=self.name, instruction=self.instruction)
 
     def parse(self, text: str) -> str | None:
-        words = normalise(text).split()
+        words = normalise(marked(text)).split()
         said = set(YES_NO) & set(words)
         if words and words[0] in said:
             return words[0]

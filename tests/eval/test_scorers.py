@@ -14,6 +14,7 @@ from data.schema import UserError
 from data.sources.ave import format_event
 from eval.benchmarks import BENCHMARKS, find_benchmark
 from eval.benchmarks.base import Benchmark, Row, file_stem, normalise
+from eval.benchmarks.choices import choose
 from eval.benchmarks.events import Event, labels, overlap
 from eval.benchmarks.transcription import letter_errors, word_errors
 from eval.intervals import bootstrap_interval
@@ -310,6 +311,42 @@ def test_strange_answers_are_counted_and_survive_a_file(name: str) -> None:
     assert benchmark.score([Row(**{key: row[key] for key in kept}) for row in again]) == metrics
     if name != "audiocaps":
         assert [row["correct"] for row in again] == [False] * len(strange) + [True]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_thoughts_are_no_part_of_an_answer(name: str) -> None:
+    """<think> ... </think> of reasoning models, also where the prompt has opened it, or nothing came after it."""
+    benchmark, truth = BENCHMARKS[name], TRUTHS.get(name, "yes")
+    thoughts = f"no (B) A flute. <answer> two </answer> {truth} zebra"
+    plain = benchmark.score(rows((truth, truth), ("", truth), ("", truth)))
+    thought = (f"<think>\n{thoughts}\n</think>\n\n{truth}", f"<think>{thoughts}", f"{thoughts}</think>\n")
+    told = benchmark.score(rows(*((text, truth) for text in thought)))
+    assert plain["rules"]["strict"] == told["rules"]["strict"]
+    assert benchmark.score(rows((f"{thoughts}</think>{truth}", truth)))["parsed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("It barks, so <answer>B</answer>", "B"),
+        ("Not A. <answer>A</answer> No: <answer> (C) </answer>.", "C"),
+        (r"A rises, D falls: \boxed{B}", "B"),
+        (r"\boxed{A}, or rather $\boxed{\text{D}}$.", "D"),
+        (r"<answer>\boxed{B}</answer> A", "B"),
+        ("B <answer></answer>", None),
+        (r"B \boxed{", "B"),
+        ("<answer>B", None),
+    ],
+)
+def test_what_is_marked_as_the_answer_is_it(text: str, answer: str | None) -> None:
+    assert choose(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text", [r"Is it? Yes, no: \boxed{no}", "Yes. <answer> No. </answer>", r"yes <answer>\boxed{no}</answer>"]
+)
+def test_what_is_marked_as_a_word_is_it(text: str) -> None:
+    assert images.parse(text) == avqa.parse(text) == "no"
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
