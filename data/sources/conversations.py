@@ -5,8 +5,8 @@
 `talk` only finds the turns, so that a file can be indexed without making messages; `build` makes text and media of
 their contents. A conversation of n answers is n samples: the k-th has the turns before as plain history, and bears its
 loss on answer k only, so that what is wrong after an answer does not lose it. An answer that is kept out of the loss, by
-"loss": false (ms-swift) or "weight": 0 (OpenAI), is history of the later ones and no sample. Columns that the layout does
-not use are kept in `meta`.
+"loss": false (ms-swift) or "weight": 0 (OpenAI), is history of the later ones and no sample. Thoughts beside an answer
+(`reasoning_content`) are the same as in it: <think> ... </think>. Columns that the layout does not use are kept in `meta`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from data.sources.index import Raw, json_rows
 from data.sources.rows import Rows, columns_of, describe, text_of, value_of
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a message beside its content
 
 
 class Turn(NamedTuple):
@@ -83,8 +84,20 @@ def turns_of(
         if content_key not in message:
             raise BadSample(f"{where}'{content_key}' is missing ({columns_of(message, content_key)})")
         learned = message.get("loss") != 0 and message.get("weight") != 0  # False, 0, 0.0; tables have None for neither
-        turns.append(Turn(roles[role], message[content_key], learned))
+        turns.append(Turn(roles[role], _content(message, content_key, roles[role]), learned))
     return turns[1:] if turns and turns[0].role == "system" and _is_blank(turns[0].content) else turns
+
+
+def _content(message: dict[str, Any], content_key: str, role: Role) -> Any:
+    """A message's content, a text or parts; an answer's after the thoughts that stand in a key of their own, if any."""
+    content = message[content_key]
+    thoughts = next(
+        (message[key] for key in THOUGHTS if isinstance(message.get(key), str) and message[key].strip()), ""
+    )
+    if role != "assistant" or not thoughts or not isinstance(content, (str, list)):
+        return content
+    block = f"<think>\n{thoughts.strip()}\n</think>\n\n"
+    return block + content if isinstance(content, str) else [{"type": "text", "text": block}, *content]
 
 
 def with_system(row: dict[str, Any], turns: list[Turn], column: str = "system") -> list[Turn]:

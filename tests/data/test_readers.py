@@ -611,6 +611,22 @@ def test_an_empty_system_message_is_none(tmp_path, empty):
     assert rows[0].messages[0].text == "Be brief."
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_beside_an_answer_are_thoughts_before_it(tmp_path, key):
+    row = {"messages": openai("Hi", "Ho")}
+    row["messages"][0][key] = "the user has none"
+    row["messages"][1][key] = "Hm.\n"
+    for source in ("messages", "swift", "sharegpt"):
+        rows = open_source(source, write(tmp_path / "a.json", [row]))
+        assert rows[0].answer == "<think>\nHm.\n</think>\n\nHo"
+        assert rows[0].messages[0] == user("Hi")
+    row["messages"][1]["content"] = [{"type": "text", "text": "Ho"}]
+    assert open_source("messages", write(tmp_path / "a.json", [row]))[0].answer == "<think>\nHm.\n</think>\n\nHo"
+    for nothing in (None, "", " \n"):
+        row["messages"][1][key] = nothing
+        assert open_source("messages", write(tmp_path / "a.json", [row]))[0].answer == "Ho"
+
+
 def test_sharegpt_knows_the_names_of_tools(tmp_path):
     columns, tags = {"messages": "conversations", "tools": "tools"}, {"observation_tag": "seen", "function_tag": "call"}
     path = write(tmp_path / "a.json", [{"conversations": talk("Hi", "Ho"), "tools": "[]"}])
