@@ -14,11 +14,13 @@ import argparse
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from data.schema import UserError
 from data.sources import SOURCES
 from mokamm.arguments import above_zero, add_config_arguments, at_least_one
 from mokamm.config import RunConfig, find_path, is_found, load_config
@@ -252,6 +254,7 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float | None) -> dict[str, An
     tokens = _tokens(outline, config)
     memory = _memory(forecast)
     problems = [outline.no_rows] if outline.tokenizer and outline.no_rows else []
+    problems += _cannot_begin(outline, config)
     if tokens["media"] >= config.data.max_length:
         problems.append(
             f"data.max_length is {config.data.max_length}, and the media of one sample take {tokens['media']} tokens: no "
@@ -275,6 +278,21 @@ def dry_run(config: RunConfig, ranks: int, gpu_gb: float | None) -> dict[str, An
         "ranks": ranks,
         "problems": problems,
     }
+
+
+def _cannot_begin(outline: Any, config: RunConfig) -> list[str]:
+    """Why the run would refuse the weights that it is to begin from, where they and all shapes are here."""
+    from mokamm.init_from import load_init
+
+    folders = config.training.init_folders
+    if not folders or outline.left_out or not all(find_path(folder).is_dir() for folder in folders):
+        return []
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of what has no values and is given some
+            load_init(outline, folders)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _memory(forecast: Forecast) -> dict[str, dict[str, float]]:

@@ -45,8 +45,9 @@ class Outline(nn.Module):
     no_rows: why there is no processor, and so no row can be laid out: no tokenizer here, or one without a chat template.
     """
 
-    def __init__(self, llm: Any, projectors: dict[str, Projector], perception: Perception) -> None:
+    def __init__(self, config: RunConfig, llm: Any, projectors: dict[str, Projector], perception: Perception) -> None:
         super().__init__()
+        self.config = config
         self.llm, self.projectors = llm, nn.ModuleDict(projectors)
         self.perception = perception
         self.senses: dict[str, Sense] = {}
@@ -66,7 +67,7 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
     width = llm.get_input_embeddings().weight.shape[1]
     with torch.device("meta"):
         projectors = {name: projector_of(modalities[name], encoder, width) for name, encoder in encoders.items()}
-    outline = Outline(llm, projectors, Perception(encoders))
+    outline = Outline(config, llm, projectors, Perception(encoders))
     outline.senses = {name: Sense.of(name, modalities[name], e, projectors[name]) for name, e in encoders.items()}
     outline.left_out = {
         name: f"the encoder is not in a local folder ({m.encoder.path}), and its shape is not known here"

@@ -211,7 +211,7 @@ def test_an_attention_that_the_llm_lacks_is_a_problem_before_training(capsys, tm
 
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     transformers.Gemma2Config(**shape, num_key_value_heads=1, vocab_size=11).save_pretrained(tmp_path)
-    arguments = ["configs/mini/av_text.yaml", f"model.llm.path={tmp_path}", "--shapes"]
+    arguments = ["configs/mini/av_text.yaml", f"model.llm.path={tmp_path}", "training.init_from=null", "--shapes"]
     if not transformers.Gemma2ForCausalLM._supports_sdpa:
         code, found = examined(capsys, *arguments)
         assert code == 1
@@ -293,3 +293,22 @@ def test_what_cannot_be_shaped_does_not_hide_what_is_missing(capsys, monkeypatch
     _, found = examined(capsys, "configs/text/instruct.yaml", hub)
     missing = [finding["what"] for finding in found["findings"] if not finding["there"]]
     assert not [what for what in missing if "alpaca" in what or what == "tatsu-lab"]
+
+
+def test_projectors_and_adapters_that_do_not_fit_are_told_before_training(tmp_path, capsys):
+    asked = ("configs/quickstart.yaml", "--shapes", f"training.output_dir={tmp_path / 'run'}")
+    assert examined(capsys, *asked)[1]["problems"] == []
+    code, found = examined(capsys, *asked, "model.modalities.vision.projector.tokens=5")
+    assert (code, len(found["problems"])) == (1, 1)
+    assert "vision.queries.weight has the shape (6, 128), the model's is (5, 128)" in found["problems"][0]
+    begun = tmp_path / "begun"
+    shutil.copytree(ROOT / "mokamm/mini/stage1", begun)
+    (begun / "adapter").mkdir()
+    from peft import LoraConfig
+
+    LoraConfig(r=8, peft_type="LORA").save_pretrained(begun / "adapter")
+    (begun / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    code, found = examined(capsys, *asked, f"training.init_from={begun}", "adapter.method=lora", "adapter.r=4")
+    assert "r: 8 there, 4 in the configuration (adapter.r)" in found["problems"][0]
+    # a folder that a run is still to write is named as missing, not as one that does not fit
+    assert examined(capsys, *asked, f"training.init_from={tmp_path / 'later'}")[1]["problems"] == []
