@@ -7,7 +7,10 @@ Cost: each annotation file is indexed once, in the main process; workers decode,
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -113,3 +116,12 @@ def _give_way(worker: int) -> None:
     """Let the training have a core first where both want one: what is prefetched can wait, a step cannot."""
     os.nice(10)
     ignore_signals()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Those that an error has left behind: multiprocessing sends them SIGTERM, which they ignore, and waits for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would tell of their end as of an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

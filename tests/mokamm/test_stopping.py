@@ -185,6 +185,18 @@ def test_ctrl_c_ends_the_real_command_with_a_whole_checkpoint_and_the_way_on(tex
     assert command_line.split() == ["python", *command[1:]]
 
 
+def test_a_run_that_too_many_bad_rows_end_leaves_although_the_loader_s_workers_ignore_signals(text_run):
+    row = json.dumps({"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": ""}]})
+    (text_run / "bad.jsonl").write_text("\n".join([row] * 40))
+    command = [sys.executable, str(ROOT / "mokamm/train.py"), str(text_run / "run.yaml")]
+    bad = f"data.train=[{{source: messages, path: {text_run}/bad.jsonl}}]"
+    with started([*command, bad, f"training.output_dir={text_run}/ended"], env=ENVIRONMENT) as process:
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2, output
+    assert "more than data.max_bad_fraction" in output
+    assert "Traceback" not in output
+
+
 HANGING = """
 import hashlib, sys
 from mokamm.training.stopping import SignalWatch
