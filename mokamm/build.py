@@ -107,8 +107,8 @@ def processor_of(
     modalities = {name: m for name, m in config.model.modalities.items() if name in encoders}
     senses = {n: Sense.of(n, m, encoders[n], projectors[n]) for n, m in modalities.items()}
     loader = media_loader(config.data.media_dir, config.data)
-    keys, day = config.adapter.keys, config.model.llm.chat_date
-    return Processor(tokenizer, senses, loader, lookup, config.data.max_length, keys, day)
+    keys, llm = config.adapter.keys, config.model.llm
+    return Processor(tokenizer, senses, loader, lookup, config.data.max_length, keys, llm.chat_date, llm.thinking)
 
 
 def wrapped(llm: Any, config: RunConfig) -> Any:

@@ -70,10 +70,7 @@ class RunConfig(Section):
         return "none" if self.training.stage == 1 else self.adapter.method
 
     def to_dict(self) -> dict[str, Any]:
-        tree = self.model_dump(mode="json")
-        if self.model.llm.chat_date is None:  # digests of configurations stay what they were before there was it
-            del tree["model"]["llm"]["chat_date"]
-        return tree
+        return self.model_dump(mode="json")
 
     def dump(self, path: str | Path) -> None:
         """Write the resolved configuration as YAML; `load_config` reads it back."""

@@ -21,6 +21,7 @@ from pydantic import (
     PositiveFloat,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -99,7 +100,14 @@ class LLMConfig(Section):
     quantization: Literal["4bit", "8bit"] | None = None  # of the frozen weights, by bitsandbytes; it computes in dtype
     chat_template: Literal["plain"] | None = None  # where the tokenizer has none: USER: ... ASSISTANT: ...
     chat_date: date | None = None  # for templates that print the day; None: a run's first day, without a run today
+    thinking: bool = False  # learn and give thoughts (<think>) before an answer, where the template knows of such
     trust_remote_code: bool = False
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: Any) -> dict[str, Any]:
+        """Without what is newer and not set, so that digests of configurations stay what they were before there was it."""
+        tree = dump(self)
+        return {key: value for key, value in tree.items() if value or key not in ("chat_date", "thinking")}
 
 
 class ModalityConfig(Section):

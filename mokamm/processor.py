@@ -43,9 +43,10 @@ class Processor:
         max_length: int = 1024,
         keys: Literal["question", "user"] = "question",
         day: date | None = None,
+        thinking: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
-        self.renderer = ChatRenderer(tokenizer, day)
+        self.renderer = ChatRenderer(tokenizer, day, thinking)
         self.senses = dict(senses)
         self.modality_ids = {name: i for i, name in enumerate(("text", *self.senses))}
         self.loader = loader

@@ -8,8 +8,10 @@ assistant. Stretches of text between two media are tokenised in one go, so that 
 `apply_chat_template(..., tokenize=True)` gives it. Where a control token's name (`</s>`, `<|im_end|>`) stands in
 *written* text, the stretch is cut inside that name: the token is not recognised and the name stays text.
 Works with any template that prints each content once; system messages join the first user turn where they are refused or
-printed later. Where a template knows of thoughts (Qwen3's `<think>`), earlier answers go without theirs, and an answer to
-be learned has none. Where a template prints the day (Llama 3.2, SmolLM3), it is that of the run's first step (resume.py).
+printed later. Where a template knows of thoughts (Qwen3's `<think>`), earlier answers go without theirs. `thinking`: the
+prompt leaves them to the answer, whose thoughts are learned, or that it has none; else the prompt ends with none, and an
+answer that has some cannot be learned. Where a template prints the day (Llama 3.2, SmolLM3), it is that of the run's first
+step (resume.py).
 Cost: two template renderings a sample, well below a millisecond each.
 """
 
@@ -62,11 +64,13 @@ def _mark(number: int) -> str:
 class ChatRenderer:
     """A tokenizer's chat template and what was found out about it. Raises UserError for one that cannot be used."""
 
-    def __init__(self, tokenizer: Any, day: date | None = None) -> None:
+    def __init__(self, tokenizer: Any, day: date | None = None, thinking: bool = False) -> None:
         self.tokenizer = tokenizer
         self.day = day  # that the template is told; None: today
         self.template = _template_of(tokenizer)
-        self.thinks = THOUGHT[1] in str(self.template)
+        self.thinks, self.thinking = THOUGHT[1] in str(self.template), thinking
+        if thinking and not self.thinks:
+            raise UserError(f"model.llm.thinking: the tokenizer's chat template knows of no thoughts ({THOUGHT[1]})")
         self._control = _control_tokens(tokenizer, str(self.template))
         self.takes_system = self._probe_system()
         probe = self.render([Message("user", (Text("?"),)), Message("assistant", (Text("!"),))], "question")
@@ -77,10 +81,11 @@ class ChatRenderer:
 
     def render(self, messages: Sequence[Message], keys: Literal["question", "user"]) -> Rendered:
         """Pieces of the conversation; a final assistant message is the answer. Raises BadSample."""
-        if self.thinks:
-            messages = [*map(_without_thoughts, messages[:-1]), _without_thoughts(messages[-1], learned=True)]
-        answer = messages[-1].text.strip() if messages[-1].role == "assistant" else ""
-        turns = _turns(messages[:-1] if messages[-1].role == "assistant" else messages, keys)
+        thoughts, answer = "", ""
+        if messages[-1].role == "assistant":
+            thoughts, answer = self._learned(messages[-1].text)
+            messages = messages[:-1]
+        turns = _turns([_without_thoughts(m) for m in messages] if self.thinks else messages, keys)
         if not self.takes_system:
             turns = _without_system(turns)
         parts: list[Piece] = []
@@ -90,7 +95,28 @@ class ChatRenderer:
             conversation.append({"role": role, "content": marks})
             parts += pieces
         text, lead, closing = self._frame(conversation, _mark(len(parts)))
-        return Rendered(_split(text, parts), [Piece(lead), Piece(answer, written=True), Piece(closing)])
+        before = [Piece(lead)]
+        if thoughts:
+            opening, end = self._block(conversation, text, len(parts))
+            before = [Piece(opening), Piece(thoughts, written=True), Piece(end)]
+        return Rendered(_split(text, parts), [*before, Piece(answer, written=True), Piece(closing)])
+
+    def _learned(self, text: str) -> tuple[str, str]:
+        """Thoughts and answer of a text to be learned; all of it is the answer where no template tells them apart."""
+        if not self.thinks:
+            return "", text.strip()
+        before, _, answer = text.rpartition(THOUGHT[1])
+        said, _, thoughts = before.rpartition(THOUGHT[0])
+        if said.strip() or THOUGHT[0] in answer:
+            raise BadSample(
+                f"the answer holds thoughts ({' '.join(THOUGHT)}) that do not stand before all else, or have no end"
+            )
+        if thoughts.strip() and not self.thinking:
+            raise BadSample(
+                f"the answer holds thoughts ({' '.join(THOUGHT)}): they are learned where model.llm.thinking is true; set "
+                "it, or take them out"
+            )
+        return thoughts.strip(), answer.strip()
 
     def _frame(self, conversation: list[dict[str, str]], answer: str) -> tuple[str, str, str]:
         """The prompt, what stands between it and the answer, and what closes the answer's turn."""
@@ -99,19 +125,40 @@ class ChatRenderer:
         before, found, after = full.partition(answer)
         if not found:
             raise BadSample("the tokenizer's chat template does not print the assistant's answer")
-        lead = before[len(text) :] if before.startswith(text) else ""
-        if lead.strip():  # such as an empty thinking block: given at inference too, not learned
+        lead = self._ending(text) or (before[len(text) :] if before.startswith(text) else "")
+        if (
+            lead.strip() and not self.thinking
+        ):  # such as an empty block of thoughts: given at inference too, not learned
             text, lead = text + lead, ""
         end = self._control.search(after) if self._control else None
         return text, lead, after[: end.end()] if end else after.rstrip() + (self.tokenizer.eos_token or "")
+
+    def _block(self, conversation: list[dict[str, str]], text: str, number: int) -> tuple[str, str]:
+        """What stands before and after an answer's thoughts, as the template prints them after this prompt.
+
+        number: of the first free mark."""
+        thoughts, answer = _mark(number), _mark(number + 1)
+        if ending := self._ending(text):
+            return "", ending
+        content = f"{THOUGHT[0]}\n{thoughts}\n{THOUGHT[1]}\n\n{answer}"
+        full = self._apply([*conversation, {"role": "assistant", "content": content}], False).removeprefix(text)
+        found = full.partition(answer)[0].partition(thoughts)
+        return (found[0], found[2]) if found[1] else (f"{THOUGHT[0]}\n", f"\n{THOUGHT[1]}\n\n")
+
+    def _ending(self, prompt: str) -> str:
+        """What ends the thoughts that a prompt has begun, as those of DeepSeek's R1 do; else nothing."""
+        bare = prompt.rstrip()
+        space = prompt[len(bare) :]
+        return f"{space}{THOUGHT[1]}{2 * space}" if self.thinks and bare.endswith(THOUGHT[0]) else ""
 
     def _apply(self, conversation: list[dict[str, str]], generation: bool) -> str:
         from jinja2 import TemplateError
 
         template = _on(self.day, self.template)
+        mode = {"enable_thinking": self.thinking, "thinking": self.thinking} if self.thinks else {}
         try:
             return self.tokenizer.apply_chat_template(
-                conversation, chat_template=template, tokenize=False, add_generation_prompt=generation
+                conversation, chat_template=template, tokenize=False, add_generation_prompt=generation, **mode
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in conversation)
@@ -227,21 +274,10 @@ def _turns(messages: Sequence[Message], keys: Literal["question", "user"]) -> li
     return turns
 
 
-def _without_thoughts(message: Message, learned: bool = False) -> Message:
-    """An assistant's message without the block of thoughts before it, which a template that knows of such strips, too.
-
-    Raises BadSample where the message is to be learned and its block is not empty.
-    """
-    thoughts, mark, said = message.text.rpartition(THOUGHT[1])
-    if message.role != "assistant":
-        return message
-    if learned and (thoughts.replace(THOUGHT[0], "").strip() or THOUGHT[0] in said):
-        raise BadSample(
-            f"the answer holds thoughts ({' '.join(THOUGHT)}), whose marks would be learned as plain text; take them out"
-        )
-    if not mark:
-        return message
-    return Message("assistant", (Text(said.strip()),))
+def _without_thoughts(message: Message) -> Message:
+    """An assistant's message without the block of thoughts before it, which a template that knows of such strips, too."""
+    _, mark, said = message.text.rpartition(THOUGHT[1])
+    return Message("assistant", (Text(said.strip()),)) if mark and message.role == "assistant" else message
 
 
 def _stripped(pieces: list[Piece]) -> list[Piece]:

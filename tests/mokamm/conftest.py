@@ -55,11 +55,21 @@ TEMPLATES = {
         "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
     ),
-    "thinking": (  # the closed turn holds a block that the generation prompt does not announce
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-        "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
-        "{{ message['content'] + '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "thinking": (  # Qwen3's: the last answer's turn holds a block that the generation prompt does not announce
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% set said = message['content'] %}"
+        "{% set thoughts = '' %}{% if message['role'] == 'assistant' %}{% if '</think>' in said %}"
+        "{% set thoughts = said.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
+        "{% set said = said.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+        "{% if loop.last %}{{ '<think>\\n' + thoughts + '\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+        "{{ said + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+        "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+        "{% endif %}"
+    ),
+    "opened": (  # as of DeepSeek's R1: the generation prompt begins the thoughts, and answers are printed without theirs
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
+        "{% elif message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
+        "{% else %}{{ '<|assistant|>' + message['content'].split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}"
     ),
     "bare": (  # no end-of-turn token at all
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
@@ -116,6 +126,8 @@ def make_tokenizer_(template: str = "chatml", sentencepiece: bool = False) -> An
         **own, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         additional_special_tokens=[AddedToken(name, normalized=False, special=True) for name in CONTROL],
     )  # fmt: skip
+    if "<think>" in TEMPLATES[template]:  # tokens that are written out, as Qwen3 and DeepSeek have them
+        wrapped.add_tokens([AddedToken(name, normalized=False, special=False) for name in ("<think>", "</think>")])
     wrapped.chat_template = TEMPLATES[template]
     return wrapped
 

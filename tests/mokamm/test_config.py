@@ -429,6 +429,14 @@ def test_a_benchmark_may_be_a_folder_and_a_path_may_name_its_media_folder(tmp_pa
     config.check_files()
 
 
+def test_what_is_newer_and_not_set_leaves_digests_as_they_were(write):
+    config = load_config(write(GOOD))
+    assert {"chat_date", "thinking"}.isdisjoint(config.to_dict()["model"]["llm"])
+    config.model.llm.thinking, config.model.llm.chat_date = True, date(2026, 11, 29)
+    llm = config.to_dict()["model"]["llm"]
+    assert (llm["thinking"], llm["chat_date"], llm["revision"]) == (True, "2026-11-29", None)
+
+
 def test_a_date_is_a_name_where_a_name_is_asked_for(write):
     """A run or a revision may be called by its day; a day that there is not is told as any other mistake."""
     config = load_config(write(GOOD), ["training.output_dir=2026-11-29", "model.llm.chat_date=2026-11-29"])

@@ -332,23 +332,75 @@ def test_a_system_message_stays_in_the_first_turn(make_tokenizer, media_dir):
     assert processor(sample).input_ids.tolist() == merged
 
 
+THOUGHT = "<think>\nTwo or </think three?\n</think>\n\n"
+
+
 def test_thoughts_of_earlier_answers_are_stripped_and_none_are_learned(make):
     """As Qwen3's template does it; under any other they are text."""
-    thought = "<think>\nTwo or three?\n</think>\n\n"
     processor = make("thinking")
     bare = turns("How many?", "two", "Which?", "a flute")
-    assert processor(turns("How many?", thought + "two", "Which?", "a flute")).input_ids.equal(
+    assert processor(turns("How many?", THOUGHT + "two", "Which?", "a flute")).input_ids.equal(
         processor(bare).input_ids
     )
     empty = turns("How many?", "two", "Which?", "<think>\n\n</think>\n\na flute")
     assert processor(empty).input_ids.equal(processor(bare).input_ids)
-    for answer in (thought + "two", "Two? </think> two", "<think> Two or"):
-        with pytest.raises(BadSample, match=r"the answer holds thoughts \(<think> </think>\), .*take them out"):
+    for answer in (THOUGHT + "two", "Two? </think> two"):
+        with pytest.raises(
+            BadSample, match=r"the answer holds thoughts \(<think> </think>\): .*thinking.*take them out"
+        ):
             processor(turns("How many?", answer))
-    asked = Sample("s", (Message("user", (Text(thought + "What is this?"),)), *turns("", "text").messages[1:]))
-    assert "Two or three?" in processor.tokenizer.decode(processor(asked).input_ids)
-    row = make("chatml")(turns("How many?", thought + "two"))
-    assert thought + "two" in processor.tokenizer.decode(row.input_ids)
+    asked = Sample("s", (Message("user", (Text(THOUGHT + "What is this?"),)), *turns("", "text").messages[1:]))
+    assert "Two or </think three?" in processor.tokenizer.decode(processor(asked).input_ids)
+    row = make("chatml")(turns("How many?", THOUGHT + "two"))
+    assert THOUGHT + "two" in processor.tokenizer.decode(row.input_ids)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("answer", ["<think> Two or", "Hm. <think>two</think> two", "<think>a</think> b <think>c"])
+def test_thoughts_without_end_or_after_something_else_are_a_bad_row(make, answer, thinking):
+    with pytest.raises(BadSample, match="do not stand before all else, or have no end"):
+        make("thinking", thinking=thinking)(turns("How many?", answer))
+
+
+def test_thoughts_are_learned_where_asked_for(make):
+    """Ids are those of the whole conversation's template; the prompt ends before the thoughts, at inference too."""
+    processor = make("thinking", thinking=True)
+    tokenizer = processor.tokenizer
+    for answer in (THOUGHT + "two", "two"):
+        sample = turns("How many?", THOUGHT + "one", "Really?", answer)
+        row, prompt = processor(sample), processor(sample, for_generation=True).input_ids.tolist()
+        options = {"tokenize": False, "enable_thinking": True}
+        conversation = plain(sample, False)
+        conversation[1]["content"] = "one"
+        head = tokenizer.apply_chat_template(conversation[:-1], add_generation_prompt=True, **options)
+        assert prompt == tokenizer(head)["input_ids"]
+        whole = tokenizer.apply_chat_template(conversation, **options).removesuffix("\n")
+        ids = row.input_ids.tolist()
+        assert ids[: len(prompt)] == prompt
+        assert tokenizer.decode(ids) == whole
+        assert row.labels.tolist() == [IGNORED] * len(prompt) + ids[len(prompt) :]
+        marks = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+        assert [i for i in ids[len(prompt) :] if i in marks] == marks  # real tokens, once each; written ones are text
+    with pytest.raises(UserError, match=r"model\.llm\.thinking: the tokenizer's chat template knows of no thoughts"):
+        make("chatml", thinking=True)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_thoughts_that_the_prompt_opens_are_closed(make, thinking):
+    """As of DeepSeek's R1, whose template prints answers without the thoughts that its prompt begins."""
+    processor = make("opened", thinking=thinking)
+    decode = processor.tokenizer.decode
+    end = "\n</think>\n\n"
+    head = "<s><|user|>How many?<|assistant|><think>\n"
+    asked = decode(processor(turns("How many?"), for_generation=True).input_ids)
+    assert asked == (head if thinking else head + end)
+    row = processor(turns("How many?", "two"))
+    assert decode(row.input_ids) == head + end + "two</s>"
+    assert decode(row.input_ids[row.labels == IGNORED]) == asked
+    if thinking:
+        row = processor(turns("How many?", THOUGHT + "two"))
+        assert decode(row.input_ids) == head + "Two or </think three?" + end + "two</s>"
+        assert decode(row.input_ids[row.labels == IGNORED]) == asked
 
 
 @pytest.mark.parametrize(
