@@ -24,9 +24,7 @@ class ShortAnswer(Benchmark):
         return answer if 1 <= len(answer.split()) <= MAX_WORDS else None
 
     def points(self, row: Row) -> tuple[float, float]:
-        truth = normalise(row.answer)
-        right = truth != "" and self.reading(row) == truth
-        return float(right), 1.0
+        return float(self.reading(row) == normalise(row.answer)), 1.0
 
     def details(self, rows: Sequence[Row]) -> dict[str, Any]:
         return {"baselines": {"majority_answer": share(majority(normalise(row.answer) for row in rows), len(rows))}}
@@ -36,12 +34,13 @@ class TypedShortAnswer(ShortAnswer):
     """Rows carry meta["question_type"]: what it is about and what it asks, as in ["Audio-Visual", "Counting"]."""
 
     def details(self, rows: Sequence[Row]) -> dict[str, Any]:
-        by_type: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+        found: dict[tuple[str, ...], list[Row]] = defaultdict(list)
         for row in rows:
-            by_type[question_type(row)].append(row)
-        types = {" ".join(name): self._figures([members]) for name, members in sorted(by_type.items())}
+            found[question_type(row)].append(row)
+        by_type = dict(sorted(found.items()))
+        types = {" ".join(name): self._figures([members]) for name, members in by_type.items()}
         scenes: dict[str, list[list[Row]]] = defaultdict(list)
-        for name, members in sorted(by_type.items()):
+        for name, members in by_type.items():
             scenes[name[0]].append(members)
         whole = self._figures(list(by_type.values()))
         return {

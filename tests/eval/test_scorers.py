@@ -16,6 +16,7 @@ from eval.benchmarks import BENCHMARKS, find_benchmark
 from eval.benchmarks.base import Benchmark, Row, file_stem, normalise
 from eval.benchmarks.choices import choose
 from eval.benchmarks.events import Event, labels, overlap
+from eval.benchmarks.short_answer import question_type
 from eval.benchmarks.transcription import letter_errors, word_errors
 from eval.intervals import bootstrap_interval
 
@@ -73,7 +74,7 @@ def test_questions_by_type() -> None:
     metrics = avqa.score(
         rows(
             ("two", "two"),  # right
-            ("Two.", "two"),  # right after normalising
+            ("Two.", "TWO"),  # right after normalising
             ("two", "three"),  # wrong
             ("2", "two"),  # another word: wrong, though parsed
             ("yes", "yes"),  # right
@@ -85,6 +86,7 @@ def test_questions_by_type() -> None:
     )
     assert metrics["score"] == pytest.approx(3 / 8)
     assert (metrics["rows"], metrics["parsed"], metrics["unparsed"], metrics["bad"]) == (8, 6, 2, 0)
+    assert list(metrics["metrics"]["types"]) == sorted(metrics["metrics"]["types"])
     assert metrics["metrics"]["types"] == {
         "Audio Comparative": {"rows": 1, "accuracy": 0.0, "majority": 1.0},
         "Audio Counting": {"rows": 4, "accuracy": 0.5, "majority": 0.75},
@@ -97,6 +99,27 @@ def test_questions_by_type() -> None:
     }
     # truths: two x3, three x1, yes x3, no x1 -> one answer for all gets 3 of 8; one per type 3 + 2 + 1 = 6 of 8
     assert metrics["metrics"]["baselines"] == {"majority_answer": 3 / 8, "majority_answer_by_type": 6 / 8}
+
+
+@pytest.mark.parametrize(
+    ("meta", "kind"),
+    [
+        ({"question_type": ["Audio", "Counting"], "type": "x"}, ("Audio", "Counting")),
+        ({"type": '["Visual", "Location"]'}, ("Visual", "Location")),
+        ({"question_type": "Counting"}, ("Counting",)),
+        ({"question_type": [1, "a"]}, ("1", "a")),
+        ({"type": "[broken"}, ("[broken",)),
+        ({"type": "[]"}, ("[]",)),
+        ({"question_type": []}, ("unknown",)),
+    ],
+)
+def test_the_type_of_a_question(meta: dict[str, Any], kind: tuple[str, ...]) -> None:
+    assert question_type(Row("", 0, meta=meta)) == kind
+
+
+def test_a_short_answer_has_six_words_at_most() -> None:
+    assert avqa.parse("One two three, four five six.") == "one two three four five six"
+    assert avqa.parse("one two three four five six seven") is None
 
 
 def test_a_bad_row_is_wrong_and_counted() -> None:
@@ -281,6 +304,10 @@ def test_images_by_hand() -> None:
     assert metrics["metrics"]["baselines"]["majority_answer"] == pytest.approx(4 / 7)
 
 
+def test_rows_without_a_truth_are_no_most_frequent_answer() -> None:
+    assert images.score([*rows(("yes", "yes")), bad(), bad()])["metrics"]["baselines"]["majority_answer"] == 1 / 3
+
+
 def test_images_without_a_yes() -> None:
     metrics = images.score(rows(("no", "no"), ("no", "no")))
     assert metrics["score"] == 1.0
@@ -334,6 +361,10 @@ def test_thoughts_are_no_part_of_an_answer(name: str) -> None:
         (r"\boxed{A}, or rather $\boxed{\text{D}}$.", "D"),
         (r"<answer>\boxed{B}</answer> A", "B"),
         ("B <answer></answer>", None),
+        (r"B \boxed{}", None),
+        (r"\boxed{ \text{B}}", "B"),
+        (r"A? \boxed{B, which is the second of all}", "B"),
+        ("<answer>C <answer>B</answer>", "C"),
         (r"B \boxed{", "B"),
         ("<answer>B", None),
     ],
