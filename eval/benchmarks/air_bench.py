@@ -91,9 +91,7 @@ class AirBench(MultipleChoice):
 
     def official_reading(self, row: Row) -> str | None:
         text = row.prediction.strip().replace("\n", "")
-        if text in ("", "None"):
-            return None
-        return next((letter for letter in (text[0], text[-2:-1]) if letter and letter in "ABCD"), None)
+        return next((letter for letter in (text[:1], text[-2:-1]) if letter and letter in "ABCD"), None)
 
     def official(self, rows: Sequence[Row]) -> list[Earned]:
         return super().official([row for row in rows if self.official_reading(row) is not None])
@@ -105,7 +103,7 @@ class AirBench(MultipleChoice):
 def _task(record: Any) -> str:
     """The row's task in lower case; "" where it names none."""
     name = record.get("task_name") if isinstance(record, dict) else None
-    return name.strip().lower() if isinstance(name, str) else ""
+    return name.lower() if isinstance(name, str) else ""
 
 
 def _check_tasks(path: Path, records: Sequence[Any]) -> None:

@@ -61,8 +61,8 @@ class Mme(YesNo):
 
     def prompt(self, record: Any, index: int) -> Sample:
         subtask, image, line = record
-        question, tab, answer = line.rpartition("\t")
-        if not tab:
+        question, _, answer = line.rpartition("\t")
+        if not question.strip():
             raise BadSample(f"{image}: expected `question<TAB>Yes|No`, found {line[:80]!r}")
         name, media = f"{image}#{index}", [Media("image", image, "vision")]
         meta = {"subtask": subtask, "image_path": image}
@@ -129,7 +129,7 @@ def subtask_of(row: Row) -> str:
     named = row.meta.get("subtask") or row.meta.get("category")
     if isinstance(named, str):
         return KNOWN.get(named.strip().lower(), named.strip() or "unknown")
-    folders = re.split(r"[/\\]", str(row.meta.get("image_path") or row.unit))[:-1]
+    folders = re.split(r"[/\\]", row.unit)[:-1]
     return next((KNOWN[folder.lower()] for folder in reversed(folders) if folder.lower() in KNOWN), "unknown")
 
 

@@ -25,6 +25,8 @@ from eval.benchmarks.base import Row, share
 from eval.benchmarks.questions import ask, record_of
 from eval.benchmarks.yes_no import YesNo
 
+INSTRUCTION = "Answer with yes or no."
+
 
 class Pope(YesNo):
     name = "pope"
@@ -32,7 +34,6 @@ class Pope(YesNo):
         "get coco_pope_{random,popular,adversarial}.json from github.com/AoiDragon/POPE (output/coco), name one as the "
         "path, and COCO's val2014 images (cocodataset.org) as the media folder"
     )
-    instruction = "Answer with yes or no."
 
     def rates(self, rows: Sequence[Row], reading: Callable[[Row], Any]) -> dict[str, Any]:
         parts: dict[str, list[Row]] = defaultdict(list)
@@ -53,4 +54,4 @@ class Pope(YesNo):
         image = Media("image", text_of(row, "image"), "vision")
         question, answer = text_of(row, "text"), text_of(row, "label")
         name = str(row.get("question_id", index))
-        return ask(name, question, answer, [image], index=index, source=self.name, instruction=self.instruction)
+        return ask(name, question, answer, [image], index=index, source=self.name, instruction=INSTRUCTION)

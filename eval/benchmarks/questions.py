@@ -31,9 +31,8 @@ def ask(
 ) -> Sample:
     """The sample of one row."""
     after = (Text(f"\n{instruction}"),) if instruction else ()
-    asked = (Text(question, question=True),) if question else ()
-    told = (Text(answer),) if answer else ()
-    messages = (Message("user", (*media, *asked, *after)), Message("assistant", told))
+    asked = Message("user", (*media, Text(question, question=True), *after))
+    messages = (asked, Message("assistant", (Text(answer),)))
     return Sample(name, messages, source, index, {**(meta or {}), "question": question})
 
 
@@ -84,8 +83,6 @@ def read_table(path: Path, delimiter: str, columns: Sequence[str]) -> list[dict[
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a file with a header") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text; expected a table, save it as UTF-8") from None
-    except csv.Error as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from None
     missing = [column for column in columns if column not in names]
     if missing:
         raise UserError(f"{path}: has no column {', '.join(missing)}; found: {', '.join(names) or 'nothing'}")

@@ -26,13 +26,12 @@ YES_NO = ("yes", "no")
 class YesNo(RightOrWrong):
     name = "yes_no"
     home = "write a jsonl file of your own: see eval/benchmarks/yes_no.py"
-    instruction = ""
 
     def prompt(self, record: Any, index: int) -> Sample:
         row = record_of(record)
         question, answer = text_of(row, "question"), text_of(row, "answer")
         name = str(row.get("id", index))
-        return ask(name, question, answer, own_media(row), index=index, source=self.name, instruction=self.instruction)
+        return ask(name, question, answer, own_media(row), index=index, source=self.name)
 
     def parse(self, text: str) -> str | None:
         words = normalise(marked(text)).split()

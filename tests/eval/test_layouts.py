@@ -11,6 +11,7 @@ import pytest
 
 from data.schema import UserError
 from eval.benchmarks import BENCHMARKS, Row, find_benchmark
+from eval.benchmarks.questions import read_table
 
 
 def load(benchmark: str, path: Path, **options: Any) -> list[Row]:
@@ -38,25 +39,30 @@ def test_pope(tmp_path: Path) -> None:
     first, second = load("pope", lines(tmp_path / "coco_pope_random.json", rows))
     assert asked(first) == ("Is there a dog in the image?", [("image", "COCO_1.jpg", "vision")], "yes")
     assert first.sample is not None
-    assert first.sample.prompt[-1].text.endswith("Answer with yes or no.")
+    assert first.sample.prompt[-1].text == "Is there a dog in the image?\nAnswer with yes or no."
+    assert first.sample.prompt[-1].content[0] == first.sample.media[0]  # the image stands before the question
     assert "'text' is missing" in (second.error or "")
 
 
 def test_mme(tmp_path: Path) -> None:
     for folder in ("count", "posters/images", "posters/questions_answers_YN"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "count/1.jpg").write_bytes(b"")
-    (tmp_path / "count/1.txt").write_text(
-        "Two\u2028dogs? Please answer yes or no.\tYes\nThree? Please answer yes or no.\tNo\n", encoding="utf-8"
+    (tmp_path / "count/1.jpeg").write_bytes(b"")
+    (tmp_path / "count/1.txt").write_bytes(
+        "\ufeffTwo\u2028dogs?\tPlease answer yes or no.\tYes\r\nThree? Please answer yes or no.\tNo\r\n".encode()
     )
     (tmp_path / "posters/images/tt1.png").write_bytes(b"")
-    (tmp_path / "posters/questions_answers_YN/tt1.txt").write_text("Is it Heat?\tYes\nno tab here\n")
+    (tmp_path / "posters/questions_answers_YN/tt1.txt").write_bytes(b"Is it Heat\xe9?\tYes\nno tab here\n\tYes\n")
     rows = load("mme", tmp_path)
-    assert asked(rows[1]) == ("Three? Please answer yes or no.", [("image", "count/1.jpg", "vision")], "No")
-    assert asked(rows[2])[1] == [("image", "posters/images/tt1.png", "vision")]
-    assert [row.meta.get("subtask") for row in rows] == ["count", "count", "posters", None]
+    image = [("image", "count/1.jpeg", "vision")]
+    assert asked(rows[0]) == ("Two\u2028dogs?\tPlease answer yes or no.", image, "Yes")
+    assert asked(rows[1]) == ("Three? Please answer yes or no.", image, "No")
+    assert asked(rows[2]) == ("Is it Heat\ufffd?", [("image", "posters/images/tt1.png", "vision")], "Yes")
+    assert len({row.id for row in rows}) == len(rows)
+    assert [row.meta.get("subtask") for row in rows] == ["count", "count", "posters", None, None]
     assert "no tab here" in (rows[3].error or "")
-    assert rows[0].unit == rows[1].unit == "count/1.jpg"
+    assert rows[4].error is not None
+    assert rows[0].unit == rows[1].unit == "count/1.jpeg"
     rows[0].prediction, rows[1].prediction, rows[2].prediction = "Yes", "no", "no"
     assert BENCHMARKS["mme"].score(rows)["score"] == 200.0  # count 100 + 100, posters 0
 
@@ -126,12 +132,22 @@ def test_seed_bench(tmp_path: Path) -> None:
         "choice_d": "4",
     }
     row |= {"answer": "B", "data_type": "image", "data_id": "45_22", "question_type_id": 1}
-    whole = {"questions": [row, row | {"data_type": "video"}], "question_type": {"Scene Understanding": 1}}
+    others = [row | {"data_type": "video", "data_id": "v"}, row | {"data_type": "audio", "data_id": "s"}, "no object"]
+    del row["data_type"]  # the dimension tells then
+    others += [row | {"question_type_id": number, "data_id": str(number)} for number in (0, "9", 10)]
+    whole = {"questions": [row | {"data_type": "image"}, *others], "question_type": {"Scene Understanding": 1}}
     path = tmp_path / "SEED-Bench.json"
     path.write_text(json.dumps(whole))
-    (only,) = load("seed_bench", path)
-    assert asked(only) == ("How many?\nA. One\nB. Two\nC. 3\nD. 4", [("image", "45_22", "vision")], "B")
-    assert only.meta["dimension"] == "Scene Understanding"
+    first, bad, nine = load("seed_bench", path)
+    assert asked(first) == ("How many?\nA. One\nB. Two\nC. 3\nD. 4", [("image", "45_22", "vision")], "B")
+    assert (first.id, first.meta["dimension"], first.meta["image_path"]) == ("1", "Scene Understanding", "45_22")
+    assert "expected a JSON object, found 'no object'" in (bad.error or "")
+    assert (nine.unit, nine.meta["dimension"]) == ("9", None)
+    first.prediction = "B"
+    table = BENCHMARKS["seed_bench"].score([first, nine])["metrics"]["dimension"]
+    assert table == {"Scene Understanding": {"rows": 1, "accuracy": 1.0}}
+    path.write_text(json.dumps({"questions": [row]}))
+    assert [found.meta["dimension"] for found in load("seed_bench", path)] == [None]
 
 
 def test_mmau(tmp_path: Path) -> None:
@@ -157,12 +173,17 @@ def test_air_bench(tmp_path: Path) -> None:
     row |= {"task_name": "Speaker_Emotion_Recontion", "dataset_name": "meld", "uniq_id": 5}
     sound = row | {"task_name": "Audio_Grounding", "dataset_name": "g"}
     path = tmp_path / "Foundation_meta.json"
-    path.write_text(json.dumps([row, sound]))
+    path.write_text(json.dumps([row, sound, sound | {"task_name": "Sound_AQA"}]))
     (speech,) = load("air_bench", path)
     place = ("audio", "Speaker_Emotion_Recontion_meld/1.wav", "speech")
     assert asked(speech) == ("Mood?\nA. sad\nB. glad", [place], "B")
-    grounding = load("air_bench", path, tasks="all")[1]
+    assert (speech.id, speech.meta["path"]) == ("5", "1.wav")
+    speech.prediction = "glad"
+    assert BENCHMARKS["air_bench"].score([speech])["score"] == 1.0
+    assert asked(load("air_bench", path, speech_as="audio")[0])[1][0][2] == "audio"
+    _, grounding, aqa = load("air_bench", path, tasks="all")
     assert asked(grounding)[1] == [("audio", "Audio_Grounding_g/1.flac", "audio")]
+    assert asked(aqa)[1] == [("audio", "Sound_AQA_g/1.wav", "audio")]
 
 
 # the 25 folders of Foundation/, as published, without their data sets' names
@@ -194,12 +215,17 @@ def test_air_bench_asks_all_nine_speech_tasks_and_no_task_vanishes(tmp_path: Pat
         return [found.meta.get("task_name", found.error) for found in load("air_bench", path)]
 
     assert tasks(*AIR_BENCH_SPEECH, *AIR_BENCH_OTHERS) == AIR_BENCH_SPEECH
-    corrected = ["Emotion_Recognition", "Speech_Entity_Recognition", "Intent_Classification"]
-    assert tasks(*corrected) == corrected
+    corrected = [
+        "Emotion_Recognition",
+        "Speaker_Emotion_Recognition",
+        "Speech_Entity_Recognition",
+        "Intent_Classification",
+    ]
+    assert tasks(*corrected, "Music_Instruments_Classification") == corrected
     assert "'task_name' is missing" in tasks(None)[0]
-    with pytest.raises(UserError, match="Speech_Groundin; did you mean 'Speech_Grounding'"):
-        tasks("Speech_Groundin")
-    assert len(load("air_bench", path, tasks="all")) == 1
+    with pytest.raises(UserError, match="Speech_Groundin, X; did you mean 'Speech_Grounding'"):
+        tasks("X", "Speech_Groundin")
+    assert len(load("air_bench", path, tasks="all")) == 2
 
 
 def test_ave_and_music_avqa(tmp_path: Path) -> None:
@@ -259,21 +285,38 @@ def test_audiocaps(tmp_path: Path) -> None:
 
 def test_sets_of_ones_own(tmp_path: Path) -> None:
     rows = [
-        {"question": "Colour?", "choices": ["red", "blue"], "answer": 1, "image": "i.png", "speech": "s.wav"},
+        {
+            "question": "Colour?",
+            "choices": ["red", "blue"],
+            "answer": 1,
+            "image": "i.png",
+            "speech": "s.wav",
+            "video": None,
+        },
         {"id": "q2", "question": "Colour?", "choices": ["red", "blue"], "answer": "red", "video": ["a.mp4", "b.mp4"]},
         {"question": "Colour?", "choices": ["red", "blue"], "answer": "green"},
         {"question": "Colour?", "choices": "red"},
+        {"question": "Colour?", "choices": ["red"], "answer": "red", "image": [1]},
     ]
     path = lines(tmp_path / "mine.jsonl", rows)
-    path.write_text(path.read_text() + "{broken\n")
+    path.write_text(path.read_text() + "{broken\n" + '{"a":' * 100_000 + "\n")
     first, second, *bad = load("multiple_choice", path)
     media = [("image", "i.png", "vision"), ("audio", "s.wav", "speech")]
     assert asked(first) == ("Colour?\nA. red\nB. blue", media, "B")
     assert (second.id, asked(second)[2], len(asked(second)[1])) == ("q2", "A", 2)
     assert all(row.error for row in bad)
-    assert len(bad) == 3
-    (yes,) = load("yes_no", lines(tmp_path / "yn.jsonl", [{"question": "Red?", "answer": "yes", "audio": "a.wav"}]))
-    assert asked(yes) == ("Red?", [("audio", "a.wav", "audio")], "yes")
+    assert len(bad) == 5
+    row = '{"question": "Red\u2028?", "answer": "yes", "audio": "a.wav"}'
+    for text in (f"{row}\n", f"\ufeff\n {row} \n\n", f"\n [{row}]"):
+        path.write_text(text, encoding="utf-8")
+        (yes,) = load("yes_no", path)
+        assert (yes.id, asked(yes)) == ("0", ("Red\u2028?", [("audio", "a.wav", "audio")], "yes"))
+
+
+def test_a_table_of_any_make(tmp_path: Path) -> None:
+    long = "x" * 200_000  # above csv's own limit
+    (tmp_path / "t.csv").write_bytes(f'\ufeffa,b\r\n"one\r\ntwo",{long}\r\n'.encode())
+    assert read_table(tmp_path / "t.csv", ",", ("a", "b")) == [{"a": "one\r\ntwo", "b": long}]
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if not name.startswith("miniworld_")])
@@ -296,9 +339,11 @@ def test_folders_that_are_none(tmp_path: Path, name: str) -> None:
     [
         ("mmbench", "index\tquestion\n1\tx\n", "has no column A, B, answer, image"),
         ("seed_bench", "[]", 'expected {"questions"'),
+        ("seed_bench", '{"questions": 3}', 'expected {"questions"'),
         ("seed_bench", "{", "is not JSON"),
         ("seed_bench", '{"a": "one\u2028two",\n oops}', "line 2, column 2: .*; found 'oops}'"),
         ("air_bench", "{}", "expected a JSON array"),
+        ("audiocaps", "", "has no column youtube_id, caption; found: nothing"),
         ("audiocaps", "x,y\n1,2\n", "has no column youtube_id, caption"),
         ("multiple_choice", "\n", "holds no rows"),
     ],
