@@ -8,7 +8,7 @@ is not known, are A to E):
     2. "answer is B", "answer: (B)", "option B", "choice B" (both exceptions as above), where all such places name one letter
     A letter before a word may belong to the sentence, too: "A dog", "I hear a dog", and "C major it is" where an option is
     called so. Where that text names one option alone, it is that one.
-    3. one letter in brackets, "... is (B)", where no other one stands in brackets
+    3. one letter in brackets, "... is (B)", where no other one stands in brackets, or follows ("(A) or B")
     4. the text of one option and of no other, where the options are known
 else it is unparsed.
 
@@ -60,11 +60,16 @@ def _is_letter(text: str, known: str) -> bool:
     return len(text) == 1 and text.upper() in known
 
 
+def _texts(options: Sequence[str]) -> list[tuple[str, str]]:
+    """The letters and texts of the options that have a text."""
+    pairs = zip(LETTERS, map(str.strip, options), strict=False)
+    return [(letter, option) for letter, option in pairs if option]
+
+
 def _whole(text: str, options: Sequence[str]) -> str | None:
     """The letter of the one option whose text this is: letter for letter, else but for case, else normalised."""
-    pairs = list(zip(LETTERS, options, strict=False))
-    exact = [letter for letter, option in pairs if option.strip() == text]
-    alike = [letter for letter, option in pairs if option.strip().casefold() == text.casefold()]
+    exact = [letter for letter, option in _texts(options) if option == text]
+    alike = [letter for letter, option in _texts(options) if option.casefold() == text.casefold()]
     return next((same[0] for same in (exact, alike) if len(same) == 1), None) or by_text(text, options, whole=True)
 
 
@@ -94,17 +99,17 @@ def _article(match: re.Match[str], text: str) -> bool:
 def _only(pattern: re.Pattern[str], text: str) -> str | None:
     matches = [match for match in pattern.finditer(text) if not _article(match, text)]
     found = {match[1].upper() for match in matches}
-    if pattern is _SAID and any(_SECOND.match(text[match.end() :][:60]) for match in matches):
+    if any(_SECOND.match(text[match.end() :][:60]) for match in matches):
         return None
     return found.pop() if len(found) == 1 else None
 
 
 def by_text(text: str, options: Sequence[str], whole: bool = False) -> str | None:
     """The letter of the option whose text this is, or (unless `whole`) that alone is named in it."""
-    if not options or len(text) > LONGEST_OPTION:
+    if len(text) > LONGEST_OPTION:
         return None
     said = f" {normalise(text)} "
-    texts = [(letter, f" {normalise(option)} ") for letter, option in zip(LETTERS, options, strict=False)]
+    texts = [(letter, f" {normalise(option)} ") for letter, option in _texts(options)]
     equal = [letter for letter, option in texts if option.strip() and said == option]
     named = [letter for letter, option in texts if option.strip() and option in said and not whole]
     return next((found[0] for found in (equal, named) if len(found) == 1), None)
@@ -124,7 +129,7 @@ def true_letter(answer: str, options: Sequence[str] = (), text_first: bool = Fal
     answer = answer.replace("</s>", "").strip()
     if not text_first and _is_letter(answer, LETTERS[: len(options) or None]):
         return answer.upper()
-    same = [letter for letter, option in zip(LETTERS, options, strict=False) if option.strip() == answer]
+    same = [letter for letter, option in _texts(options) if option == answer]
     return same[0] if same else _whole(answer, options) or _leading(answer)
 
 

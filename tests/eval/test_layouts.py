@@ -293,10 +293,19 @@ def test_sets_of_ones_own(tmp_path: Path) -> None:
             "speech": "s.wav",
             "video": None,
         },
-        {"id": "q2", "question": "Colour?", "choices": ["red", "blue"], "answer": "red", "video": ["a.mp4", "b.mp4"]},
+        {
+            "id": "q2",
+            "question": "Colour?",
+            "options": ["red", "blue"],
+            "answer": "red",
+            "video": ["a.mp4", "b.mp4"],
+            "category": "hue",
+        },
         {"question": "Colour?", "choices": ["red", "blue"], "answer": "green"},
         {"question": "Colour?", "choices": "red"},
         {"question": "Colour?", "choices": ["red"], "answer": "red", "image": [1]},
+        {"question": "How many?", "choices": [1, 2], "answer": "A"},
+        {"question": "How many?", "choices": ["None", "one"]},
     ]
     path = lines(tmp_path / "mine.jsonl", rows)
     path.write_text(path.read_text() + "{broken\n" + '{"a":' * 100_000 + "\n")
@@ -304,8 +313,9 @@ def test_sets_of_ones_own(tmp_path: Path) -> None:
     media = [("image", "i.png", "vision"), ("audio", "s.wav", "speech")]
     assert asked(first) == ("Colour?\nA. red\nB. blue", media, "B")
     assert (second.id, asked(second)[2], len(asked(second)[1])) == ("q2", "A", 2)
+    assert second.meta["category"] == "hue"
     assert all(row.error for row in bad)
-    assert len(bad) == 5
+    assert len(bad) == 7
     row = '{"question": "Red\u2028?", "answer": "yes", "audio": "a.wav"}'
     for text in (f"{row}\n", f"\ufeff\n {row} \n\n", f"\n [{row}]"):
         path.write_text(text, encoding="utf-8")

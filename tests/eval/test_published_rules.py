@@ -384,6 +384,19 @@ OPTIONS = ["a cat", "the dog", "A minor", "B minor"]
         ("да", None, None),
         ("Д", None, None),
         ("C# it is", None, None),  # a note
+        ("The answer is C#", None, "E"),
+        ("**B**", "B", None),
+        ('"C"', "C", None),
+        ("C'est (B)", "B", None),
+        ("D\u2019accord: (B)", "B", None),
+        ("A, or B", None, None),
+        ("(B) or C", None, None),
+        ("A, Because it meows", "A", "E"),
+        ("My choice is D", "D", "E"),
+        ("An adoption C", None, None),
+        ("two (b) of them", None, None),
+        ("The answer is B, not (A).", "B", "E"),
+        ("A. My choice is B", "A", "E"),
     ],
 )
 def test_letters(text: str, strict: str | None, official: str | None) -> None:
@@ -393,7 +406,17 @@ def test_letters(text: str, strict: str | None, official: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "letter"),
-    [("a cat", "A"), ("It is the dog.", "B"), ("B minor", "D"), ("a cat or the dog", None), ("C", "C"), ("E", None)],
+    [
+        ("a cat", "A"),
+        ("It is the dog.", "B"),
+        ("B minor", "D"),
+        ("B - minor", "D"),
+        ("a cat or the dog", None),
+        ("C", "C"),
+        ("E", None),
+        (f"I {'hear and ' * 100}see the dog", "B"),
+        (f"I {'hear and ' * 300}see the dog", None),  # too long for an option's own words
+    ],
 )
 def test_options_by_their_text(text: str, letter: str | None) -> None:
     assert choose(text, OPTIONS) == letter
@@ -404,6 +427,7 @@ def test_options_by_their_text(text: str, letter: str | None) -> None:
     [
         ("A dog", ["cat", "dog"], "B"),  # an article
         ("The answer is A cat", ["dog", "cat"], "B"),
+        ("Answer:A cat", ["dog", "cat"], "B"),
         ("A cat", ["cat", "dog"], "A"),
         ("A man is walking", ["cat", "dog"], "A"),  # names none of them
         ("A) dog", ["cat", "dog"], "A"),
@@ -430,7 +454,10 @@ def test_a_letter_may_be_a_word(text: str, options: list[str], letter: str) -> N
         ("-5", ["5", "-5"], "B"),
         ("5", ["5", "-5"], "A"),
         ("C", ["D", "C", "G"], "C"),  # an answer is asked for as a letter
-        ("X", ["x", "X"], "B"),
+        ("c", ["D", "C", "G"], "C"),
+        ("C#</s>", ["C", "C#", "D"], "B"),
+        ("X", ["x", "X "], "B"),
+        ("x#", ["X", "X# "], "B"),
     ],
 )
 def test_an_options_very_text_goes_before_its_like(text: str, options: list[str], letter: str) -> None:
@@ -441,6 +468,12 @@ def test_an_options_very_text_goes_before_its_like(text: str, options: list[str]
 def test_a_text_of_two_options_chooses_neither(text: str, options: list[str]) -> None:
     assert choose(text, options) is None
     assert choose("cat", options) == "C"
+
+
+@pytest.mark.parametrize("empty", ["", " ", "!"])
+def test_nothing_said_is_not_the_text_of_an_option_without_one(empty: str) -> None:
+    assert choose("", [empty, "a cat"]) is choose("...", [empty, "a cat"]) is None
+    assert true_letter("", [empty, "a cat"]) is None
 
 
 @given(st.text(max_size=40))
@@ -457,14 +490,18 @@ def test_the_official_letter_equals_a_loop(text: str) -> None:
 
 def test_options_and_truths() -> None:
     assert options_in("Which?\nA. a cat\nB. the dog\nC) third\nnot one") == ["a cat", "the dog", "third"]
-    assert options_in("B. second first") == []
-    truths = ("b", "B</s>", "B. the dog", "the dog", "Zebra")
-    assert [true_letter(text, OPTIONS) for text in truths] == ["B", "B", "B", "B", None]
+    assert options_in("?\n(A) a cat \nB: the dog") == ["a cat", "the dog"]
+    assert options_in("\n".join(f"{letter}. x" for letter in "ABCDEFGHIJA")) == ["x"] * 10
+    assert options_in("B. second first") == options_in("?\nA.\nB. no first") == []
+    truths = ("b", "B</s>", "B. the dog", "the dog", "the dog</s>", "Zebra")
+    assert [true_letter(text, OPTIONS) for text in truths] == ["B", "B", "B", "B", "B", None]
     numbers, notes = ["4", "2", "1", "3"], ["D", "C", "G", "A"]
     assert [true_letter("2", numbers, text_first=first) for first in (False, True)] == ["B", "B"]
     assert [true_letter("C", notes, text_first=first) for first in (False, True)] == ["C", "B"]
     assert [true_letter("C", numbers, text_first=first) for first in (False, True)] == ["C", "C"]
-    assert true_letter("X", ["W", "X"]) == "B"  # no letter of two options
+    assert true_letter("D", ["C", "D"]) == "B"  # no letter of two options
+    assert true_letter("AB", ["AB", "CD"]) == "A"
+    assert true_letter("A, minor", OPTIONS) == "C"
     assert options_in("?\nA. one\u2028line\nB. two") == ["one\u2028line", "two"]
 
 
