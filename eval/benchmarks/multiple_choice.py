@@ -73,7 +73,7 @@ class MultipleChoice(RightOrWrong):
 
     def truth(self, fields: Fields) -> str:
         """In this format, unlike those of publishers and of eval/run.py, a number is that of an option."""
-        if fields.own or type(self) is not MultipleChoice:
+        if type(self) is not MultipleChoice:
             return fields.truth
         choices = self.choices_of(Row("", 0, meta=fields.meta))
         return numbered(fields.meta.get("answer"), choices) or fields.truth
@@ -101,7 +101,7 @@ class MultipleChoice(RightOrWrong):
         return true_letter(row.answer, self.choices_of(row))
 
     def same_truth(self, row: Row, truth: Row) -> bool:
-        own = self.truth_of(row) or true_letter(row.answer, self.choices_of(truth), self.texts_are_true)
+        own = self.truth_of(row) or true_letter(row.answer, self.choices_of(truth))
         return own == self.truth_of(truth)
 
     def truth_error(self, row: Row) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data.schema import UserError
+from data.schema import BadSample, UserError
 from eval.benchmarks import BENCHMARKS, Row, find_benchmark
 from eval.benchmarks.questions import read_table
 
@@ -321,6 +321,16 @@ def test_sets_of_ones_own(tmp_path: Path) -> None:
         path.write_text(text, encoding="utf-8")
         (yes,) = load("yes_no", path)
         assert (yes.id, asked(yes)) == ("0", ("Red\u2028?", [("audio", "a.wav", "audio")], "yes"))
+
+
+def test_there_are_letters_for_ten_options() -> None:
+    own = BENCHMARKS["multiple_choice"]
+    ten = [f"option {k}" for k in range(10)]
+    sample = own.prompt({"question": "Which?", "choices": ten, "answer": "option 9"}, 0)
+    assert (sample.answer, sample.meta["choices"]) == ("J", ten)
+    assert sample.prompt[-1].text.endswith("J. option 9\nAnswer with the option's letter.")
+    with pytest.raises(BadSample, match="11 options; there are letters for 10"):
+        own.prompt({"question": "Which?", "choices": [*ten, "more"], "answer": "A"}, 0)
 
 
 def test_a_table_of_any_make(tmp_path: Path) -> None:

@@ -420,6 +420,15 @@ def test_a_question_without_its_options_finds_its_annotation(tmp_path: Path) -> 
     assert (result["score"], result["missing"], result["extra"]) == (1.0, 0, 0)
 
 
+def test_a_true_answer_in_words_is_that_of_an_annotation_in_letters(tmp_path: Path) -> None:
+    annotated = {"id": "1", "question": "What?", "choices": ["cat", "dog"], "answer": "B"}
+    own = write(tmp_path / "own.jsonl", [annotated])
+    for answer, told in (("Dog.", 0), ("cat", 1)):
+        row = {"id": "1", "question": "What?", "answer": answer, "output": ["B"]}
+        result = score("multiple_choice", write(tmp_path / "p.jsonl", [row]), annotations=own)
+        assert (result["score"], len(result["problems"])) == (1.0, told)
+
+
 # ---- rows that belong to another file --------------------------------------------------------------------------------
 
 

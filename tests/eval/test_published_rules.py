@@ -515,6 +515,16 @@ def test_letter_benchmarks_by_hand(tmp_path: Path, name: str) -> None:
     assert result["rules"]["official"]["score"] == pytest.approx(1 / 6)  # `b the dog` alone; unparsed rows stay
     assert (result["parsed"], result["unparsed"]) == (5, 1)
     assert result["rules"]["official"]["parsed"] == 4
+    letters = image_row(0, "0.jpg", "Which?\nA. B\nB. A", "A", "A")  # a true answer is a letter here
+    assert scored(tmp_path, name, [letters])["score"] == 1.0
+
+
+@pytest.mark.parametrize("key", ["choices", "options"])
+def test_a_true_answer_that_is_no_option_is_named(tmp_path: Path, key: str) -> None:
+    row = {"id": "1", "audio_id": "1.wav", key: ["cat", "dog"], "answer": "Zebra", "model_output": "the dog"}
+    assert scored(tmp_path, "mmau", [row | {"answer": "dog"}])["score"] == 1.0
+    result = scored(tmp_path, "mmau", [row])
+    assert (result["bad"], result["problems"][0]) == (1, "row 1: the true answer is no option's letter: 'Zebra'")
 
 
 def test_circular_evaluation(tmp_path: Path) -> None:
@@ -577,19 +587,20 @@ def test_mmau_matches_the_words_of_the_answer_as_it_is_written(tmp_path: Path) -
         assert scored(tmp_path, "mmau", [plain], None)["rules"]["official"]["score"] == 1
 
 
+@pytest.mark.parametrize(("truth", "letter"), [("C", "B"), ("G", "C")])
 @pytest.mark.parametrize("name", ["mmau", "air_bench"])
-def test_true_answers_of_one_character_are_texts(tmp_path: Path, name: str) -> None:
+def test_true_answers_of_one_character_are_texts(tmp_path: Path, name: str, truth: str, letter: str) -> None:
     options = ["D", "C", "G", "A"]
     letters = dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), options, strict=True))
     record = {"question": "Which note?", "task_name": "Music_Midi_Pitch_Analysis", "dataset_name": "n", "path": "1.wav"}
     record |= letters | {"id": "1", "uniq_id": 1, "audio_id": "1.wav", "choices": options}
-    record |= {"answer": "C"} if name == "mmau" else {"answer_gt": "C"}
+    record |= {"answer": truth} if name == "mmau" else {"answer_gt": truth}
     annotations = tmp_path / "a.json"
     annotations.write_text(json.dumps([record]))
     (row,) = BENCHMARKS[name].load(annotations, options={"tasks": "all"} if name == "air_bench" else {})
-    assert row.answer == "B"
-    row.prediction = "B"
-    own, published = BENCHMARKS[name].to_json(row), record | {"model_output": "B"}
+    assert row.answer == letter
+    row.prediction = letter
+    own, published = BENCHMARKS[name].to_json(row), record | {"model_output": letter}
     for rows, truths in (([own], None), ([published], None), ([published], annotations if name == "mmau" else None)):
         assert scored(tmp_path, name, rows, truths)["score"] == 1.0
 

@@ -320,6 +320,25 @@ def test_images_without_a_yes() -> None:
     }
 
 
+# ---- choices ---------------------------------------------------------------------------------------------------------
+
+
+def test_choices_by_category() -> None:
+    said = [("B it is", "B"), ("the cat", "B"), ("A", "B"), ("A", "A")]
+    table = rows(*said, choices=[["dog", "cat"]] * 4, category=["x", 2, "x", None])
+    result = BENCHMARKS["multiple_choice"].score([*table, bad(category="x")])
+    strict, official = result["rules"]["strict"], result["rules"]["official"]  # the script reads B E - - -
+    assert (strict["score"], official["score"]) == (pytest.approx(3 / 5), pytest.approx(1 / 5))
+    assert list(strict["category"]) == ["2", "x"]
+    assert strict["category"] == {"2": {"rows": 1, "accuracy": 1.0}, "x": {"rows": 3, "accuracy": pytest.approx(1 / 3)}}
+    assert official["category"] == {
+        "2": {"rows": 1, "accuracy": 0.0},
+        "x": {"rows": 3, "accuracy": pytest.approx(1 / 3)},
+    }
+    assert strict["baselines"] == {"majority_letter": pytest.approx(3 / 5)}
+    assert "category" not in BENCHMARKS["multiple_choice"].score(table[3:])["metrics"]
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +357,15 @@ def test_strange_answers_are_counted_and_survive_a_file(name: str) -> None:
     assert benchmark.score([Row(**{key: row[key] for key in kept}) for row in again]) == metrics
     if name != "audiocaps":
         assert [row["correct"] for row in again] == [False] * len(strange) + [True]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_bad_row_earns_nothing_whatever_was_said(name: str) -> None:
+    benchmark, truth = BENCHMARKS[name], TRUTHS.get(name, "yes")
+    (row,) = rows((truth, truth))
+    row.error = "the file is broken"
+    result = benchmark.score([row])
+    assert (result["score"], result["bad"], result["parsed"]) == (float(benchmark.lower_is_better), 1, 0)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
