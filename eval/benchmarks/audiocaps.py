@@ -60,10 +60,10 @@ class AudioCaps(Benchmark):
 
     def media_names(self, truth: Row) -> set[str]:
         clip = truth.meta.get("youtube_id")
-        return super().media_names(truth) | {f"{clip}", f"Y{clip}", *truth.meta.get("audiocap_ids", ())}
+        return {f"{clip}", f"Y{clip}", *truth.meta.get("audiocap_ids", ())}
 
     def truth(self, fields: Fields) -> str:
-        captions = (as_text(fields.meta.get(key)) for key in REFERENCES if fields.meta.get(key))
+        captions = (as_text(fields.meta.get(key)) for key in REFERENCES)
         return next((caption for caption in captions if caption), fields.truth)
 
     def same_truth(self, row: Row, truth: Row) -> bool:

@@ -11,6 +11,7 @@ import pytest
 
 from data.schema import BadSample, UserError
 from eval.benchmarks import BENCHMARKS, Row, find_benchmark
+from eval.benchmarks.multiple_choice import lettered
 from eval.benchmarks.questions import read_table
 
 
@@ -283,6 +284,21 @@ def test_audiocaps(tmp_path: Path) -> None:
     assert BENCHMARKS["audiocaps"].score(rows)["score"] == pytest.approx((10 * 2 / 4 / 2 + 10 * 1 / 4) / 2)
 
 
+def test_audiocaps_tells_clips_of_one_video_apart_and_leaves_out_what_is_empty(tmp_path: Path) -> None:
+    table = "1,ab,10,A dog barks\n2,ab,40,Rain\n3,cd,0, \n4,cd,0,Wind\n5,ef,0\n"
+    path = tmp_path / "test.csv"
+    path.write_text(f"audiocap_id,youtube_id,start_time,caption\n{table}")
+    rows = load("audiocaps", path)
+    assert [asked(row)[1][0][1] for row in rows] == ["ab.wav", "ab.wav", "cd.wav", "ef.wav"]
+    assert [row.meta["references"] for row in rows] == [["A dog barks"], ["Rain"], ["Wind"], []]
+    assert [row.meta["audiocap_ids"] for row in rows] == [["1"], ["2"], ["3", "4"], ["5"]]
+    assert [row.error is None for row in rows] == [True, True, True, False]
+    named = load("audiocaps", path, name="{audiocap_id}.wav")
+    assert [asked(row)[1][0][1] for row in named] == ["1.wav", "2.wav", "3.wav", "5.wav"]
+    path.write_text("youtube_id,caption\nab,Rain\n")
+    assert load("audiocaps", path)[0].meta["audiocap_ids"] == []
+
+
 def test_sets_of_ones_own(tmp_path: Path) -> None:
     rows = [
         {
@@ -329,6 +345,10 @@ def test_there_are_letters_for_ten_options() -> None:
     sample = own.prompt({"question": "Which?", "choices": ten, "answer": "option 9"}, 0)
     assert (sample.answer, sample.meta["choices"]) == ("J", ten)
     assert sample.prompt[-1].text.endswith("J. option 9\nAnswer with the option's letter.")
+    for answer in (True, -1, 10):  # neither the number of an option nor its text
+        with pytest.raises(BadSample, match="is none of the 10 options"):
+            own.prompt({"question": "Which?", "choices": ten, "answer": answer}, 0)
+    assert lettered({"choice_a": 0, "choice_b": "one", "choice_c": None}) == ["0", "one"]
     with pytest.raises(BadSample, match="11 options; there are letters for 10"):
         own.prompt({"question": "Which?", "choices": [*ten, "more"], "answer": "A"}, 0)
 

@@ -231,6 +231,13 @@ def test_captions_in_a_file(tmp_path: Path) -> None:
     expected = cider_by_loops(["a dog barks", "", "a man speaks"], plain)
     assert result["score"] == pytest.approx(sum(expected) / 3)
     assert (result["parsed"], result["unparsed"], result["scale"]) == (2, 1, "points")
+    for key in ("captions", "caption", "answer"):
+        other = [
+            {"youtube_id": f"y{i}", key: [*r, " ", None], "prediction": p}
+            for i, (r, p) in enumerate(zip(references, said, strict=True))
+        ]
+        assert score("audiocaps", write(tmp_path / "o.jsonl", other))["score"] == result["score"]
+    assert score("audiocaps", write(tmp_path / "o.jsonl", rows + rows[:1]))["duplicates"] == 1
     (tmp_path / "test.csv").write_text(
         "youtube_id,start_time,caption\n" + "".join(f"y{i},0,{c}\n" for i, own in enumerate(references) for c in own)
     )
@@ -239,6 +246,18 @@ def test_captions_in_a_file(tmp_path: Path) -> None:
     assert again["score"] == pytest.approx(result["score"])
     test = score("audiocaps", tmp_path / "p.jsonl", tmp_path / "test.csv", against=tmp_path / "q.jsonl")["against"]
     assert (test["difference"], test["rows"]) == (0.0, 3)
+
+
+@pytest.mark.parametrize("key", ["references", "caption", "answer", "reference"])
+def test_one_reference_may_be_a_text(key: str, tmp_path: Path) -> None:
+    told, said = ["a dog barks", "rain falls", "a man speaks"], ["a dog barks", "rain", "..."]
+    rows = [{"youtube_id": f"y{i}", key: t, "prediction": p} for i, (t, p) in enumerate(zip(told, said, strict=True))]
+    result = score("audiocaps", write(tmp_path / "p.jsonl", rows))
+    expected = cider_by_loops([*said[:2], ""], [[caption] for caption in told])
+    assert (result["score"], result["unparsed"]) == (pytest.approx(sum(expected) / 3), 1)
+    table = "".join(f"y{i},{t}\ny{i},another\n" for i, t in enumerate(told))
+    (tmp_path / "test.csv").write_text(f"youtube_id,caption\n{table}")
+    assert score("audiocaps", tmp_path / "p.jsonl", tmp_path / "test.csv")["problems"] == []  # one in common is enough
 
 
 def test_clips_are_found_by_every_name_that_they_have(tmp_path: Path) -> None:
@@ -250,7 +269,15 @@ def test_clips_are_found_by_every_name_that_they_have(tmp_path: Path) -> None:
     rows = BENCHMARKS["audiocaps"].load(tmp_path / "test.csv", options={"name": "Y{youtube_id}.wav"})
     for row, text in zip(rows, said, strict=True):
         row.prediction = text
+    plain = BENCHMARKS["audiocaps"].strict(rows)
+    assert BENCHMARKS["audiocaps"].earnings(rows) == [f"CIDEr-D {one.points:.2f}" for one in plain]
+    rows[0].prediction = "<think>Rain?</think>A dog barks"
+    assert BENCHMARKS["audiocaps"].strict(rows) == plain
+    rows[0].error = "the file is broken"
+    assert [one.points for one in BENCHMARKS["audiocaps"].strict(rows)] == [0.0, plain[1].points]
+    rows[0].error = None
     records = [BENCHMARKS["audiocaps"].to_json(row) for row in rows]
+    assert [(row["points"], row["of"], row["correct"]) for row in records] == [(None, None, None)] * 2
     found = [score("audiocaps", write(tmp_path / "own.jsonl", records), tmp_path / "test.csv")]
     for key, names in (("audiocap_id", (7, 9)), ("audiocap_id", ("8", "9")), ("audio_id", ("Y-ab.wav", "Ycd"))):
         records = [{key: name, "caption": text} for name, text in zip(names, said, strict=True)]
