@@ -24,7 +24,6 @@ SIGMA = 6.0
 TOO_LONG = 250  # bigrams more than the longest reference: exp(-250^2 / 72) is 0 in float64
 _WORD = re.compile(r"[^\W_]+(?:[-_.][^\W_]+)*|'(?:s|m|d|re|ve|ll)\b")
 _NEGATION = re.compile(r"(?<=[a-z])n't\b")
-_CLITIC = re.compile(r"(?<=\w)'(?=(?:s|m|d|re|ve|ll)\b)")
 
 Grams = Counter[tuple[str, ...]]
 
@@ -32,8 +31,7 @@ Grams = Counter[tuple[str, ...]]
 @lru_cache(maxsize=65536)
 def tokens(caption: str) -> tuple[str, ...]:
     """`It's a dog, barking.` -> it 's a dog barking."""
-    text = caption.lower().replace("\u2019", "'")
-    text = _CLITIC.sub(" '", _NEGATION.sub(" n_t", text))
+    text = _NEGATION.sub(" n_t", caption.lower().replace("\u2019", "'"))
     return tuple("n't" if word == "n_t" else word for word in _WORD.findall(text))
 
 

@@ -47,7 +47,7 @@ class LibriSpeech(Asr):
     def prompt(self, record: Any, index: int) -> Sample:
         folder, line = record
         name, _, words = line.strip().partition(" ")
-        if not words.strip():
+        if not words:
             raise BadSample(f"expected `ID WORDS`, found {line[:60]!r}")
         path = f"{folder}/{name}.flac"
         media, meta = [Media("audio", path, "speech")], {"audio": path, "video_id": chapter(name)}

@@ -11,6 +11,7 @@ import pytest
 
 from data.schema import BadSample, UserError
 from eval.benchmarks import BENCHMARKS, Row, find_benchmark
+from eval.benchmarks.fields import take_apart
 from eval.benchmarks.multiple_choice import lettered
 from eval.benchmarks.questions import read_table
 
@@ -251,26 +252,51 @@ def test_ave_and_music_avqa(tmp_path: Path) -> None:
 def test_librispeech(tmp_path: Path) -> None:
     folder = tmp_path / "1089" / "134686"
     folder.mkdir(parents=True)
-    (folder / "1089-134686.trans.txt").write_text(
-        "1089-134686-0000 HE HOPED\u2028THERE\n1089-134686-0001\n", encoding="utf-8"
+    (folder / "1089-134686.trans.txt").write_bytes(
+        b"1089-134686-0000 HE HOPED\xe2\x80\xa8THERE\r\n 1089-134686-0001  CAF\xc9 \n1089-134686-0002\n"
     )
-    good, bad = load("librispeech", tmp_path)
+    (folder / "notes.txt").write_text("1089-134686-0003 NOT READ\n")
+    good, spaced, bad = load("librispeech", tmp_path)
     assert asked(good)[1:] == ([("audio", "1089/134686/1089-134686-0000.flac", "speech")], "HE HOPED\u2028THERE")
-    assert good.unit == "1089-134686"
-    assert bad.error is not None
+    assert asked(spaced)[1:] == ([("audio", "1089/134686/1089-134686-0001.flac", "speech")], "CAF\ufffd")
+    assert good.unit == spaced.unit == "1089-134686"
+    assert "expected `ID WORDS`, found '1089-134686-0002'" in (bad.error or "")
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("row", "unit"),
     [
-        {"audio_filepath": "a.flac", "text": "hello there"},
-        {"key": "k", "source": "a.flac", "target": "hello there"},
-        {"id": 1, "speech": "a.flac", "transcript": "hello there", "language": "de"},
+        ({"audio_filepath": "/a/1089-134686-0000.flac", "id": "x", "text": "a", "pred_text": "a"}, "1089-134686"),
+        ({"id": "1089-134686-0001", "text": "a", "pred_text": "a"}, "1089-134686"),
+        ({"id": "solo", "text": "a", "pred_text": "a"}, "solo"),
+        ({"id": "1089-134686-0001", "prediction": "a", "answer": "a", "unit": "own-unit"}, "own-unit"),
     ],
 )
-def test_manifests(tmp_path: Path, row: dict[str, Any]) -> None:
+def test_recordings_of_a_chapter_are_drawn_together(row: dict[str, Any], unit: str) -> None:
+    assert BENCHMARKS["librispeech"].from_record(take_apart(row), 0).unit == unit
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"audio_filepath": "a.flac", "text": " hello there\n"}, "a.flac"),
+        ({"key": "k", "source": "a.flac", "target": "hello there"}, "k"),
+        ({"id": 1, "speech": "a.flac", "transcript": "hello there", "language": "de"}, "1"),
+        ({"id": "i", "key": "k", "wav": "a.flac", "sentence": "hello there", "answer": "no"}, "i"),
+        ({"audio_filepath": "a.flac", "path": "b", "audio": "c", "text": "hello there", "transcript": "no"}, "a.flac"),
+        ({"path": "a.flac", "answer": "hello there"}, "a.flac"),
+    ],
+)
+def test_manifests(tmp_path: Path, row: dict[str, Any], name: str) -> None:
     (only,) = load("asr", lines(tmp_path / "m.jsonl", [row]))
     assert asked(only)[1:] == ([("audio", "a.flac", "speech")], "hello there")
+    assert (only.id, only.meta["audio"]) == (name, "a.flac")
+
+
+@pytest.mark.parametrize("row", [{"audio": "a.flac"}, {"text": "hello"}, {"audio": "a.flac", "text": 3}])
+def test_manifests_without_a_path_or_a_text(tmp_path: Path, row: dict[str, Any]) -> None:
+    (only,) = load("asr", lines(tmp_path / "m.jsonl", [row]))
+    assert "expected a path under audio_filepath" in (only.error or "")
 
 
 def test_audiocaps(tmp_path: Path) -> None:

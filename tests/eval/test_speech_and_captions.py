@@ -292,3 +292,5 @@ def test_a_caption_of_any_length_is_scored() -> None:
     long = cider_d(["dog " * 300_000, "rain"], [["a dog"], ["rain"]])
     assert long[0] == 0.0
     assert long[1] == pytest.approx(2.5)
+    long = " ".join(f"word{k}" for k in range(300))  # the very words of one reference of two, far from the other
+    assert cider_d([long, "rain"], [["a dog", long], []]) == pytest.approx([5.0, 0.0])
