@@ -263,6 +263,13 @@ def test_a_bad_recording_counts_all_its_words() -> None:
     assert metrics["metrics"]["wer"] == pytest.approx(4 / 6)
 
 
+def test_a_transcript_is_parsed_as_it_is_compared() -> None:
+    asr = BENCHMARKS["asr"]
+    assert (asr.parse("It's twenty-three!"), asr.parse("uh")) == ("it is 23", None)
+    assert asr.correct(rows(("", "uh"))[0])  # silence, as the normaliser has it
+    assert not asr.correct(bad("uh"))
+
+
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
