@@ -30,7 +30,7 @@ from eval.benchmarks.tags import marked
 LETTERS = "ABCDEFGHIJ"
 OFFICIAL_LETTERS = "abcde"
 _LEADING = re.compile(r"[(\[*\"']{0,4}([A-Ja-j])(?![^\W_]|[#\u266f\u266d])(?!['\u2019]\w)")
-_SECOND = re.compile(r"[)\]*\"'.:,]{0,4}\s{0,4}(?:(?:or|and|/|&|,)\s{0,4}){1,2}[(\[*\"']{0,4}[A-J](?![^\W_])")
+_SECOND = re.compile(r"[)\]*\"'.:,]{0,4}\s{0,4}(?:(?:or|and|/|&|,)\s{0,4}){1,3}[(\[*\"']{0,4}[A-J](?![^\W_])")
 _SAID = re.compile(
     r"\b(?:answer|option|choice)(?:\s{1,4}is)?\s{0,4}:?\s{0,4}[(\[*\"']{0,4}([A-J])(?![^\W_]|[#\u266f\u266d])",
     re.IGNORECASE,

@@ -51,7 +51,7 @@ def test_mme(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "count/1.jpeg").write_bytes(b"")
     (tmp_path / "count/1.txt").write_bytes(
-        "\ufeffTwo\u2028dogs?\tPlease answer yes or no.\tYes\r\nThree? Please answer yes or no.\tNo\r\n".encode()
+        "\ufeffTwo\u2028dogs?\tPlease answer yes or no.\tYes\r\nThree? Please answer yes or no. \t No\r\n".encode()
     )
     (tmp_path / "posters/images/tt1.png").write_bytes(b"")
     (tmp_path / "posters/questions_answers_YN/tt1.txt").write_bytes(b"Is it Heat\xe9?\tYes\nno tab here\n\tYes\n")

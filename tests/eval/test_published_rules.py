@@ -390,6 +390,7 @@ OPTIONS = ["a cat", "the dog", "A minor", "B minor"]
         ("C'est (B)", "B", None),
         ("D\u2019accord: (B)", "B", None),
         ("A, or B", None, None),
+        ("A and/or B", None, "A"),
         ("(B) or C", None, None),
         ("A, Because it meows", "A", "E"),
         ("My choice is D", "D", "E"),

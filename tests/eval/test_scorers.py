@@ -80,7 +80,7 @@ def test_questions_by_type() -> None:
             ("yes", "yes"),  # right
             ("", "no"),  # unparsed
             ("да", "yes"),  # another script: wrong
-            ("the answer to this question is probably yes", "yes"),  # no short answer: unparsed
+            ("the answer to this question is probably yes", "Yes!"),  # no short answer: unparsed
             question_type=kinds,
         )
     )
