@@ -286,7 +286,7 @@ def test_swift_puts_missing_placeholders_in_front(tmp_path):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("switch", [{"loss": False}, {"weight": 0}])
+@pytest.mark.parametrize("switch", [{"loss": False}, {"loss": 0}, {"weight": 0}, {"weight": 0.0}])
 def test_an_answer_kept_out_of_the_loss_is_history_only(tmp_path, switch):
     talked, written = openai("1?", "wrong", "2?", "two", "3?", "three"), talk("1?", "wrong", "2?", "two")
     for message, key in ((m, "value" if "value" in m else "content") for m in talked + written):
@@ -625,6 +625,54 @@ def test_thoughts_beside_an_answer_are_thoughts_before_it(tmp_path, key):
     for nothing in (None, "", " \n"):
         row["messages"][1][key] = nothing
         assert open_source("messages", write(tmp_path / "a.json", [row]))[0].answer == "Ho"
+    for content in (None, 3):
+        row["messages"][1] |= {"content": content, key: "Hm."}
+        with pytest.raises(BadSample):
+            open_source("messages", write(tmp_path / "a.json", [row]))[0]
+
+
+def test_a_message_is_empty_where_all_of_its_texts_are(tmp_path):
+    parts = [{"type": "text", "text": ""}, {"type": "text", "text": "Be brief."}]
+    row = {"messages": [{"role": "system", "content": parts}, *openai("Hi", "Ho")]}
+    assert open_source("messages", write(tmp_path / "a.json", [row]))[0].messages[0].text == "Be brief."
+    blank = open_source("messages", write(tmp_path / "a.json", [{"messages": openai(" ", "Ho")}]))
+    assert [message.role for message in blank[0].messages] == ["user", "assistant"]  # no system's, so it stays
+    with pytest.raises(BadSample, match="message 0: holds neither text nor media"):
+        open_source("llava", write(tmp_path / "a.json", [{"conversations": talk("", "Ho")}]))[0]
+
+
+def test_only_the_last_questions_mark_stays(tmp_path):
+    told, marked = {"type": "text", "text": "Look. "}, {"type": "text", "text": "What?", "question": True}
+    row = {"messages": openai([told, marked], "A", [marked, told], "B")}
+    first, second = open_source("messages", write(tmp_path / "a.json", [row]))
+    marks = [[part.question for part in message.content] for message in second.messages]
+    assert marks == [[False, False], [False], [True, False], [False]]
+    assert [part.question for part in first.messages[0].content] == [False, True]
+
+
+def test_names_and_metas_of_rows(tmp_path):
+    """A row without an id is called by its line in a file of lines, by its place in an array."""
+    rows = [
+        {"messages": openai("Hi", "Ho"), "meta": None, "split": "a"},
+        {"messages": openai("Hi", "Ho"), "id": 0, "meta": {"split": "b", "x": 1}, "split": "a"},
+        3,
+        {"messages": openai("Hi", "")},
+    ]
+    path = tmp_path / "a.jsonl"
+    for text, names, where in (
+        ("\n".join(map(json.dumps, rows)), ["1", "0"], "line 4: "),
+        (json.dumps(rows), ["0", "0"], ""),
+    ):
+        path.write_text(text)
+        found = open_source("messages", path)
+        assert [(sample.id, sample.meta) for sample in (found[0], found[1])] == [
+            (names[0], {"split": "a"}),
+            (names[1], {"split": "b", "x": 1}),
+        ]
+        with pytest.raises(BadSample, match=r"expected .*found"):
+            found[2]
+        with pytest.raises(BadSample, match=f"row 3: {where}message 1: the answer is empty"):
+            found[3]
 
 
 def test_sharegpt_knows_the_names_of_tools(tmp_path):
