@@ -524,6 +524,9 @@ def test_letter_benchmarks_by_hand(tmp_path: Path, name: str) -> None:
 def test_a_true_answer_that_is_no_option_is_named(tmp_path: Path, key: str) -> None:
     row = {"id": "1", "audio_id": "1.wav", key: ["cat", "dog"], "answer": "Zebra", "model_output": "the dog"}
     assert scored(tmp_path, "mmau", [row | {"answer": "dog"}])["score"] == 1.0
+    assert scored(tmp_path, "mmau", [row | {key: [3, 2], "answer": 2, "model_output": "it is 2"}])["score"] == 1.0
+    asked = {key: "cat, dog", "question": "Which?\nA. cat\nB. dog"}  # no list: the question tells
+    assert scored(tmp_path, "mmau", [row | asked | {"answer": "dog"}])["score"] == 1.0
     result = scored(tmp_path, "mmau", [row])
     assert (result["bad"], result["problems"][0]) == (1, "row 1: the true answer is no option's letter: 'Zebra'")
 

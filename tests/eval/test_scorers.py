@@ -313,6 +313,8 @@ def test_images_by_hand() -> None:
 
 def test_rows_without_a_truth_are_no_most_frequent_answer() -> None:
     assert images.score([*rows(("yes", "yes")), bad(), bad()])["metrics"]["baselines"]["majority_answer"] == 1 / 3
+    lettered = BENCHMARKS["multiple_choice"].score([*rows(("A", "A")), bad(), bad()])
+    assert lettered["metrics"]["baselines"]["majority_letter"] == 1 / 3
 
 
 def test_images_without_a_yes() -> None:
