@@ -167,6 +167,16 @@ def test_control_tokens_in_written_text_stay_text(make, template, text):
     assert [i for i in row.input_ids.tolist() if i in special] == harmless
 
 
+@pytest.mark.parametrize("text", [*HOSTILE, "<|im_start|>", "<|endoftext|>"])
+def test_control_tokens_in_written_thoughts_stay_text(make, text):
+    processor = make("thinking", thinking=True)
+    special = {*processor.tokenizer.all_special_ids, *processor.tokenizer.added_tokens_decoder}
+    rows = [processor(turns("a", f"<think>\n{thought}\n</think>\n\nb")).input_ids for thought in ("c", f"c {text}")]
+    harmless, found = ([i for i in ids.tolist() if i in special] for ids in rows)
+    assert found == harmless
+    assert f"c {text}" in processor.tokenizer.decode(rows[1])
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.text(min_size=1, max_size=30).filter(str.strip), st.text(min_size=1, max_size=30).filter(str.strip))
 @example("a", "\uf900")
@@ -353,6 +363,8 @@ def test_thoughts_of_earlier_answers_are_stripped_and_none_are_learned(make):
     assert "Two or </think three?" in processor.tokenizer.decode(processor(asked).input_ids)
     row = make("chatml")(turns("How many?", THOUGHT + "two"))
     assert THOUGHT + "two" in processor.tokenizer.decode(row.input_ids)
+    row = make("chatml")(turns("How many?", THOUGHT + "two", "Which?", "a flute"))
+    assert THOUGHT + "two" in processor.tokenizer.decode(row.input_ids)
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -403,6 +415,25 @@ def test_thoughts_that_the_prompt_opens_are_closed(make, thinking):
         assert decode(row.input_ids[row.labels == IGNORED]) == asked
 
 
+@pytest.mark.parametrize("thinking", [False, True])
+def test_thoughts_of_a_template_that_prints_none(make_tokenizer, media_dir, thinking):
+    """As DeepSeek V3.1's: switched by `thinking`, and no answer is printed with its thoughts."""
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1].strip() }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if not thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    )
+    processor = Processor(tokenizer, {}, MediaLoader(media_dir), thinking=thinking)
+    head = "<|im_start|>user\nHow many?<|im_end|><|im_start|>assistant\n"
+    row = processor(turns("How many?", (THOUGHT if thinking else "") + "two"))
+    told = THOUGHT if thinking else "<think>\n\n</think>\n\n"
+    assert tokenizer.decode(row.input_ids) == f"{head}{told}two<|im_end|>"
+    prompt = tokenizer.decode(row.input_ids[row.labels == IGNORED])
+    assert prompt == (head if thinking else head + told)
+    assert tokenizer.decode(processor(turns("How many?"), for_generation=True).input_ids) == prompt
+
+
 @pytest.mark.parametrize(
     ("call", "printed"),
     [
@@ -445,6 +476,9 @@ def test_a_template_that_loses_messages_is_refused(make_tokenizer, media_dir):
     processor = Processor(tokenizer, {}, MediaLoader(media_dir))
     with pytest.raises(BadSample, match="drops, repeats or reorders"):
         processor(turns("a", "b", "c", "d"))
+    tokenizer.chat_template = "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="does not print the assistant's answer"):
+        Processor(tokenizer, {}, MediaLoader(media_dir))
     tokenizer.chat_template = "{{ messages[0]['content'].no_such_method() }}"
     with pytest.raises(UserError, match="chat template"):
         Processor(tokenizer, {}, MediaLoader(media_dir))
