@@ -122,6 +122,34 @@ def test_keys_are_the_question_of_the_last_user_turn(make, template, sentencepie
     assert not (keys.key_mask & (keys.labels != IGNORED)).any()
 
 
+class Slow:
+    """A tokenizer of transformers' own Python code: it gives no offsets."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]}
+
+
+def test_a_tokenizer_without_offsets_marks_the_question_alone(make_tokenizer, media_dir):
+    processor = Processor(Slow(make_tokenizer("chatml")), {}, MediaLoader(media_dir))
+    parts = (Text("Look. "), Text("How many?", True), Text(" One word."))
+    row = processor(Sample("s", (Message("user", parts), Message("assistant", (Text("two"),)))))
+    assert processor.tokenizer.decode(row.input_ids[row.key_mask]).strip() == "How many?"
+    assert "Look. How many? One word." in processor.tokenizer.decode(row.input_ids)
+
+
+def test_white_space_around_a_message_is_none_of_it(make):
+    processor = make("chatml")
+    assert processor(turns(" \nHow many? ", "\ttwo\n")).input_ids.equal(processor(turns("How many?", "two")).input_ids)
+
+
 def test_where_no_question_is_marked_the_last_turn_is_the_question(make):
     processor = make("gemma")
     sample = Sample(
