@@ -469,6 +469,7 @@ def test_an_options_very_text_goes_before_its_like(text: str, options: list[str]
 def test_a_text_of_two_options_chooses_neither(text: str, options: list[str]) -> None:
     assert choose(text, options) is None
     assert choose("cat", options) == "C"
+    assert true_letter(options[1], options) == ("B" if options[1] == "Dog" else "A")  # of like ones, the first
 
 
 @pytest.mark.parametrize("empty", ["", " ", "!"])
