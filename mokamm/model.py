@@ -217,7 +217,7 @@ class MultimodalLM(nn.Module):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens up to the one that ends the answer, which a tokenizer may not call special."""
         end = next((i for i, token in enumerate(ids) if token in self.end_ids), len(ids))
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return self.processor.renderer.decode(ids[:end])
 
     def _tell_of_cut(self, ids: Tensor, most: int) -> None:
         """Once a model: an answer that has not ended may be cut in the middle of a word, at a length nobody asked for."""

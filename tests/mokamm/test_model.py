@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from safetensors.torch import save_file
 from data.collate import collate
 from data.schema import IGNORED, Message, Text, UserError
 from mokamm.adapters import RoutedLinear, wrap
-from mokamm.build import load_llm, load_tokenizer, trainable_parts
-from mokamm.config import RunConfig
+from mokamm.build import build_model, load_llm, load_tokenizer, trainable_parts
+from mokamm.config import RunConfig, load_config
 from mokamm.config_sections import EvaluationConfig, LLMConfig
 from mokamm.init_from import load_init
 from mokamm.model import user_message
@@ -417,6 +418,13 @@ SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 60, "pad_token_id": 0,
 }  # fmt: skip
+
+
+def test_a_template_that_does_not_fit_is_told_before_the_llm_is_read(monkeypatch):
+    monkeypatch.setattr("mokamm.build.load_llm", Mock(side_effect=AssertionError("the LLM is read")))
+    config = load_config("configs/mini/av_text.yaml", ["model.llm.thinking=true"])
+    with pytest.raises(UserError, match="knows of no thoughts"):
+        build_model(config)
 
 
 @pytest.mark.parametrize("kind", ["Qwen2Config", "GPT2Config", "GemmaConfig", "RwkvConfig"])
