@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from data.schema import UserError
 from mokamm import train
 from mokamm.training.bad_steps import FEWEST, MEMORY, PATIENCE, marked
 from mokamm.training.checkpoint import STATE, newest_first
+from mokamm.training.corpus import batches
 from mokamm.training.loop import better
 from mokamm.training.stopping import SIGNALS, BadStep, agreed, command_to_go_on
 from mokamm.training.watch import read_metrics
@@ -195,6 +197,25 @@ def test_a_run_that_too_many_bad_rows_end_leaves_although_the_loader_s_workers_i
     assert process.returncode == 2, output
     assert "more than data.max_bad_fraction" in output
     assert "Traceback" not in output
+
+
+left_open: list[Iterator[Any]] = []
+
+
+def leave_a_loader_open() -> None:
+    loader = batches([0], [[0]] * 9, 0, workers=2, join=lambda *_: {"labels": torch.zeros(1), "media": {}})
+    left_open.append(iter(loader))
+    next(left_open[0])
+
+
+def test_so_does_a_process_that_multiprocessing_has_started():
+    """A run of eval/compare.py."""
+    process = multiprocessing.get_context("fork").Process(target=leave_a_loader_open)
+    process.start()
+    process.join(timeout=60)
+    code = process.exitcode
+    process.kill()
+    assert code == 0
 
 
 HANGING = """
