@@ -270,6 +270,23 @@ def test_ranks_stop_where_the_deepspeed_command_has_gone(tmp_path):
     assert (tmp_path / "stopped").read_text() == "SIGTERM"
 
 
+PROGRAM = """
+import sys
+from mokamm.training.launch import run_program
+run_program([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"])
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_evaluation_ends_with_the_training_that_waits_for_it(number):
+    with started([sys.executable, "-c", PROGRAM], cwd=ROOT) as process:
+        program = int(process.stdout.readline())
+        process.send_signal(number)
+        process.communicate()
+    assert process.returncode == -number
+    assert not Path(f"/proc/{program}").exists()
+
+
 def test_handlers_are_as_before_after_the_loop():
     from mokamm.training.stopping import SignalWatch
 
