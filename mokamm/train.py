@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from mokamm.arguments import add_config_arguments
 from mokamm.config import ConfigError, RunConfig, load_config
 from mokamm.mistakes import is_users
-from mokamm.quiet import quiet, stdout_kept_clean
+from mokamm.quiet import outlive_readers, quiet, stdout_kept_clean
 from mokamm.training.launch import leave, rank_here
 from mokamm.training.stopping import BadStep, Stopped, command_to_go_on
 
@@ -185,5 +185,6 @@ def _in_group() -> bool:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     main()
     leave()

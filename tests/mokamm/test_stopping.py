@@ -199,6 +199,20 @@ def test_a_run_that_too_many_bad_rows_end_leaves_although_the_loader_s_workers_i
     assert "Traceback" not in output
 
 
+def test_ctrl_c_saves_although_it_has_ended_the_reader_of_the_output_first(text_run):
+    """As `train.py CONFIG 2>&1 | tee log` in a terminal."""
+    folder = text_run / "piped"
+    command = [sys.executable, str(ROOT / "mokamm/train.py"), str(text_run / "run.yaml")]
+    with started([*command, f"training.output_dir={folder}"], env=ENVIRONMENT) as process:
+        while len(read_metrics(folder / "metrics.jsonl")) < 2:
+            assert process.stdout.readline()
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 128 + signal.SIGINT
+    (saved,) = newest_first(folder)
+    assert not manifest_problems(saved)
+
+
 left_open: list[Iterator[Any]] = []
 
 
