@@ -96,9 +96,7 @@ def batches(
 
     Its generator is its own: iterating does not touch the training's.
     """
-    if (
-        workers
-    ):  # atexit would do for a program, but not for a process that multiprocessing has started (eval/compare.py)
+    if workers:  # what atexit holds is not called in a process that multiprocessing has started (eval/compare.py)
         Finalize(None, _end_workers, exitpriority=0)
     return DataLoader(
         dataset,
