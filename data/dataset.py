@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, Protocol
@@ -171,6 +172,24 @@ class MultimodalDataset(torch.utils.data.Dataset[Example]):
                 raise UserError(f"{self.key}: {part.name}: its file holds no rows; check its path and limit")
 
 
+@contextmanager
+def lost_workers_told() -> Iterator[None]:
+    """A DataLoader's worker that was killed is told in one message (UserError); torch speaks of it anywhere in between."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> UserError:
+    return UserError(
+        f"a process that loads data was killed, mostly for want of memory ({str(error).strip(' .')}); with fewer of "
+        "them (training.dataloader_num_workers) or smaller media, start the same command again"
+    )
+
+
 def loaded(loader: Iterable[Any]) -> Iterator[Any]:
     """Iterate over a DataLoader; a UserError from a worker arrives without the traceback that torch puts before it."""
     try:
@@ -179,3 +198,5 @@ def loaded(loader: Iterable[Any]) -> Iterator[Any]:
         mark = f"{type(error).__module__}.{type(error).__name__}: "
         text = str(error).rpartition(mark)[2] if str(error).startswith("Caught ") else str(error)
         raise type(error)(text.rstrip("\n")) from None
+    except (ConnectionError, EOFError) as error:  # in the middle of a batch
+        raise _lost(error) from error

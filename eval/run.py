@@ -47,7 +47,7 @@ from mokamm.config import RunConfig, find_path, load_run_config
 from mokamm.machine import installed
 from mokamm.mistakes import is_users
 from mokamm.names import ROUTED
-from mokamm.quiet import quiet, stdout_kept_clean
+from mokamm.quiet import outlive_readers, quiet, stdout_kept_clean
 from mokamm.training.disk import replacing, writing
 from mokamm.training.launch import leave, rank_here
 
@@ -352,6 +352,7 @@ def tell(error: Exception) -> None:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     code = main()
     leave(code)
     sys.exit(code)

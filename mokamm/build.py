@@ -39,7 +39,7 @@ from mokamm.perception import Perception, Sense
 from mokamm.processor import Lookup, Processor
 from mokamm.projectors import Projector, build_projector
 from mokamm.quantization import check_trainable, quantized
-from mokamm.rendering import PLAIN_TEMPLATE
+from mokamm.rendering import PLAIN_TEMPLATE, ChatRenderer
 from mokamm.weights import NO_FINGERPRINT, fingerprint, is_adapter, load_weights
 
 log = logging.getLogger("mokamm")
@@ -62,9 +62,10 @@ def build_model(
     modalities = config.model.modalities
     if for_training:
         check_trainable(config)
-    # the quick ones first, so that a misspelt encoder does not wait for a large LLM
+    # the quick ones first, so that a misspelt encoder or an unfit chat template does not wait for a large LLM
     encoders = {name: encoder_of(modality) for name, modality in modalities.items()}
     tokenizer = load_tokenizer(config.model.llm)
+    ChatRenderer(tokenizer, config.model.llm.chat_date, config.model.llm.thinking)
     llm = load_llm(config.model.llm, device)
     width = llm.get_input_embeddings().weight.shape[1]
     projectors = {name: projector_of(modality, encoders[name], width) for name, modality in modalities.items()}

@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # `mokamm advise CONFIG | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written at exit
         sys.exit(141)  # as a shell has it
+    except KeyboardInterrupt:  # of a program that has nothing to tell of it
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
     finally:
         sys.argv = before
 

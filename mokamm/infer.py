@@ -193,8 +193,12 @@ def _typed_lines() -> Iterable[str]:
             return
 
 
+def _at_a_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()  # None: started with it closed
+
+
 def run(args: argparse.Namespace) -> None:
-    interactive = not args.question and not given_media(args) and not args.json and sys.stdin.isatty()
+    interactive = not args.question and not given_media(args) and not args.json and _at_a_terminal()
     config = check(args, interactive)
     quiet(errors_alone=True)
     from mokamm.model import MultimodalLM

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from data.collate import collate
 from data.media import MediaLoader
 from data.schema import IGNORED, MEDIA, Batch, Media, MediaBatch, MediaInput, Message, Sample, Text, UserError
-from mokamm.adapters import AdapterError, MokaModel, set_routing
+from mokamm.adapters import AdapterError, MokaModel, RoutedLinear, set_routing
 from mokamm.config_sections import EvaluationConfig
 from mokamm.perception import Perception, Sense
 from mokamm.processor import Processor
@@ -82,16 +82,25 @@ class MultimodalLM(nn.Module):
 
     # ---- forward ---------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """logits (B,T,V); loss_sum: cross entropy summed over the answer tokens in fp32; tokens: their number."""
+    def forward(self, batch: Batch, answers_only: bool = False) -> dict[str, Tensor]:
+        """logits (B,T,V); loss_sum: cross entropy summed over the answer tokens in fp32; tokens: their number.
+
+        answers_only: logits (tokens,V) in fp32, those that predict an answer token. The head computes no others, and of a
+        row with media answers are a small part.
+        """
         embeddings = self.embed(batch)
-        logits = self.llm(inputs_embeds=embeddings, use_cache=False, **self._places(batch)).logits
         # the collated labels still lie on the CPU, so that finding the answer tokens needs no device sync
         targets = nn.functional.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].flatten()
         where = (targets != IGNORED).nonzero().flatten()
-        rows = logits.flatten(0, 1).index_select(0, where.to(logits.device)).float()
-        loss_sum = nn.functional.cross_entropy(rows, targets[where].to(logits.device), reduction="sum")
-        return {"logits": logits, "loss_sum": loss_sum, "tokens": torch.tensor(len(where), device=logits.device)}
+        chosen = where.to(self.device)
+        with _given(self.llm.get_output_embeddings(), chosen) if answers_only else nullcontext():
+            logits = self.llm(inputs_embeds=embeddings, use_cache=False, **self._places(batch)).logits
+        given = logits.shape[:2] == (1, len(where))  # never (B,T): a row's last token predicts none
+        rows = (logits[0] if given else logits.flatten(0, 1).index_select(0, chosen)).float()
+        if answers_only:
+            logits = rows  # before the loss takes as much again
+        loss_sum = nn.functional.cross_entropy(rows, targets[where].to(rows.device), reduction="sum")
+        return {"logits": logits, "loss_sum": loss_sum, "tokens": torch.tensor(len(where), device=rows.device)}
 
     def _places(self, batch: Batch) -> dict[str, Tensor | None]:
         """Which tokens the LLM attends to, and their positions; samples in one row are parted by these alone."""
@@ -208,7 +217,7 @@ class MultimodalLM(nn.Module):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens up to the one that ends the answer, which a tokenizer may not call special."""
         end = next((i for i, token in enumerate(ids) if token in self.end_ids), len(ids))
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return self.processor.renderer.decode(ids[:end])
 
     def _tell_of_cut(self, ids: Tensor, most: int) -> None:
         """Once a model: an answer that has not ended may be cut in the middle of a word, at a length nobody asked for."""
@@ -331,6 +340,21 @@ def _stack(items: Sequence[MediaInput], device: torch.device) -> tuple[Tensor, T
 def _is_sharded(projector: Projector) -> bool:
     """Whether ZeRO-3 gathers its weights from all ranks when it is called, so that all must call it, in validation too."""
     return any(hasattr(parameter, "ds_id") for parameter in projector.parameters())
+
+
+@contextmanager
+def _given(head: nn.Module | None, rows: Tensor) -> Iterator[None]:
+    """Within, an LLM's head is given these rows (N,) of its input (B,T,D), as (1,N,D); not one that is told of (B,T)."""
+
+    def pick(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (inputs[0].flatten(0, 1).index_select(0, rows)[None], *inputs[1:]) if inputs else None
+
+    hook = None if head is None or isinstance(head, RoutedLinear) else head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
 
 
 def _idle(projector: Projector, device: torch.device) -> Tensor:

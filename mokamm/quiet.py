@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def quiet(errors_alone: bool = False) -> None:
@@ -21,6 +23,29 @@ def quiet(errors_alone: bool = False) -> None:
     logging.disable_progress_bar()
     if errors_alone:
         logging.set_verbosity_error()
+
+
+class _Outliving(io.FileIO):
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def outlive_readers() -> None:
+    """For the whole process: what a reader that has left would have read is dropped.
+
+    A Ctrl-C ends the `tee` of `train.py CONFIG | tee log`, too, and a run that is to save must not fall over its next line.
+    """
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:  # started with it closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
+            continue
+        stream.flush()
+        raw = _Outliving(stream.fileno(), "w", closefd=False)
+        lasting = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=True)
+        setattr(sys, name, lasting)
 
 
 @contextmanager

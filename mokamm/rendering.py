@@ -76,6 +76,8 @@ class ChatRenderer:
         probe = self.render([Message("user", (Text("?"),)), Message("assistant", (Text("!"),))], "question")
         ends = self.encode([probe.answer[-1]])[0]
         self.end_ids = sorted({i for i in (*ends[-1:], tokenizer.eos_token_id) if i is not None})
+        self._opened = f"{THOUGHT[0]}\n" if self._ending(probe.prompt[-1].text) else ""
+        self._hidden = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in THOUGHT}
 
     # ---- rendering -------------------------------------------------------------------------------------
 
@@ -105,7 +107,7 @@ class ChatRenderer:
         """Thoughts and answer of a text to be learned; all of it is the answer where no template tells them apart."""
         if not self.thinks:
             return "", text.strip()
-        before, _, answer = text.rpartition(THOUGHT[1])
+        before, mark, answer = text.rpartition(THOUGHT[1])
         said, _, thoughts = before.rpartition(THOUGHT[0])
         if said.strip() or THOUGHT[0] in answer:
             raise BadSample(
@@ -116,6 +118,8 @@ class ChatRenderer:
                 f"the answer holds thoughts ({' '.join(THOUGHT)}): they are learned where model.llm.thinking is true; set "
                 "it, or take them out"
             )
+        if mark and not answer.strip():
+            raise BadSample("the answer holds nothing but thoughts")
         return thoughts.strip(), answer.strip()
 
     def _frame(self, conversation: list[dict[str, str]], answer: str) -> tuple[str, str, str]:
@@ -125,10 +129,10 @@ class ChatRenderer:
         before, found, after = full.partition(answer)
         if not found:
             raise BadSample("the tokenizer's chat template does not print the assistant's answer")
-        lead = self._ending(text) or (before[len(text) :] if before.startswith(text) else "")
-        if (
-            lead.strip() and not self.thinking
-        ):  # such as an empty block of thoughts: given at inference too, not learned
+        lead = before[len(text) :] if before.startswith(text) else ""
+        if THOUGHT[1] not in lead:
+            lead = self._ending(text) or lead
+        if lead.strip() and not self.thinking:  # an empty block of thoughts: given at inference too, not learned
             text, lead = text + lead, ""
         end = self._control.search(after) if self._control else None
         return text, lead, after[: end.end()] if end else after.rstrip() + (self.tokenizer.eos_token or "")
@@ -138,12 +142,13 @@ class ChatRenderer:
 
         number: of the first free mark."""
         thoughts, answer = _mark(number), _mark(number + 1)
-        if ending := self._ending(text):
-            return "", ending
         content = f"{THOUGHT[0]}\n{thoughts}\n{THOUGHT[1]}\n\n{answer}"
-        full = self._apply([*conversation, {"role": "assistant", "content": content}], False).removeprefix(text)
-        found = full.partition(answer)[0].partition(thoughts)
-        return (found[0], found[2]) if found[1] else (f"{THOUGHT[0]}\n", f"\n{THOUGHT[1]}\n\n")
+        full = self._apply([*conversation, {"role": "assistant", "content": content}], False)
+        opening, found, end = full.partition(answer)[0].partition(thoughts)
+        if found and opening.startswith(text):
+            return opening[len(text) :], end
+        ending = self._ending(text)
+        return ("", ending) if ending else (f"{THOUGHT[0]}\n", f"\n{THOUGHT[1]}\n\n")
 
     def _ending(self, prompt: str) -> str:
         """What ends the thoughts that a prompt has begun, as those of DeepSeek's R1 do; else nothing."""
@@ -201,6 +206,12 @@ class ChatRenderer:
             ids += chunk_ids
             is_key += [any(_overlap(a + start, b + start, *span) for span in keys) for a, b in offsets]
         return ids, is_key
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of generated tokens, after the mark of thoughts that the prompt began; of special ones such marks alone."""
+        if not self.thinks:
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self._opened + self.tokenizer.decode([i for i in ids if i not in self._hidden])
 
     def _cuts(self, text: str, written: list[tuple[int, int]]) -> list[int]:
         """Where to cut `text` so that no control token is recognised that touches written text."""

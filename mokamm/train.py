@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from mokamm.arguments import add_config_arguments
 from mokamm.config import ConfigError, RunConfig, load_config
 from mokamm.mistakes import is_users
-from mokamm.quiet import quiet, stdout_kept_clean
+from mokamm.quiet import outlive_readers, quiet, stdout_kept_clean
 from mokamm.training.launch import leave, rank_here
 from mokamm.training.stopping import BadStep, Stopped, command_to_go_on
 
@@ -116,6 +116,7 @@ def run(config: RunConfig, finishing: bool = True) -> None:
 
 def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     """Build, fit, write final/; a LoRI-S without a mask first trains its LoRI-D in the same way and cuts one."""
+    from data.dataset import lost_workers_told
     from mokamm.build import build_model, trainable_parts
     from mokamm.training import checkpoint, finish, launch, rate, two_phase
     from mokamm.training.corpus import build_corpus
@@ -144,7 +145,7 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
         lines = [_summary(config, parts, corpus, ranks), *([chosen] if chosen else []), forecast.table()]
         print(*lines, sep="\n", flush=True)
     launch.seed_everything(config.training.seed + ranks.rank)  # the same weights on every rank, dropout of its own
-    with explained(forecast):
+    with explained(forecast), lost_workers_told():
         best = fit(config, model, parts, corpus, ranks, beginning, forecast=forecast)
     if ranks.main:
         checkpoint.write_final(folder, best)
@@ -184,5 +185,6 @@ def _in_group() -> bool:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     main()
     leave()

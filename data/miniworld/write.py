@@ -18,13 +18,17 @@ rendered beside its place and renamed into it. Cost: about 0.1 s a clip on one c
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing import connection, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -231,19 +235,37 @@ def _add_lacking(folder: Path, request: Request) -> None:
         beside.rename(folder / name)
 
 
-def _one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-
 def run_jobs(jobs: Sequence[Callable[[], object]], workers: int, label: str) -> None:
-    """Run the jobs in processes of their own, under a progress bar."""
+    """Run the jobs in processes of their own, under a progress bar. UserError where one of these was killed."""
     from tqdm import tqdm
 
-    with multiprocessing.Pool(workers, initializer=_one_thread) as pool:
-        for _ in tqdm(
-            pool.imap_unordered(_call, jobs, chunksize=8), total=len(jobs), desc=label, unit="file", mininterval=1.0
-        ):
-            pass
+    with ProcessPoolExecutor(workers, initializer=_begin) as pool:
+        try:
+            done = pool.map(_call, jobs, chunksize=8)
+            for _ in tqdm(done, total=len(jobs), desc=label, unit="file", mininterval=1.0):
+                pass
+        except BrokenProcessPool:
+            raise UserError(
+                f"{label}: a process that renders was killed, perhaps for want of memory; "
+                f"`mokamm data make` takes --workers (here {workers})"
+            ) from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _begin() -> None:
+    """In each process: a single thread computes, the main process alone heeds a Ctrl-C, and its end is the end."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if (parent := parent_process()) is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _call(job: Callable[[], object]) -> None:
@@ -292,8 +314,9 @@ def write_split(out: str | Path, split: str, num: int, seed: int = 0, workers: i
         (unfinished / name).mkdir(parents=True)
     try:
         _fill(unfinished, request, workers or os.cpu_count() or 1)
+        if folder.exists():  # by another process, meanwhile
+            return write_split(out, split, num, seed)
         unfinished.rename(folder)
-    except BaseException:
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return folder

@@ -91,10 +91,11 @@ def turns_of(
 def _content(message: dict[str, Any], content_key: str, role: Role) -> Any:
     """A message's content, a text or parts; an answer's after the thoughts that stand in a key of their own, if any."""
     content = message[content_key]
-    thoughts = next(
-        (message[key] for key in THOUGHTS if isinstance(message.get(key), str) and message[key].strip()), ""
-    )
-    if role != "assistant" or not thoughts or not isinstance(content, (str, list)):
+    beside = (message.get(key) for key in THOUGHTS if key != content_key)
+    thoughts = next((value for value in beside if isinstance(value, str) and value.strip()), "")
+    if role != "assistant" or not thoughts or not isinstance(content, (str, list)) or _is_blank(content):
+        return content
+    if "</think>" in str(content):  # holds its thoughts itself
         return content
     block = f"<think>\n{thoughts.strip()}\n</think>\n\n"
     return block + content if isinstance(content, str) else [{"type": "text", "text": block}, *content]

@@ -31,8 +31,9 @@ log = logging.getLogger("mokamm")
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 # the whole weight of a submodule where a class works with it; not its dtype, its shape, a slice, or what sets it
-NOT_THE_WEIGHT = r"\s*(?:\[|=[^=]|is\b|\.(?:data|device|dtype|shape)\b)"
+NOT_THE_WEIGHT = r"\s*(?:\[|=[^=]|is\b|\.(?:data|device|dtype|is_\w+|ndim|requires_grad|shape|size)\b)"
 WHOLE_WEIGHT = re.compile(rf"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!{NOT_THE_WEIGHT})")
+COMMENT = re.compile(r"#.*")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -98,7 +99,7 @@ def _weights_read(kind: Any) -> frozenset[str]:
     for name, method in methods:
         if "init" not in name and "reset" not in name:
             try:
-                read.update(WHOLE_WEIGHT.findall(inspect.getsource(method)))
+                read.update(WHOLE_WEIGHT.findall(COMMENT.sub("", inspect.getsource(method))))
             except OSError:  # its source is not there
                 continue
     return frozenset(read)

@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check(config: RunConfig, out: Path, limit: int | None = None, workers: int | None = None) -> dict[str, Any]:
     """Walk all sources, write the three files into `out`, and return the numbers. Raises UserError."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
+    from data.dataset import lost_workers_told
     from data.ledger import Ledger
     from mokamm.build import build_processor
     from mokamm.datacheck.picture import draw
@@ -68,9 +69,10 @@ def check(config: RunConfig, out: Path, limit: int | None = None, workers: int |
     ledger = Ledger(out / "bad_samples.jsonl", 1.0, len(walk))
     ledger.path.unlink(missing_ok=True)
     workers = config.training.dataloader_num_workers if workers is None else workers
-    for found in _with_bar(findings(walk, workers), len(walk), summary):
-        if why := summary.add(found):
-            ledger.add(parts[found.part].name, found.row, found.id, why)
+    with lost_workers_told():
+        for found in _with_bar(findings(walk, workers), len(walk), summary):
+            if why := summary.add(found):
+                ledger.add(parts[found.part].name, found.row, found.id, why)
     result = summary.result()
     (out / "check.json").write_text(json.dumps(result, indent=1))
     draw(summary.sources, config.data.max_length, out / "lengths.png")

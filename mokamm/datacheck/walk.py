@@ -7,6 +7,7 @@ Cost: the decoding of an epoch, shared by the workers.
 
 from __future__ import annotations
 
+import signal
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -110,10 +111,20 @@ class Walk(torch.utils.data.Dataset[Finding]):
 def findings(walk: Walk, workers: int) -> Iterator[Finding]:
     """In any number of workers, in the order of the rows."""
     loader = DataLoader(
-        walk, batch_size=8, collate_fn=list, num_workers=workers, prefetch_factor=4 if workers else None
+        walk,
+        batch_size=8,
+        collate_fn=list,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_ctrl_c,
     )
     for batch in loaded(loader):
         yield from batch
+
+
+def _leave_ctrl_c(worker: int) -> None:
+    """To the main process, which ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _spread(rows: int, limit: int | None) -> np.ndarray:

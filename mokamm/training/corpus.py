@@ -7,7 +7,6 @@ Cost: each annotation file is indexed once, in the main process; workers decode,
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import signal
@@ -15,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -96,6 +96,8 @@ def batches(
 
     Its generator is its own: iterating does not touch the training's.
     """
+    if workers:  # what atexit holds is not called in a process that multiprocessing has started (eval/compare.py)
+        Finalize(None, _end_workers, exitpriority=0)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -118,7 +120,6 @@ def _give_way(worker: int) -> None:
     ignore_signals()
 
 
-@atexit.register
 def _end_workers() -> None:
     """Those that an error has left behind: multiprocessing sends them SIGTERM, which they ignore, and waits for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would tell of their end as of an error

@@ -1,6 +1,6 @@
 """One interface over DeepSpeed (any ZeRO stage) and plain PyTorch (one process, or DDP).
 
-    outputs = engine(batch, last)    forward; `last`: this micro batch completes the step
+    outputs = engine(batch, last)    forward; `last`: this micro batch completes the step; answers_only: as of the model
     engine.backward(loss, last)      losses of all micro batches and ranks are SUMMED: the caller divides by the step's
                                      number of answer tokens, and an engine undoes its own averaging
     norm = engine.step(factor)       every rate = base rate * factor; clip, update, clear; the norm before clipping, of
@@ -35,7 +35,7 @@ from mokamm.training.optimization import optimizer_arguments
 
 
 class Engine(Protocol):
-    def __call__(self, batch: Any, last: bool = True) -> dict[str, Tensor]: ...
+    def __call__(self, batch: Any, last: bool = True, answers_only: bool = False) -> dict[str, Tensor]: ...
     def train(self, mode: bool) -> None: ...
     def backward(self, loss: Tensor, last: bool) -> None: ...
     def step(self, factor: float) -> float: ...
@@ -69,11 +69,11 @@ class PlainEngine:
         self.optimizer = torch.optim.AdamW(groups, **optimizer_arguments(training))
         self.autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=training.bf16)
 
-    def __call__(self, batch: Any, last: bool = True) -> dict[str, Tensor]:
+    def __call__(self, batch: Any, last: bool = True, answers_only: bool = False) -> dict[str, Tensor]:
         if isinstance(self.module, nn.parallel.DistributedDataParallel):
             self.module.require_backward_grad_sync = last  # as its no_sync() does
         with self.autocast:
-            return self.module(batch)
+            return self.module(batch, answers_only)
 
     def train(self, mode: bool) -> None:
         self.module.train(mode)
@@ -130,8 +130,8 @@ class DeepSpeedEngine:
         if self.plain:
             self.optimizer.register_step_pre_hook(self._spare)
 
-    def __call__(self, batch: Any, last: bool = True) -> dict[str, Tensor]:
-        return self.engine(batch)
+    def __call__(self, batch: Any, last: bool = True, answers_only: bool = False) -> dict[str, Tensor]:
+        return self.engine(batch, answers_only)
 
     def train(self, mode: bool) -> None:
         self.engine.train(mode)

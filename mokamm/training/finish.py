@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from data.schema import MEDIA, UserError
 from mokamm.config import ROOT, RunConfig, find_path, load_run_config
 from mokamm.machine import installed
 from mokamm.training.disk import replacing
-from mokamm.training.launch import plain_environment
+from mokamm.training.launch import run_program
 from mokamm.weights import ADAPTER, fingerprint
 
 LIBRARIES = (
@@ -49,19 +48,18 @@ def parameters_by_part(parts: dict[str, list[tuple[str, Any]]]) -> dict[str, int
     return {part: sum(getattr(p, "ds_numel", p.numel()) for _, p in members) for part, members in parts.items()}
 
 
-def evaluate(run: Path) -> bool:
-    """`python eval/run.py all RUN` as a process of its own (this floor may not import eval). Whether it went well."""
-    command = [sys.executable, str(ROOT / "eval" / "run.py"), "all", str(run)]
-    return subprocess.run(command, env=plain_environment(), check=False).returncode == 0
+def evaluate(run: Path) -> int:
+    """`python eval/run.py all RUN` as a process of its own (this floor may not import eval); its exit code."""
+    return run_program([sys.executable, str(ROOT / "eval" / "run.py"), "all", str(run)])
 
 
 def finish(config: RunConfig, run: Path) -> None:
     """Evaluation, report and model card of a run whose final/ is written; UserError where the evaluation failed."""
-    evaluated = not config.evaluation.benchmarks or evaluate(run)
+    code = evaluate(run) if config.evaluation.benchmarks else 0
     write_up(config, run)
-    if not evaluated:
+    if code:
         raise UserError(
-            f"the evaluation failed, its message stands above; {run}/final is whole. Try again: "
+            f"the evaluation failed (exit code {code}), its message stands above; {run}/final is whole. Try again: "
             f"{shlex.join(['python', from_here('eval/run.py'), 'all', str(run)])}"
         )
 

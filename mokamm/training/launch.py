@@ -11,7 +11,9 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import socket
+import subprocess
 import sys
 import time
 import uuid
@@ -216,6 +218,33 @@ def plain_environment() -> dict[str, str]:
     """This process's environment without the launcher's variables, for a subprocess of its own."""
     own = {*LAUNCHER_VARIABLES, "DS_ACCELERATOR", *(["OMP_NUM_THREADS"] if _threads_are_torchruns() else [])}
     return {k: v for k, v in os.environ.items() if k not in own}
+
+
+def run_program(command: list[str], folder: Path | None = None) -> int:
+    """Run a program without the launcher's variables; its exit code. What stops this process meanwhile stops it first.
+
+    Call it in the main thread.
+    """
+    with subprocess.Popen(command, cwd=folder, env=plain_environment()) as program:
+        stopped = False
+
+        def stop(*_: Any) -> None:
+            nonlocal stopped
+            stopped = True
+            program.terminate()
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            code = program.wait()
+        except KeyboardInterrupt:
+            program.terminate()  # a terminal has told it, too; kill(1) has not
+            program.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if stopped:
+        signal.raise_signal(signal.SIGTERM)
+    return code
 
 
 def _alone() -> None:

@@ -229,7 +229,7 @@ class Loop:
         losses: list[torch.Tensor] = []
         for i, batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
-            loss_sum = self.engine(batch, last)["loss_sum"]
+            loss_sum = self.engine(batch, last, answers_only=True)["loss_sum"]
             losses.append(loss_sum.detach())
             usable = not last or self.bad_steps.usable(losses, total)
             with self.engine.gather(self.coto.idle):  # their gradients must find them whole

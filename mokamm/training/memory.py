@@ -245,12 +245,11 @@ def _casts_weights(network: Network, setting: Setting) -> bool:
 
 
 def logit_bytes(network: Network, setting: Setting) -> float:
-    """The logits of all places; those of answers, in float32, and their log-softmax (mokamm/model.py).
+    """Those of answers in float32, and their log-softmax (mokamm/model.py).
 
     The backward pass holds their gradients instead, which are as large.
     """
-    e, places = _compute(network, setting), setting.batch * setting.length
-    return network.vocabulary * places * (e + 8 * setting.answers)
+    return 8.0 * network.vocabulary * setting.batch * setting.length * setting.answers
 
 
 def media_bytes(network: Network, setting: Setting) -> float:

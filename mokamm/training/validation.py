@@ -36,7 +36,7 @@ def validate(
         heed()
         labels = batch["labels"]
         labels[rows.real(i) :] = IGNORED  # stand-ins
-        outputs = engine(batch)
+        outputs = engine(batch, answers_only=True)
         loss += float(outputs["loss_sum"])
         answers = (labels[:, 1:] != IGNORED).sum(1)
         tokens += int(answers.sum())
@@ -49,10 +49,10 @@ def validate(
     return {"loss": loss / max(tokens, 1.0), "accuracy": accuracy, "samples": samples, "missing": missing}
 
 
-def exactly_wrong(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """(B,) bool on the CPU: samples with at least one answer token that is not the most probable one."""
+def exactly_wrong(logits_NV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """(B,) bool on the CPU: samples with at least one answer token that is not the most probable one, of all N."""
     targets = labels_BT[:, 1:]
     row, column = (targets != IGNORED).nonzero(as_tuple=True)
-    best = logits_BTV[row.to(logits_BTV.device), column.to(logits_BTV.device)].argmax(-1).cpu()
+    best = logits_NV.argmax(-1).cpu()
     wrong = torch.zeros(len(targets), dtype=torch.int64)
     return wrong.index_add(0, row, (best != targets[row, column]).long()) > 0

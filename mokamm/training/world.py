@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from data.miniworld.write import SPLITS, Request, lacking
 from data.schema import UserError
 from mokamm.config import ROOT
 from mokamm.config_sections import WorldConfig
-from mokamm.training.launch import plain_environment
+from mokamm.training.launch import run_program
 
 
 def make_world(world: WorldConfig) -> None:
@@ -36,10 +35,9 @@ def make_world(world: WorldConfig) -> None:
         print(f"making the miniature world: {folder}, {getattr(world, split)} scenes", flush=True)
         command = [sys.executable, "-m", "data.miniworld", "--out", str(Path(world.dir).resolve()), "--split", split]
         command += ["--num", str(getattr(world, split)), "--seed", str(world.seed)]
-        done = subprocess.run(command, cwd=ROOT, env=plain_environment(), check=False)
-        if done.returncode:
+        if code := run_program(command, ROOT):
             raise UserError(
-                f"the miniature world could not be made (exit code {done.returncode}); its own message stands above. "
+                f"the miniature world could not be made (exit code {code}); its own message stands above. "
                 f"To try it alone, in {ROOT.name}/: python {' '.join(command[1:])}"
             )
 

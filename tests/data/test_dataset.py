@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
+import signal
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.collate import collate
-from data.dataset import TRIES, MultimodalDataset, loaded
+from data.dataset import TRIES, MultimodalDataset, loaded, lost_workers_told
 from data.ledger import Ledger
 from data.media import MediaLoader
 from data.order import epoch_order
@@ -275,3 +276,29 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"l\.jsonl: cannot be written"):
         Ledger(tmp_path / "file" / "l.jsonl", 1.0, 10).add("s", 1, "", "x")
+
+
+class Killing:
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        signal.raise_signal(signal.SIGKILL)
+        return index
+
+
+def test_a_worker_that_the_system_kills_is_told_in_one_message():
+    with pytest.raises(UserError, match="a process that loads data was killed"), lost_workers_told():
+        list(loaded(DataLoader(Killing(), num_workers=1)))
+    with pytest.raises(RuntimeError, match="another"), lost_workers_told():
+        raise RuntimeError("another")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
+def test_so_is_one_that_was_killed_while_it_handed_over_a_batch(error):
+    def broken():
+        raise error
+        yield
+
+    with pytest.raises(UserError, match="a process that loads data was killed"):
+        list(loaded(broken()))

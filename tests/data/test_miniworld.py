@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 import av
@@ -31,6 +34,7 @@ from data.miniworld.write import (
     clip_scene,
     event_lines,
     image_rows,
+    run_jobs,
     sentences,
     spoken,
     told_rows,
@@ -339,3 +343,36 @@ def test_told_questions_are_answered_by_the_text_and_are_balanced() -> None:
         if row["meta"]["question_type"] == ["Audio", "Counting"]:
             heard = scene.strip().rstrip(".").partition(". ")[2].split(", ")  # things, then sounds
             assert NUMBERS[len(heard)] == row["messages"][1]["content"]
+
+
+def test_a_killed_process_ends_the_rendering_with_one_message() -> None:
+    jobs = [
+        partial(signal.raise_signal, number) for number in (signal.SIGINT, signal.SIGKILL)
+    ]  # a Ctrl-C is not its own
+    with pytest.raises(UserError, match="a process that renders was killed"):
+        run_jobs(jobs, 2, "jobs")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_rendering_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "data.miniworld", "--out", str(tmp_path), "--split", "train", "--num", "400"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not list(tmp_path.glob(".train.*.unfinished/videos/*")) and process.poll() is None:
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        said = process.communicate()[1]
+    assert process.returncode == 128 + number
+    assert "stopped" in said
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_split_that_another_process_has_made_meanwhile_is_taken(tmp_path: Path, monkeypatch) -> None:
+    def render(folder: Path, request: Request, workers: int) -> None:
+        monkeypatch.undo()
+        write_split(tmp_path, "test", 2, workers=1)
+
+    monkeypatch.setattr("data.miniworld.write._fill", render)
+    assert write_split(tmp_path, "test", 2) == tmp_path / "test"
+    assert (tmp_path / "test" / "DONE.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["test"]

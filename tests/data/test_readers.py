@@ -625,8 +625,17 @@ def test_thoughts_beside_an_answer_are_thoughts_before_it(tmp_path, key):
     for nothing in (None, "", " \n"):
         row["messages"][1][key] = nothing
         assert open_source("messages", write(tmp_path / "a.json", [row]))[0].answer == "Ho"
+    row["messages"][1] = {"role": "assistant", key: "Hm.", "content": "<think>\nHm.\n</think>\n\nHo"}  # there twice
+    assert open_source("messages", write(tmp_path / "a.json", [row]))[0].answer == "<think>\nHm.\n</think>\n\nHo"
+    row["messages"][1]["content"] = " "
+    with pytest.raises(BadSample, match="the answer is empty"):
+        open_source("messages", write(tmp_path / "a.json", [row]))[0]
+    talk = {"conversations": [{"from": "human", key: "Hi"}, {"from": "gpt", key: "Ho"}]}  # the name of the contents
+    rows = open_source("sharegpt", write(tmp_path / "a.json", [talk]), tags={"content_tag": key})
+    assert rows[0].answer == "Ho"
+    row["messages"][1] = {"role": "assistant", key: "Hm."}
     for content in (None, 3):
-        row["messages"][1] |= {"content": content, key: "Hm."}
+        row["messages"][1]["content"] = content
         with pytest.raises(BadSample):
             open_source("messages", write(tmp_path / "a.json", [row]))[0]
 

@@ -37,7 +37,9 @@ class Loudness(Encoder):
         return segments.unfold(1, 160, 160).square().sum(-1), (lengths // 160).clamp_min(1)
 
     def forward(self, energy: Tensor, counts: Tensor) -> Features:
-        return Features(energy[..., None] * self.gain, torch.arange(energy.shape[1]) < counts[:, None])
+        return Features(
+            energy[..., None] * self.gain, torch.arange(energy.shape[1], device=energy.device) < counts[:, None]
+        )
 
 
 def test_adding_an_encoder(monkeypatch) -> None:

@@ -521,6 +521,18 @@ def test_a_weight_whose_dtype_or_a_slice_alone_is_asked_for_is_adapted() -> None
     assert not unfit_modules(t5)
 
 
+class Talked(nn.Module):
+    """Code that speaks of a weight, asks for its size, and reads another one."""
+
+    def forward(self, x: Tensor) -> Tensor:  # not x @ self.spoken.weight.T
+        wide = x.expand(self.sized.weight.size(0), -1) if self.sized.weight.requires_grad else x
+        return wide @ self.read.weight.T
+
+
+def test_a_weight_that_a_comment_names_or_whose_size_is_asked_for_is_adapted() -> None:
+    assert _weights_read(Talked) == {"read"}
+
+
 def test_a_linear_class_of_an_llm_s_own_is_adapted() -> None:
     llm = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **SMALL))
     assert type(llm.transformer.h[0].mlp.dense_h_to_4h).forward is not nn.Linear.forward

@@ -67,3 +67,14 @@ def test_a_reader_that_leaves_is_no_error():
     process.stdout.close()
     assert process.stderr is not None
     assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+def test_ctrl_c_has_no_traceback(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["doctor", "x.yaml"])
+    assert end.value.code == 130
+    assert capsys.readouterr() == ("", "\nstopped\n")

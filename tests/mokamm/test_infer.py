@@ -281,6 +281,13 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat():
     assert out.getvalue() == "\n[stopped; neither the question nor its answer is remembered]\nanswer to what is it?\n"
 
 
+def test_a_closed_standard_input_is_no_terminal(capsys, finished, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    code, _, said = call(capsys, finished)
+    assert code == 2
+    assert "nothing was asked" in said
+
+
 def test_ctrl_c_ends_a_single_question_without_a_traceback(capsys, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt

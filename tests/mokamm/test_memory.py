@@ -124,6 +124,7 @@ def bytes_of(kept) -> int:
 def measured(llm, batch: int, length: int, autocast: bool) -> dict[str, int]:
     """Bytes kept for the backward pass, and the peaks of the forward and of both passes, of one step's loss."""
     from mokamm.adapters import Routing, set_routing
+    from mokamm.model import _given
 
     ids, keys = torch.zeros(batch, length, dtype=torch.long), torch.zeros(batch, length, dtype=torch.bool)
     ids[:, 5:50], keys[:, 60 : 60 + KEYS] = 1, True
@@ -136,9 +137,9 @@ def measured(llm, batch: int, length: int, autocast: bool) -> dict[str, int]:
     weights = {p.untyped_storage()._cdata for p in llm.parameters()}
 
     def loss():
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits = llm(inputs_embeds=x * 1, attention_mask=mask, use_cache=False).logits
-        rows = logits.flatten(0, 1).index_select(0, where).float()
+        given = _given(llm.get_output_embeddings(), where)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), given:
+            rows = llm(inputs_embeds=x * 1, attention_mask=mask, use_cache=False).logits[0].float()
         return torch.nn.functional.cross_entropy(rows, torch.zeros_like(where), reduction="sum")
 
     with LiveBytes(weights) as live:

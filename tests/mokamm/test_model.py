@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from safetensors.torch import save_file
 
 from data.collate import collate
 from data.schema import IGNORED, Message, Text, UserError
-from mokamm.build import load_llm, load_tokenizer, trainable_parts
-from mokamm.config import RunConfig
+from mokamm.adapters import RoutedLinear, wrap
+from mokamm.build import build_model, load_llm, load_tokenizer, trainable_parts
+from mokamm.config import RunConfig, load_config
 from mokamm.config_sections import EvaluationConfig, LLMConfig
 from mokamm.init_from import load_init
 from mokamm.model import user_message
@@ -86,6 +88,61 @@ def test_loss_is_that_of_transformers(model, samples):
         assert int(out["tokens"]) == tokens > 0
         torch.testing.assert_close(out["loss_sum"] / tokens, reference.loss, rtol=1e-5, atol=0)
         assert out["loss_sum"].dtype == torch.float32
+
+
+HEADS = {  # an LLM whose head does more, or is itself adapted, changed or not asked by name
+    "llama": {}, "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8}, "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.3}, "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["moka", "lora", "full"])
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_computes_the_answers_alone_where_asked(make_model, samples, name, method):
+    """Loss, gradients and rows of logits are those of all logits; the head's own input has no other rows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = make_model()
+    shape = {"vocab_size": len(model.tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
+    shape = {"vocab_size": len(model.tokenizer)} if name == "gpt2" else shape
+    targets = {"target_modules": "all-linear" if name == "gpt2" else ["q_proj", "down_proj", "lm_head"]}
+    llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape | HEADS[name]))
+    if method == "full" or not llm.config.tie_word_embeddings:
+        options = {"r": 3, "lora_alpha": 6, **targets}
+    else:
+        options = {"r": 3, "lora_alpha": 6}
+    model.llm = wrap(llm, method, ["text", "vision", "audio"], options).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    seen = []
+    model.llm.get_output_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    found = []
+    for answers_only in (False, True):
+        model.zero_grad()
+        out = model(batch_of(model, samples), answers_only=answers_only)
+        out["loss_sum"].backward()
+        found.append((out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (whole, expected), (alone, gradients) = found
+    places = (batch_of(model, samples)["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
+    torch.testing.assert_close(alone["logits"], whole["logits"][places], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(alone["loss_sum"], whole["loss_sum"], rtol=1e-6, atol=0)
+    assert gradients.keys() == expected.keys() != set()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-5, msg=key)
+    assert len(places[0]) == int(alone["tokens"]) < seen[0][0] * seen[0][1]
+    routed = isinstance(model.llm.get_output_embeddings(), RoutedLinear)  # it is told of (B,T)
+    assert seen[1] == (seen[0] if routed else (1, len(places[0]), 32))
+    assert not model.llm.get_output_embeddings()._forward_pre_hooks
+
+
+def test_a_batch_without_answers_has_no_loss(model, samples):
+    batch = batch_of(model, samples)
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    out = model(batch, answers_only=True)
+    assert out["logits"].shape[0] == int(out["tokens"]) == float(out["loss_sum"].detach()) == 0
+    out["loss_sum"].backward()  # ranks that have answers wait for the others' gradients
 
 
 def test_padding_and_company_change_nothing(model, samples):
@@ -361,6 +418,13 @@ SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 60, "pad_token_id": 0,
 }  # fmt: skip
+
+
+def test_a_template_that_does_not_fit_is_told_before_the_llm_is_read(monkeypatch):
+    monkeypatch.setattr("mokamm.build.load_llm", Mock(side_effect=AssertionError("the LLM is read")))
+    config = load_config("configs/mini/av_text.yaml", ["model.llm.thinking=true"])
+    with pytest.raises(UserError, match="knows of no thoughts"):
+        build_model(config)
 
 
 @pytest.mark.parametrize("kind", ["Qwen2Config", "GPT2Config", "GemmaConfig", "RwkvConfig"])

@@ -462,6 +462,68 @@ def test_thoughts_of_a_template_that_prints_none(make_tokenizer, media_dir, thin
     assert tokenizer.decode(processor(turns("How many?"), for_generation=True).input_ids) == prompt
 
 
+@pytest.mark.parametrize("thinking", [False, True])
+def test_what_a_template_prints_around_thoughts_and_answer_stands_there(make_tokenizer, media_dir, thinking):
+    """As of ERNIE 4.5, whose prompt begins the thoughts, and whose answers stand in a block of their own, too."""
+    tokenizer = make_tokenizer("thinking")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+        "{{ '<think>\\n' }}{% if '</think>' in m.content %}"
+        "{{ m.content.split('</think>')[0].split('<think>')[1] | trim }}{% endif %}"
+        "{{ '\\n</think>\\n\\n<a>' + m.content.split('</think>')[-1] | trim + '</a>' }}{% else %}{{ m.content }}{% endif %}"
+        "{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    )
+    processor = Processor(tokenizer, SENSES, MediaLoader(media_dir), thinking=thinking)
+    for answer in ("two", THOUGHT + "two")[: 1 + thinking]:
+        conversation = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": answer}]
+        whole = tokenizer.apply_chat_template(conversation, tokenize=False).removesuffix("\n")
+        assert whole.endswith("</think>\n\n<a>two</a><|im_end|>")
+        row = processor(turns("How many?", answer))
+        assert tokenizer.decode(row.input_ids) == whole
+        learned = tokenizer.decode(row.input_ids[row.labels != IGNORED])
+        assert learned == (whole.partition("<think>\n")[2] if thinking else "two</a><|im_end|>")
+
+
+def test_a_prompt_that_the_whole_conversation_does_not_begin_with_is_not_learned(make_tokenizer, media_dir):
+    tokenizer = make_tokenizer("thinking")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}{# <think></think> #}"
+    )
+    processor = Processor(tokenizer, SENSES, MediaLoader(media_dir), thinking=True)
+    row = processor(turns("How many?", THOUGHT + "two"))
+    assert tokenizer.decode(row.input_ids[row.labels != IGNORED]) == THOUGHT + "two<|im_end|>"
+
+
+@pytest.mark.parametrize("answer", [THOUGHT, "<think>\n\n</think>\n", "</think>"])
+def test_thoughts_alone_are_no_answer(make, answer):
+    with pytest.raises(BadSample, match="thoughts"):
+        make("thinking")(turns("How many?", answer))
+    with pytest.raises(BadSample, match="nothing but thoughts"):
+        make("thinking", thinking=True)(turns("How many?", answer))
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_what_is_generated_tells_thoughts_from_the_answer(make_tokenizer, media_dir, special):
+    """Cut off before their end, too; and where the tokenizer calls their marks special."""
+    for template, thinking, begun in (
+        ("opened", True, "<think>\n"),
+        ("opened", False, ""),
+        ("thinking", True, ""),
+        ("chatml", False, ""),
+    ):
+        tokenizer = make_tokenizer(template)
+        if special and template != "chatml":
+            for token in ("<think>", "</think>"):
+                tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+            assert tokenizer.decode(tokenizer("a</think>b")["input_ids"], skip_special_tokens=True) == "ab"
+        renderer = Processor(tokenizer, SENSES, MediaLoader(media_dir), thinking=thinking).renderer
+        for said in ("two", "Hm.\n</think>\n\ntwo", "Hm"):
+            assert renderer.decode(tokenizer(said)["input_ids"]) == begun + said
+            assert renderer.decode(tokenizer(said + "</s><|eot_id|>")["input_ids"]) == begun + said
+
+
 @pytest.mark.parametrize(
     ("call", "printed"),
     [

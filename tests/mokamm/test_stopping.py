@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from data.schema import UserError
 from mokamm import train
 from mokamm.training.bad_steps import FEWEST, MEMORY, PATIENCE, marked
 from mokamm.training.checkpoint import STATE, newest_first
+from mokamm.training.corpus import batches
 from mokamm.training.loop import better
 from mokamm.training.stopping import SIGNALS, BadStep, agreed, command_to_go_on
 from mokamm.training.watch import read_metrics
@@ -197,6 +199,39 @@ def test_a_run_that_too_many_bad_rows_end_leaves_although_the_loader_s_workers_i
     assert "Traceback" not in output
 
 
+def test_ctrl_c_saves_although_it_has_ended_the_reader_of_the_output_first(text_run):
+    """As `train.py CONFIG 2>&1 | tee log` in a terminal."""
+    folder = text_run / "piped"
+    command = [sys.executable, str(ROOT / "mokamm/train.py"), str(text_run / "run.yaml")]
+    with started([*command, f"training.output_dir={folder}"], env=ENVIRONMENT) as process:
+        while len(read_metrics(folder / "metrics.jsonl")) < 2:
+            assert process.stdout.readline()
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 128 + signal.SIGINT
+    (saved,) = newest_first(folder)
+    assert not manifest_problems(saved)
+
+
+left_open: list[Iterator[Any]] = []
+
+
+def leave_a_loader_open() -> None:
+    loader = batches([0], [[0]] * 9, 0, workers=2, join=lambda *_: {"labels": torch.zeros(1), "media": {}})
+    left_open.append(iter(loader))
+    next(left_open[0])
+
+
+def test_so_does_a_process_that_multiprocessing_has_started():
+    """A run of eval/compare.py."""
+    process = multiprocessing.get_context("fork").Process(target=leave_a_loader_open)
+    process.start()
+    process.join(timeout=60)
+    code = process.exitcode
+    process.kill()
+    assert code == 0
+
+
 HANGING = """
 import hashlib, sys
 from mokamm.training.stopping import SignalWatch
@@ -247,6 +282,23 @@ def test_ranks_stop_where_the_deepspeed_command_has_gone(tmp_path):
         while not (tmp_path / "stopped").exists():
             time.sleep(0.02)
     assert (tmp_path / "stopped").read_text() == "SIGTERM"
+
+
+PROGRAM = """
+import sys
+from mokamm.training.launch import run_program
+run_program([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"])
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_evaluation_ends_with_the_training_that_waits_for_it(number):
+    with started([sys.executable, "-c", PROGRAM], cwd=ROOT) as process:
+        program = int(process.stdout.readline())
+        process.send_signal(number)
+        process.communicate()
+    assert process.returncode == -number
+    assert not Path(f"/proc/{program}").exists()
 
 
 def test_handlers_are_as_before_after_the_loop():

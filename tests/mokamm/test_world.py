@@ -29,7 +29,7 @@ def asked(folder, **changes):
 
 
 def test_a_world_that_is_there_is_not_made_again(made, monkeypatch):
-    monkeypatch.setattr(world.subprocess, "run", None)
+    monkeypatch.setattr(world, "run_program", None)
     world.make_world(asked(made))
 
 

@@ -52,7 +52,7 @@ class ToyLM(nn.Module):
         self.processor = None
         self.draws = draws
 
-    def forward(self, batch: Any) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Any, answers_only: bool = False) -> dict[str, torch.Tensor]:
         ids = batch["input_ids"]
         embeddings = self.llm.get_input_embeddings()(ids)
         seen = nn.functional.one_hot(ids[:, 0], VOCABULARY).to(embeddings.dtype)
@@ -67,7 +67,8 @@ class ToyLM(nn.Module):
         targets = batch["labels"][:, 1:].flatten()
         rows = logits[:, :-1].flatten(0, 1)
         loss_sum = nn.functional.cross_entropy(rows, targets, ignore_index=IGNORED, reduction="sum")
-        return {"logits": logits, "loss_sum": loss_sum, "tokens": (targets != IGNORED).sum()}
+        kept = rows[targets != IGNORED] if answers_only else logits
+        return {"logits": kept, "loss_sum": loss_sum, "tokens": (targets != IGNORED).sum()}
 
 
 def build(method: str = "lora", dropout: float = 0.0, seed: int = 0, draws: bool = False) -> ToyLM:
