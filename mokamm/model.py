@@ -347,7 +347,9 @@ def _given(head: nn.Module | None, rows: Tensor) -> Iterator[None]:
     """Within, an LLM's head is given these rows (N,) of its input (B,T,D), as (1,N,D); not one that is told of (B,T)."""
 
     def pick(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (inputs[0].flatten(0, 1).index_select(0, rows)[None], *inputs[1:]) if inputs else None
+        if not inputs or inputs[0].dim() != 3:  # asked in a way of its own
+            return None
+        return inputs[0].flatten(0, 1).index_select(0, rows)[None], *inputs[1:]
 
     hook = None if head is None or isinstance(head, RoutedLinear) else head.register_forward_pre_hook(pick)
     try:
