@@ -571,7 +571,7 @@ def test_what_a_config_may_not_say(options: dict, message: str) -> None:
     assert not any(isinstance(module, RoutedLinear) for module in llm.modules())
 
 
-@pytest.mark.parametrize("name", ["mlp", "q_proj", "model", "a.b", ""])
+@pytest.mark.parametrize("name", ["mlp", "q_proj", "model", "a.b", "", "base_model", "base_layer", "weight", "bias"])
 def test_adapter_names_that_would_garble_keys(name: str) -> None:
     with pytest.raises(AdapterError, match="cannot be named"):
         get_peft_model(small_llm(), MokaConfig(r=2), adapter_name=name)
