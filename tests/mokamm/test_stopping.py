@@ -285,8 +285,9 @@ def test_ranks_stop_where_the_deepspeed_command_has_gone(tmp_path):
 
 
 PROGRAM = """
-import sys
+import signal, sys
 from mokamm.training.launch import run_program
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 run_program([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"])
 """
 

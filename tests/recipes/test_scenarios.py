@@ -30,11 +30,11 @@ def splits(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def evaluated_here(run: Path) -> bool:
+def evaluated_here(run: Path) -> int:
     """eval/run.py all RUN, without the imports of a process of its own."""
     from eval.run import main
 
-    return main(["all", str(run)]) == 0
+    return main(["all", str(run)])
 
 
 def doctored(capsys, *arguments: str) -> dict:
