@@ -165,12 +165,8 @@ def _linear_layers(llm: Any) -> tuple[dict[str, bool], dict[str, bool]]:
 
     adapted: dict[str, bool] = {}
     missed: dict[str, bool] = {}
-    modules, head, unfit, wrapped = (
-        dict(llm.named_modules()),
-        llm.get_output_embeddings(),
-        unfit_modules(llm),
-        tuner_layers(llm),
-    )
+    modules, head = dict(llm.named_modules()), llm.get_output_embeddings()
+    unfit, wrapped = unfit_modules(llm), tuner_layers(llm)
     for name in linear_names(llm):
         if modules[name] is head or name in unfit:
             continue

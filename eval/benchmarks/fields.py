@@ -112,4 +112,4 @@ def _first_text(record: dict[str, Any], keys: tuple[str, ...]) -> str:
 
 def _content(record: dict[str, Any]) -> str:
     kept = {key: record[key] for key in (*IDS, *MEDIA, *QUESTION, *TRUTH, *KIND) if key in record}
-    return json.dumps(kept, default=str)
+    return json.dumps(kept, sort_keys=True, default=str)

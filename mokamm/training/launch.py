@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -221,10 +222,9 @@ def plain_environment() -> dict[str, str]:
 
 
 def run_program(command: list[str], folder: Path | None = None) -> int:
-    """Run a program without the launcher's variables; its exit code. What stops this process meanwhile stops it first.
-
-    Call it in the main thread.
-    """
+    """Run a program without the launcher's variables; its exit code. What stops this process meanwhile stops it first."""
+    if threading.current_thread() is not threading.main_thread():  # the main thread alone may handle signals
+        return subprocess.run(command, cwd=folder, env=plain_environment(), check=False).returncode
     with subprocess.Popen(command, cwd=folder, env=plain_environment()) as program:
         stopped = False
 

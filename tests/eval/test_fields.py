@@ -88,3 +88,6 @@ def test_rows_about_the_same_have_one_content() -> None:
     assert take_apart(dict(reversed(row.items())) | {"output": "other", "index": 2, "rank": 1}).content == content
     for key in row:
         assert take_apart(row | {"output": "p", key: "other"}).content != content
+    choices = {"A": "a", "B": "b"}  # of an object, in whatever order
+    one, same = (take_apart(row | {"choices": dict(pairs)}) for pairs in (choices.items(), reversed(choices.items())))
+    assert one.content == same.content

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,13 @@ def test_the_evaluation_ends_with_the_training_that_waits_for_it(number):
         process.communicate()
     assert process.returncode == -number
     assert not Path(f"/proc/{program}").exists()
+
+
+def test_a_program_is_run_in_any_thread():
+    from mokamm.training.launch import run_program
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(run_program, [sys.executable, "-c", "raise SystemExit(3)"]).result() == 3
 
 
 def test_handlers_are_as_before_after_the_loop():
