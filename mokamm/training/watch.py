@@ -8,12 +8,14 @@ metrics.jsonl, one object a line:
     {"kind": "calibration", "step": 0, "epoch", "steps", "seconds", "loss", "run"}    the first line, of two_phase.py
 
 Each step stands there once, in order: a resumed run drops what lies beyond its checkpoint before it writes. While a run
-is interrupted, the last line may be cut; `read_metrics` leaves it out.
+is interrupted, the last line may be cut; `read_metrics` leaves it out. JSON has no NaN and no infinity: a validation loss
+that is no number stands there as null, and `read_metrics` gives NaN.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -85,7 +87,7 @@ class JsonLines:
         self.file = open(run / METRICS, "a", buffering=1)  # noqa: SIM115 - open for the whole run
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self.file.write(_line({"kind": kind, **values}))
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())
@@ -259,17 +261,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All records; a last line cut by a crash is left out."""
     records = []
     for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
+        with suppress(ValueError):
+            record = json.loads(line)
+            records.append({name: math.nan if value is None else value for name, value in record.items()})
     return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    """As it stands in metrics.jsonl."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the records of steps that will be run again."""
     if path.is_file():
-        kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
+        kept = [_line(record) for record in read_metrics(path) if record["step"] <= step]
         with replacing(path) as beside:
             beside.write_text("".join(kept))
 

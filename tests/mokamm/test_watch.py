@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -28,6 +30,18 @@ def watched(run, report_to):
     watcher.record("validation", VALIDATION)
     watcher.close()
     assert read_metrics(run / "metrics.jsonl") == [{"kind": "train", **TRAIN}, {"kind": "validation", **VALIDATION}]
+
+
+def test_a_loss_that_is_no_number_leaves_every_line_json(tmp_path):
+    """jq and JavaScript refuse a bare NaN; it comes back as one, also after a resume has written the lines anew."""
+    path = tmp_path / "metrics.jsonl"
+    for first in (0, 1):
+        watcher = Watch(tmp_path, 3, first, [])
+        watcher.record("validation", {**VALIDATION, "step": first + 1, "loss": (math.nan, math.inf)[first]})
+        watcher.close()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, None), (2, None)]
+    assert [math.isnan(record["loss"]) for record in read_metrics(path)] == [True, True]
 
 
 def test_tensorboard_holds_every_number(tmp_path):
