@@ -121,8 +121,10 @@ def start(training: TrainingConfig, backend: str | None = None) -> Ranks:
     cpu = not torch.cuda.is_available() if training.use_cpu is None else training.use_cpu
     if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if training.deepspeed and not launched:
-        _alone()
+    if not launched and training.deepspeed:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", **_own_port())
+    elif launched and world_here() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun itself listens there
+        os.environ.update(_own_port())  # `deepspeed` gives all its runs on a host the same
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if not cpu and local_rank >= torch.cuda.device_count():
         raise UserError(
@@ -247,11 +249,11 @@ def run_program(command: list[str], folder: Path | None = None) -> int:
     return code
 
 
-def _alone() -> None:
+def _own_port() -> dict[str, str]:
+    """Where the only rank of a group meets itself: a port that is free."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
 def _threads() -> None:
@@ -289,6 +291,12 @@ def _joined(training: TrainingConfig, cpu: bool, launched: bool, backend: str | 
         return _join(training, cpu, launched, backend)
     except dist.DistError as error:
         here = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {here['MASTER_PORT']}, at which the ranks meet, is taken on this host, perhaps by another run; give "
+                "this one its own: --master_port N behind `deepspeed` or torchrun, --main_process_port N behind "
+                "accelerate launch"
+            ) from error
         raise UserError(
             f"rank {here['RANK']} of {here['WORLD_SIZE']} did not meet all the others within {training.ddp_timeout} s "
             f"(training.ddp_timeout): {str(error).splitlines()[0][:200]}. Start the command on every host, each with "

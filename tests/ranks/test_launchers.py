@@ -6,6 +6,7 @@ MOKAMM_SLOW_TESTS=1 python -m pytest tests/ranks/test_launchers.py
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -53,3 +54,32 @@ def test_one_process_where_two_were_asked_for_is_refused():
     )  # fmt: skip
     assert done.returncode == 2
     assert "accelerate launch --cpu starts one process" in done.stderr
+
+
+MEET = """
+from types import SimpleNamespace
+from data.schema import UserError
+from mokamm.training.launch import start, stop
+try:
+    ranks = start(SimpleNamespace(use_cpu=True, deepspeed=None, ddp_timeout=60, seed=0))
+    print(ranks.world, ranks.sum([2.0]))
+    stop(ranks)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("world", "said"), [("1", "1 [2.0]\n"), ("2", "at which the ranks meet, is taken on this host")]
+)
+def test_a_port_that_another_run_holds(world, said):
+    """`deepspeed` and `torchrun` give every run on a host the same: one rank needs none, several are told of it."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = subprocess.run(
+            [sys.executable, "-c", MEET], env={**environment(), **place}, cwd=ROOT, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+    assert said in done.stdout
+    assert world == "1" or f"port {port}" in done.stdout
