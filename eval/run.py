@@ -136,8 +136,8 @@ def load_model(run: Path, config: RunConfig, control: Control, base: str | None,
 # ---- one benchmark ---------------------------------------------------------------------------------------------------
 
 
-def asker(model: MultimodalLM, config: RunConfig, job: Job, control: Control, max_new_tokens: int) -> Ask:
-    """What answers a batch of the job's samples."""
+def asker(model: MultimodalLM, config: RunConfig, job: Job, control: Control, max_new_tokens: int | None = None) -> Ask:
+    """What answers a batch of the job's samples. max_new_tokens: where the run's own is not to be taken."""
     from mokamm.build import media_loader
 
     loader = media_loader(job.media_dir, config.data)
@@ -247,7 +247,7 @@ def answer(
     before = ranks.shared(lambda: {index for index, (_, error) in journal.read().items() if error is None})
     if before and ranks.main:
         print(f"{work.stem}: {len(before)} of {len(rows)} rows were answered before a stop", file=sys.stderr)
-    ask = asker(model, config, job, control, journal.settings["max_new_tokens"])
+    ask = asker(model, config, job, control, args.max_new_tokens)
     share = f" (rank 0 of {ranks.world})" if ranks.world > 1 else ""
     # folded as in chat: the same sample gets the same answer; but a path that is switched off cannot be folded in
     with nullcontext() if control.kind == "adapter" else model.folded():

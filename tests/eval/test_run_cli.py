@@ -103,6 +103,13 @@ def test_a_spoken_question_can_be_asked_blind(run: Path, capfd: pytest.CaptureFi
     assert (metrics["rows"], metrics["bad"]) == (3, 0)
 
 
+def test_answers_that_are_cut_at_the_runs_own_length_are_told_once(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["miniworld_images", str(run), "--limit", "2", "--max-new-tokens", "6"]) == 0
+    assert "was cut" not in caplog.text  # as it was asked for
+    assert main(["miniworld_images", str(run), "--batch-size", "1"]) == 0
+    assert caplog.text.count("an answer was cut at 6 tokens (evaluation.max_new_tokens, or --max-new-tokens)") == 1
+
+
 def test_a_table_for_people(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["miniworld_images", str(run)]) == 0
     out = capfd.readouterr().out
