@@ -20,6 +20,7 @@ from mokamm.config_sections import AdapterConfig
 from mokamm.convert import Options, Plan
 from mokamm.names import ROUTED, WITHOUT_ADAPTERS
 from mokamm.quiet import quiet
+from mokamm.training.finish import model_card
 from mokamm.weights import save_weights, write_manifest
 
 
@@ -71,3 +72,4 @@ def write_merged(source: Path, base: str | None, out: Path) -> None:
         config.versions.get("base", {}).pop("fingerprint", None)
     config.adapter = AdapterConfig(method="full", keys=config.adapter.keys)
     config.dump(out / "config.yaml")
+    (out / "README.md").write_text(model_card(config, out))

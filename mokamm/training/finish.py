@@ -162,6 +162,8 @@ def model_card(config: RunConfig, run: Path) -> str:
         "---",
     ]
     what = f"`{config.adapter.method}`" if training.stage == 2 else "projectors only (stage 1)"
+    if merged := config.versions.get("merged"):  # merge.py's, of a run with an adapter
+        what = f"`{merged['method']}`, merged into the LLM"
     lines = [
         f"# {run.name}",
         "",

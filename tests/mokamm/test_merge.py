@@ -69,6 +69,10 @@ def test_the_merged_run_says_what_the_adapter_says(tmp_path, base, media_dir, me
     asked = {"video": media_dir / "clip.mp4", "audio": media_dir / "long.wav", "max_new_tokens": 8}
     answers = [MultimodalLM.from_run(folder, device="cpu").chat("how many ?", **asked) for folder in (run, out)]
     assert answers[0] == answers[1]
+    card = (out / "README.md").read_text()
+    assert f"`{method}`, merged into the LLM" in card
+    assert f"mokamm/infer.py {out}" in card
+    assert "library_name: peft" not in card
 
 
 def test_a_merged_run_can_be_begun_from(tmp_path, base):
