@@ -421,8 +421,9 @@ def _read_pt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{file} was refused: it holds Python objects (possibly code) beside tensors and was not executed; "
             f"expected {{'cfg': dict, 'model': tensors}}. {str(error).splitlines()[0]}"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise EncoderError(f"{file} is not a whole .pt file: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch raises many kinds, some of which say nothing
+        told = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise EncoderError(f"{file} is not a whole .pt file: {told}") from error
     if not isinstance(content, dict) or not {"cfg", "model"} <= content.keys():
         found = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise EncoderError(f"{file} is no BEATs checkpoint: expected the keys cfg and model, found {found}")

@@ -479,9 +479,10 @@ def test_missing_truncated_and_foreign_files(model: BEATs, tmp_path) -> None:
     (tmp_path / "short.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(EncoderError, match="not a whole safetensors file"):
         load_beats(tmp_path / "short.safetensors")
-    (tmp_path / "short.pt").write_bytes(b"PK\x03\x04 not much")
-    with pytest.raises(EncoderError, match=r"short\.pt"):
-        load_beats(tmp_path / "short.pt")
+    for content in (b"PK\x03\x04 not much", b"", b"hello", b"<html>404</html>"):
+        (tmp_path / "short.pt").write_bytes(content)
+        with pytest.raises(EncoderError, match=r"short\.pt"):
+            load_beats(tmp_path / "short.pt")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(EncoderError, match="no metadata key 'cfg'"):
         load_beats(tmp_path / "foreign.safetensors")
