@@ -33,6 +33,7 @@ from mokamm.weights import (
     is_adapter,
     load_adapter,
     manifest_problems,
+    read_tensors,
     shapes_of,
 )
 
@@ -91,14 +92,12 @@ def _check_llm(folder: Path, config: RunConfig | None) -> None:
 
 
 def _projectors_in(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     path = folder / PROJECTORS
     if not path.is_file():
         raise UserError(f"training.init_from: {path} is missing; expected a folder that stage 1 wrote ({PROJECTORS})")
     if (folder / MANIFEST).is_file() and (altered := manifest_problems(folder)):
         raise UserError(listed(f"training.init_from: {folder} is not whole:", altered))
-    return load_file(path)
+    return read_tensors(path)
 
 
 def _load_projectors(model: MultimodalLM, state: dict[str, torch.Tensor], where: dict[str, Path]) -> None:

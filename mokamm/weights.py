@@ -202,16 +202,25 @@ def load_weights(model: Any, folder: str | Path, verify: bool = True) -> None:
         )
 
 
-def load_projectors(model: Any, folder: str | Path) -> None:
-    """Load projectors.safetensors; every projector of the model must be there, and nothing else."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds. Raises WeightsError for a damaged one."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def load_projectors(model: Any, folder: str | Path) -> None:
+    """Load projectors.safetensors; every projector of the model must be there, and nothing else."""
     path = Path(folder) / PROJECTORS
     if not path.is_file():
         raise WeightsError(
             f"{path} is missing; expected a folder written by mokamm ({PROJECTORS}, {ADAPTER}/ or {LLM}/)"
         )
-    _load_exactly(model.projectors, load_file(path), path)
+    _load_exactly(model.projectors, read_tensors(path), path)
 
 
 def load_adapter(llm: Any, folder: Path) -> None:
@@ -220,7 +229,6 @@ def load_adapter(llm: Any, folder: Path) -> None:
     Raises WeightsError naming the settings that differ, or the LLM that the folder was made for, or the keys.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     from mokamm.adapters import fit
     from mokamm.adapters.checks import other_mathematics, other_settings
@@ -233,7 +241,7 @@ def load_adapter(llm: Any, folder: Path) -> None:
     refuse(folder, other_settings(llm.peft_config["default"], saved), "holds an adapter of other settings")
     for line in other_mathematics(llm.peft_config["default"], saved):
         log.warning("note: %s was trained with another %s", folder, line)
-    state = load_file(path)
+    state = read_tensors(path)
     fit(llm, folder, state)
     expected = get_peft_model_state_dict(llm, save_embedding_layers=False)
     refuse(
@@ -245,11 +253,9 @@ def load_adapter(llm: Any, folder: Path) -> None:
 
 
 def _load_llm(llm: nn.Module, folder: Path) -> None:
-    from safetensors.torch import load_file
-
     state: dict[str, Tensor] = {}
     for shard in sorted(folder.glob("*.safetensors")):
-        state.update(load_file(shard))
+        state.update(read_tensors(shard))
     tied = {p.data_ptr(): n for n, p in llm.named_parameters(remove_duplicate=False) if n in state}
     for name, parameter in llm.named_parameters(remove_duplicate=False):
         if name not in state and parameter.data_ptr() in tied:  # an output layer tied to the embeddings is written once

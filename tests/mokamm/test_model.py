@@ -412,6 +412,10 @@ def test_init_from_names_what_does_not_fit(make_model, tmp_path):
     for part in ("audio.encoder gives features of width 8", "was trained on width 9: name the encoder"):
         assert part in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in model.projectors.state_dict().items())
+    for content in (path.read_bytes()[:300], b"hello"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"projectors\.safetensors is not a whole safetensors file"):
+            load_init(model, tmp_path)
 
 
 SMALL = {
