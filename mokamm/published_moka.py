@@ -40,6 +40,7 @@ NOT_WEIGHTS = {"training_args.bin", "optimizer.bin", "scheduler.bin", "sampler.b
 VISUAL_LAMBDA = 0.05  # in the published visual-text code; the paper leaves it open
 MODALITY = {"vl": "vision", "al": "audio"}
 TEXT_BRANCH = "the Q-Former's text branch, which is never run"
+UNTRAINED = "A_image of a layer where every token went through A_text, which stands in its place"
 # (inner name of a published projector, ours, None), or (inner name, "", why it is left out)
 PROJECTOR_KEYS: tuple[tuple[str, str, str | None], ...] = (
     (r"(?:\w+_)?ln\.(weight|bias)", r"norm.\1", None),
@@ -128,6 +129,9 @@ def read_published(source: str | Path, logits_by_keys: bool = False) -> Publishe
         state |= new
     for key, tensor in state.items():
         if match := AUDIO_VISUAL.fullmatch(key) or VISUAL_TEXT.fullmatch(key):
+            if match[2] == "A.image" and _layer(match[1]) != 0:
+                result.left_out[key] = UNTRAINED
+                continue
             matrices.setdefault(match[1], {})[match[2]] = tensor
             result.used[key] = f"{match[1]}, {match[2]}"
         elif match := PROJECTOR.fullmatch(key):
@@ -140,6 +144,8 @@ def read_published(source: str | Path, logits_by_keys: bool = False) -> Publishe
         problems += _adapter(result, matrices, _settings(folder), logits_by_keys)
     problems += _absent_parameters(result)
     refuse(source, problems, f"is not read: {len(problems)} mistakes")
+    if not result.used:
+        raise UserError(f"{source} holds no weights of MokA's: neither an adapter nor a projector")
     return result
 
 
@@ -235,10 +241,14 @@ def _adapter(
     if visual and any("." not in name for name in names):
         return ["the adapter mixes the namings of the audio-visual and of the visual-text code"]
     result.kind = "visual-text" if visual else "audio-visual"
-    needed = ("A.text", "A.image", "B.text") if visual else ("A0", "A1", "A2", "B0")
     problems = [f"missing: {module}, which other layers have" for module in _absent_modules(matrices)]
     for module, found in matrices.items():
+        needed = dict.fromkeys(_needed(module, visual))
         problems += [f"{module}: lora_{name} is missing" for name in needed if name not in found]
+        inputs = {tensor.shape[1:] for name, tensor in found.items() if name[0] == "A"}
+        if len(inputs) > 1 or any(tensor.dim() != 2 for tensor in found.values()):
+            shapes = ", ".join(f"lora_{name} {tuple(tensor.shape)}" for name, tensor in found.items())
+            problems.append(f"{module}: its matrices do not fit each other: {shapes}")
     if problems:
         return problems
     ranks = {tensor.shape[0] for found in matrices.values() for name, tensor in found.items() if name[0] == "A"}
@@ -246,11 +256,9 @@ def _adapter(
     if len(ranks) > 1:
         return [f"the ranks differ: {', '.join(map(str, sorted(ranks)))}; this layer has one rank for all modalities"]
     for module, found in matrices.items():
-        A = [found[name] for name in needed[:-1]]
-        if visual and _layer(module) != 0:
-            A[1] = A[0]
+        *A, B = (found[name] for name in _needed(module, visual))
         result.adapter[f"base_model.model.{module}.moka_A.weight"] = torch.cat(A)
-        result.adapter[f"base_model.model.{module}.moka_B.weight"] = found[needed[-1]]
+        result.adapter[f"base_model.model.{module}.moka_B.weight"] = B
     result.moka = {
         "r": ranks.pop(),
         "lora_alpha": settings["lora_alpha"],
@@ -263,6 +271,13 @@ def _adapter(
         "attention_weight_pattern": {r"layers\.0\..*": VISUAL_LAMBDA} if visual else {},
     }
     return []
+
+
+def _needed(module: str, visual: bool) -> tuple[str, ...]:
+    """The published names of a layer's A's, in the order of its modalities, and of its B."""
+    if visual:
+        return ("A.text", "A.image" if _layer(module) == 0 else "A.text", "B.text")
+    return ("A0", "A1", "A2", "B0")
 
 
 def _absent_modules(modules: Collection[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -114,8 +115,9 @@ def test_the_converted_adapter_computes_what_the_published_one_did(factors, upda
     published = publish(tmp_path / "published", state, {})
     assert published_files(published)
     read = read_published(published, by_keys)
-    assert set(read.used) == set(state)
-    assert not read.left_out
+    untrained = {key for key in state if ".layers.0." not in key and ".lora_A.image." in key}
+    assert set(read.left_out) == untrained
+    assert set(read.used) == set(state) - untrained
     write_published(read, tmp_path / "ours")
 
     plain = llama()
@@ -251,6 +253,35 @@ def test_matrices_of_another_rank_are_refused(tmp_path):
     state[f"{name}.lora_A2.weight"] = torch.zeros(R + 1, 16)
     with pytest.raises(UserError, match="the ranks differ: 4, 5; this layer has one rank for all modalities"):
         read_published(publish(tmp_path / "a", state, {}))
+
+
+@pytest.mark.parametrize("shape", [(R, 17), (R,), ()])
+def test_matrices_of_another_shape_are_named(shape, tmp_path):
+    state = adapter_state(llama(), AUDIO_VISUAL)
+    state["base_model.model.model.layers.1.mlp.up_proj.lora_A2.weight"] = torch.zeros(shape)
+    told = rf"model\.layers\.1\.mlp\.up_proj: its matrices .* lora_A2 {re.escape(str(shape))}, lora_B0 \(24, 4\)"
+    with pytest.raises(UserError, match=told):
+        read_published(publish(tmp_path / "a", state, {}))
+
+
+def test_a_visual_text_checkpoint_may_have_an_image_matrix_in_layer_0_only(tmp_path):
+    state = adapter_state(llama(), VISUAL_TEXT)
+    trained = {key: tensor for key, tensor in state.items() if ".layers.0." in key or ".lora_A.image." not in key}
+    assert len(trained) < len(state)
+    whole, short = (read_published(publish(tmp_path / n, s, {})) for n, s in (("a", state), ("b", trained)))
+    assert short.used.keys() == trained.keys()
+    assert all(torch.equal(tensor, short.adapter[key]) for key, tensor in whole.adapter.items())
+    lost = {
+        key: tensor for key, tensor in state.items() if not key.endswith("layers.0.mlp.up_proj.lora_A.image.weight")
+    }
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.up_proj: lora_A\.image is missing"):
+        read_published(publish(tmp_path / "c", lost, {}))
+
+
+def test_a_checkpoint_without_weights_is_refused(tmp_path):
+    for name, other in (("a", {}), ("b", {"model.embed_tokens.weight": torch.zeros(3, OUT)})):
+        with pytest.raises(UserError, match="neither an adapter nor a projector"):
+            read_published(publish(tmp_path / name, {}, other))
 
 
 @pytest.mark.parametrize("factors", [AUDIO_VISUAL, VISUAL_TEXT], ids=["audio-visual", "visual-text"])
