@@ -227,6 +227,10 @@ class ChatRenderer:
     def _tokenise(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         if not text:
             return [], []
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadSample(f"a text holds {text[error.start]!r}, which is no whole character (not UTF-8?)") from None
         if not self.tokenizer.is_fast:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids, [(0, len(text))] * len(ids)

@@ -326,6 +326,7 @@ def test_cached_features_give_the_same_layout(make_model, make_sample, tmp_path)
         (turns("How many?", "  "), "the row has no answer"),
         (Sample("s", (Message("assistant", (Text("two"),)),)), "no message before the answer"),
         (turns("a", "b", "c", "d", system="e"), None),
+        (turns("caf\udce9", "b"), r"a text holds '\\udce9', which is no whole character"),  # Latin-1 from a terminal
         (
             Sample("s", (Message("user", (Media("audio", "a.wav", "sound"),)), *turns("", "b").messages[1:])),
             "have audio perceive it",
