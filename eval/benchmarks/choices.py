@@ -9,7 +9,7 @@ is not known, are A to E):
     A letter before a word may belong to the sentence, too: "A dog", "I hear a dog", and "C major it is" where an option is
     called so. Where that text names one option alone, it is that one.
     3. one letter in brackets, "... is (B)", where no other one stands in brackets, or follows ("(A) or B")
-    4. the text of one option and of no other, where the options are known
+    4. the text of one option and of no other, where the options are known ("(A) a cat", "(B) a dog": without the letters)
 else it is unparsed.
 
 official: the text stripped and lower-cased, the letters tried in the order a to e: the first whose `x ` (letter and
@@ -61,8 +61,11 @@ def _is_letter(text: str, known: str) -> bool:
 
 
 def _texts(options: Sequence[str]) -> list[tuple[str, str]]:
-    """The letters and texts of the options that have a text."""
-    pairs = zip(LETTERS, map(str.strip, options), strict=False)
+    """The letters and texts of the options that have a text, without their letters where each begins with its own."""
+    pairs = list(zip(LETTERS, map(str.strip, options), strict=False))
+    labelled = [_OPTION_LINE.fullmatch(option) for _, option in pairs]
+    if all(match and match[1] == letter for (letter, _), match in zip(pairs, labelled, strict=True)):
+        return [(match[1], match[2]) for match in labelled if match]
     return [(letter, option) for letter, option in pairs if option]
 
 

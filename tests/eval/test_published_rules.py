@@ -472,6 +472,14 @@ def test_a_text_of_two_options_chooses_neither(text: str, options: list[str]) ->
     assert true_letter(options[1], options) == ("B" if options[1] == "Dog" else "A")  # of like ones, the first
 
 
+@pytest.mark.parametrize("text", ["It is a woman.", "WOMAN", "(B) Woman", "b) woman", "B"])
+@pytest.mark.parametrize("style", ["({}) {}", "{}. {}", "{}) {}"])
+def test_options_that_bear_their_letters_are_known_by_their_words(text: str, style: str) -> None:
+    options = [style.format(letter, option) for letter, option in zip("ABC", ["Man", "Woman", "Child"], strict=True)]
+    assert choose(text, options) == true_letter("Woman", options) == true_letter(options[1], options) == "B"
+    assert choose("(C) major", ["(C) major", "(A) minor"]) == "A"  # other letters belong to the text
+
+
 @pytest.mark.parametrize("empty", ["", " ", "!"])
 def test_nothing_said_is_not_the_text_of_an_option_without_one(empty: str) -> None:
     assert choose("", [empty, "a cat"]) is choose("...", [empty, "a cat"]) is None
