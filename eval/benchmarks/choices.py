@@ -5,7 +5,8 @@ is not known, are A to E):
     0. the whole text is one option's text, letter for letter or else but for case, and no letter of an option
     1. a letter alone at the beginning: "B", "(B)", "B.", "B) a cat", "B a cat", "b: a cat", or on a line of its own; but
        not the article of "a cat", and not where a second letter follows ("A or B")
-    2. "answer is B", "answer: (B)", "option B", "choice B" (both exceptions as above), where all such places name one letter
+    2. "answer is B", "**Answer:** (B)", "option B", "choice B" (both exceptions as above), where all such places name one
+       letter
     A letter before a word may belong to the sentence, too: "A dog", "I hear a dog", and "C major it is" where an option is
     called so. Where that text names one option alone, it is that one.
     3. one letter in brackets, "... is (B)", where no other one stands in brackets, or follows ("(A) or B")
@@ -32,7 +33,7 @@ OFFICIAL_LETTERS = "abcde"
 _LEADING = re.compile(r"[(\[*\"']{0,4}([A-Ja-j])(?![^\W_]|[#\u266f\u266d])(?!['\u2019]\w)")
 _SECOND = re.compile(r"[)\]*\"'.:,]{0,4}\s{0,4}(?:(?:or|and|/|&|,)\s{0,4}){1,3}[(\[*\"']{0,4}[A-J](?![^\W_])")
 _SAID = re.compile(
-    r"\b(?:answer|option|choice)(?:\s{1,4}is)?\s{0,4}:?\s{0,4}[(\[*\"']{0,4}([A-J])(?![^\W_]|[#\u266f\u266d])",
+    r"\b(?:answer|option|choice)(?:\s{1,4}is)?\*{0,3}\s{0,4}:?\*{0,3}\s{0,4}[(\[*\"']{0,4}([A-J])(?![^\W_]|[#\u266f\u266d])",
     re.IGNORECASE,
 )
 WORDS = "AI"  # letters that are words of English, too
