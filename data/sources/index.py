@@ -22,6 +22,7 @@ from data.schema import UserError
 from data.sources.rows import describe, not_json, read_text
 
 WINDOW = 2**20  # characters of a JSON array that are parsed at a time
+TRIED = 20  # lines; a file in which none of so many is JSON is no jsonl
 _ENTRY = struct.Struct("<IqqII")
 _TABLE = np.dtype([("file", "<u4"), ("start", "<i8"), ("size", "<i8"), ("line", "<u4"), ("turn", "<u4")])
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -81,19 +82,24 @@ def lines(paths: Iterable[Path], skip: Callable[[bytes], bool] | None = None) ->
 def json_rows(path: Path, shape: str, answers: Count | None = None) -> Spans:
     """Rows of a jsonl file or of a JSON array, one for each answer. shape: what a row looks like, for messages.
 
-    UserError: a file of neither form, or without rows. A line that is no JSON is a row, and bad when it is asked for.
+    UserError: a file of neither form (none of its first lines is JSON), or without rows. Any other line that is no JSON
+    is a row, and bad when it is asked for.
     """
     if first_character(path) == "[":
         return array_rows(path, answers)
-    table, checked = bytearray(), False
+    table, is_jsonl = bytearray(), False
+    mistakes: list[str] = []  # of the lines before the first that is JSON
     for offset, line, size, text in _lines(path):
-        if not checked:
-            _check_first(path, text, line, shape)
-        checked = True
+        if not is_jsonl and (mistake := _mistake(text, line)):
+            mistakes.append(f"{path}, {mistake}; expected {shape} on each line")
+            if len(mistakes) == TRIED:
+                break
+        else:
+            is_jsonl = True
         for turn in range(_count(text, answers)):
             table += _ENTRY.pack(0, offset, size, line, turn)
-    if not checked:
-        raise UserError(f"{path}: holds no rows; expected {shape} on each line")
+    if not is_jsonl:
+        raise UserError(mistakes[0] if mistakes else f"{path}: holds no rows; expected {shape} on each line")
     return Spans([path], table)
 
 
@@ -228,16 +234,17 @@ def first_character(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _check_first(path: Path, text: bytes, line: int, shape: str) -> None:
-    """A file whose very first row is not JSON is no file of this format."""
+def _mistake(text: bytes, line: int) -> str | None:
+    """Why a line is not JSON."""
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, {not_json(error, line)}; expected {shape} on each line") from None
+        return not_json(error, line)
     except UnicodeDecodeError:
-        raise UserError(f"{path}, line {line}: is not UTF-8 text; expected {shape} on each line") from None
+        return f"line {line}: is not UTF-8 text"
     except (ValueError, RecursionError):
-        return  # JSON, but beyond what Python reads: a bad row
+        return None  # JSON, but beyond what Python reads: a bad row
+    return None
 
 
 def _no_array(path: Path) -> str:

@@ -368,6 +368,16 @@ def test_bytes_that_are_no_text(tmp_path):
         open_source("music_avqa", tmp_path / "x.json")
 
 
+@pytest.mark.parametrize("broken", [b'{"messages": [', b"\xff\xfe", b"hello"])
+def test_a_first_line_that_is_broken_is_a_bad_row_like_any_other(tmp_path, broken):
+    path = jsonl(tmp_path / "m.jsonl", GOOD, GOOD)
+    path.write_bytes(broken + b"\n" + path.read_bytes())
+    rows = open_source("messages", path)
+    assert [rows[i].answer for i in (1, 2)] == ["A.", "A."]
+    with pytest.raises(BadSample, match=r"m\.jsonl, row 0: line 1(, column \d+)?: is not"):
+        rows[0]
+
+
 # --- files that are not of the format
 
 
@@ -380,7 +390,9 @@ def test_files_that_are_not_json(tmp_path):
     with pytest.raises(UserError, match=r"a\.json, line 3, column 2: is not JSON"):
         open_source("messages", page)
     with pytest.raises(UserError, match=r"b\.jsonl, line 2, column 1: is not JSON .* on each line"):
-        open_source("messages", jsonl(tmp_path / "b.jsonl", "", "hello", GOOD))
+        open_source("messages", jsonl(tmp_path / "b.jsonl", "", "hello", "<html>"))
+    with pytest.raises(UserError, match=r"p\.jsonl, line 1, column 1: is not JSON .* on each line"):
+        open_source("messages", jsonl(tmp_path / "p.jsonl", *["a page of text"] * 30, GOOD))
     with pytest.raises(UserError, match=r"c\.jsonl: holds no rows"):
         open_source("messages", write(tmp_path / "c.jsonl", "\n\n"))
     with pytest.raises(UserError, match=r"d\.json: expected a JSON array of rows, found an object with keys a, b"):
