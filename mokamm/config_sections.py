@@ -35,6 +35,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+Strategy = Literal["no", "steps", "epoch"]
 
 
 def _one_of(known: Collection[str], what: str) -> AfterValidator:
@@ -276,8 +277,27 @@ class DataConfig(Section):
     limits: LimitsConfig = LimitsConfig()
 
 
-class TrainingConfig(Section):
-    """Named as in transformers.TrainingArguments. eval_steps, save_steps: None = at the end of every epoch."""
+class SettledConfig(Section):
+    """Keys of transformers.TrainingArguments that have one meaning here: they may stand in a file, and change nothing."""
+
+    optim: Literal["adamw_torch", "adamw_torch_fused"] = Field("adamw_torch", exclude=True)
+    fp16: Literal[False] = Field(False, exclude=True)
+    logging_strategy: Literal["steps"] = Field("steps", exclude=True)
+    average_tokens_across_devices: Literal[True] = Field(True, exclude=True)
+    gradient_checkpointing_kwargs: dict[Literal["use_reentrant"], Literal[False]] = Field({}, exclude=True)
+    ddp_find_unused_parameters: Literal[False] = Field(False, exclude=True)
+    remove_unused_columns: Literal[False] = Field(False, exclude=True)
+    save_safetensors: Literal[True] = Field(True, exclude=True)
+    save_only_model: Literal[False] = Field(False, exclude=True)
+    greater_is_better: bool | None = Field(None, exclude=True)  # must be what the metric is
+
+
+class TrainingConfig(SettledConfig):
+    """Named as in transformers.TrainingArguments.
+
+    eval_steps, save_steps: None = at the end of every epoch; below 1 = a share of all steps. eval_strategy,
+    save_strategy: None = what those say; `no` = never, but for the save at the end. A better validation saves anyway.
+    """
 
     output_dir: str
     stage: Literal[1, 2] = 2  # 1: projectors only; 2: projectors and adapter (or the whole LLM)
@@ -289,7 +309,11 @@ class TrainingConfig(Section):
     per_device_train_batch_size: Positive = 4
     per_device_eval_batch_size: Positive | None = None
     gradient_accumulation_steps: Positive = 1
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    lr_scheduler_type: Literal[
+        "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt", "warmup_stable_decay",
+    ] = "cosine"  # fmt: skip
+    lr_scheduler_kwargs: dict[str, Any] | None = None  # transformers' for that type: num_cycles, min_lr, power, ...
     warmup_ratio: Fraction = 0.0
     warmup_steps: NonNegativeFloat = 0  # below 1: a share of all steps, as in newer transformers
     weight_decay: NonNegativeFloat = 0.0
@@ -304,9 +328,12 @@ class TrainingConfig(Section):
     group_by_length: bool = False  # rows of like length together; or train_sampling_strategy, its newer name
     packing: bool = False  # samples of a batch share rows, each kept to itself; see mokamm/training/packing.py
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 2
-    logging_steps: Positive = 10
-    eval_steps: Positive | None = None
-    save_steps: Positive | None = None
+    logging_steps: Positive | Share = 10
+    logging_first_step: bool = False
+    eval_strategy: Strategy | None = None
+    eval_steps: Positive | Share | None = None
+    save_strategy: Strategy | Literal["best"] | None = None
+    save_steps: Positive | Share | None = None
     save_total_limit: Positive | None = 3
     load_best_model_at_end: bool = True
     metric_for_best_model: Literal["loss", "accuracy"] = "accuracy"
@@ -330,10 +357,24 @@ class TrainingConfig(Section):
             return []
         return [value] if isinstance(value, str) else value
 
+    @field_validator("eval_strategy", "save_strategy", mode="before")
+    @classmethod
+    def _strategy(cls, value: Any) -> Any:
+        """A bare `no` is false in YAML."""
+        return "no" if value is False else value
+
+    @field_validator("resume_from_checkpoint", mode="before")
+    @classmethod
+    def _resume(cls, value: Any) -> Any:
+        """transformers says true for the last one of the folder."""
+        return "auto" if value is True else None if value is False else value
+
     @model_validator(mode="before")
     @classmethod
     def _newer_names(cls, values: Any) -> Any:
-        """transformers 5 says train_sampling_strategy: group_by_length."""
+        """transformers 5 says train_sampling_strategy: group_by_length; older ones said evaluation_strategy."""
+        if isinstance(values, dict) and "evaluation_strategy" in values and "eval_strategy" not in values:
+            values = {"eval_strategy" if key == "evaluation_strategy" else key: v for key, v in values.items()}
         if not isinstance(values, dict) or "train_sampling_strategy" not in values:
             return values
         rest = {key: value for key, value in values.items() if key != "train_sampling_strategy"}
@@ -350,6 +391,20 @@ class TrainingConfig(Section):
             raise ValueError("warmup_ratio and warmup_steps are both set; keep one of them")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps is {self.max_steps}; expected a positive number, or -1 for num_train_epochs")
+        if self.greater_is_better not in (None, self.metric_for_best_model == "accuracy"):
+            raise ValueError(
+                f"greater_is_better is {self.greater_is_better}, while metric_for_best_model is "
+                f"{self.metric_for_best_model}; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _in_steps(self) -> TrainingConfig:
+        """eval_steps and save_steps as their strategies have them, with transformers' own steps where none are given."""
+        if self.eval_strategy in ("steps", "epoch"):
+            self.eval_steps = (self.eval_steps or self.logging_steps) if self.eval_strategy == "steps" else None
+        if self.save_strategy in ("steps", "epoch"):
+            self.save_steps = (self.save_steps or 500) if self.save_strategy == "steps" else None
         return self
 
     @property

@@ -33,7 +33,7 @@ from mokamm.training.corpus import Corpus, batches
 from mokamm.training.engine import Engine, build_engine
 from mokamm.training.forecast import Forecast, explained
 from mokamm.training.launch import Ranks
-from mokamm.training.optimization import Parts, parameter_groups, schedule
+from mokamm.training.optimization import Parts, in_steps, parameter_groups, schedule
 from mokamm.training.packing import check_apart, joining
 from mokamm.training.resume import Beginning
 from mokamm.training.stopping import SignalWatch, Stopped, agreed
@@ -158,7 +158,7 @@ class Loop:
             self._validate()
             self._save(paused)
             self.window.began += time.monotonic() - paused
-        micro_batches = iter(self._training_batches())
+        micro_batches, training = iter(self._training_batches()), self.training
         while self.state.step < until:
             gathered = self._gather(micro_batches)
             with self.coto.step(self.state.step):
@@ -168,11 +168,11 @@ class Loop:
                 self.watch.advance(step)
                 if self.forecast and step == self.watch.first + 1:
                     print(self.forecast.compared(gathered), flush=True)
-            if step % self.training.logging_steps == 0 or step == self.plan.total_steps:
+            if self._due(None, training.logging_steps) or (step == 1 and training.logging_first_step):
                 self._log()
             paused = time.monotonic()
-            improved = self._due(self.training.eval_steps) and self._validate()
-            if improved or self._due(self.training.save_steps):
+            improved = self._due(training.eval_strategy, training.eval_steps) and self._validate()
+            if improved or self._due(training.save_strategy, training.save_steps) or step == self.plan.total_steps:
                 self._save(paused)
             self.window.began += time.monotonic() - paused
         self._heed(self.ranks.sum(self.signals.votes()))  # one that came in the last step
@@ -257,9 +257,12 @@ class Loop:
 
     # ---- now and then ------------------------------------------------------------------------------------------------
 
-    def _due(self, every: int | None) -> bool:
-        step = self.state.step
-        return step == self.plan.total_steps or (step % every == 0 if every else self.plan.ends_epoch(step))
+    def _due(self, strategy: str | None, every: float | None) -> bool:
+        """Whether it is time for what is done `every` so many steps (None: epochs), and at the end; by `no` it never is."""
+        step, total = self.state.step, self.plan.total_steps
+        if strategy in ("no", "best"):
+            return False
+        return step == total or (step % in_steps(every, total) == 0 if every else self.plan.ends_epoch(step))
 
     def _log(self) -> None:
         w, step = self.window, self.state.step

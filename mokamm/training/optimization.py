@@ -1,11 +1,12 @@
 """Learning rates: one per part of the model, and the schedule that all of them follow.
 
-rate(part, step) = base rate of the part * factor(step); the factor is transformers' own curve (linear, cosine,
-constant, each with warm-up), used as a pure function of the step, so that a schedule has no state to save.
+rate(part, step) = base rate of the part * factor(step); the factor is transformers' own curve of `lr_scheduler_type`
+(those that need no metric), used as a pure function of the step, so that a schedule has no state to save.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -80,17 +81,29 @@ def optimizer_arguments(training: TrainingConfig) -> dict[str, Any]:
 
 
 def schedule(training: TrainingConfig, total_steps: int) -> Schedule:
-    """factor(step) for the step numbered from 0."""
+    """factor(step) for the step numbered from 0. UserError where lr_scheduler_kwargs do not fit the type."""
     import torch
     from transformers import get_scheduler
 
-    probe: torch.optim.Optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    assert training.learning_rate != "auto", "rate.resolve comes first"
+    # curves that end at a rate (min_lr, lr_end) ask the optimizer where they begin
+    probe: torch.optim.Optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
     warmup, kind = warmup_steps(training, total_steps), training.lr_scheduler_type
     name = "constant_with_warmup" if kind == "constant" and warmup else kind  # their "constant" warms nothing up
-    return get_scheduler(name, probe, warmup, total_steps).lr_lambdas[0]
+    try:
+        return get_scheduler(name, probe, warmup, total_steps, training.lr_scheduler_kwargs).lr_lambdas[0]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"training.lr_scheduler_kwargs do not fit training.lr_scheduler_type '{kind}': {error}"
+        ) from None
 
 
 def warmup_steps(training: TrainingConfig, total_steps: int) -> int:
     """Warm-up in steps, from `warmup_steps` (a share where below 1) or the older `warmup_ratio`."""
     share = training.warmup_ratio or (training.warmup_steps if training.warmup_steps < 1 else 0.0)
-    return -int(-share * total_steps // 1) if share else int(training.warmup_steps)
+    return in_steps(share, total_steps) if share else int(training.warmup_steps)
+
+
+def in_steps(every: float, total_steps: int) -> int:
+    """A number of steps, from one or from a share of all (at most 1), rounded up as transformers does."""
+    return math.ceil(every * total_steps) if isinstance(every, float) else every

@@ -65,8 +65,8 @@ def begin(config: RunConfig, corpus: Corpus, ranks: Ranks) -> Beginning:
 
 DAY = "model.llm.chat_date"
 SAME = (
-    "stage", "init_from", "learning_rate", "projector_learning_rate", "lr_scheduler_type", "warmup_ratio",
-    "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16",
+    "stage", "init_from", "learning_rate", "projector_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_ratio", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16",
     "group_by_length", "packing", "metric_for_best_model", "seed",
 )  # fmt: skip
 

@@ -170,6 +170,41 @@ def test_names_that_transformers_has_renamed_are_mapped(write):
     assert load_config(path, ["training.warmup_steps=0.1"]).training.warmup_steps == 0.1
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["eval_strategy=steps", "save_strategy=steps"], {"eval_steps": 10, "save_steps": 500}),  # transformers' own
+        (["eval_strategy=steps", "eval_steps=0.25"], {"eval_steps": 0.25}),
+        (["evaluation_strategy=epoch", "eval_steps=7"], {"eval_strategy": "epoch", "eval_steps": None}),
+        (["eval_strategy=no", "save_strategy=best"], {"eval_strategy": "no", "save_strategy": "best"}),  # YAML's false
+        (["resume_from_checkpoint=true"], {"resume_from_checkpoint": "auto"}),
+        (["resume_from_checkpoint=false"], {"resume_from_checkpoint": None}),
+        (["metric_for_best_model=eval_loss", "greater_is_better=false"], {"metric_for_best_model": "loss"}),
+        (["lr_scheduler_type=polynomial", "lr_scheduler_kwargs={power: 2}"], {"lr_scheduler_kwargs": {"power": 2}}),
+        (["optim=adamw_torch", "fp16=false", "logging_strategy=steps", "save_safetensors=true"], {}),
+        (["gradient_checkpointing_kwargs={use_reentrant: false}", "remove_unused_columns=false"], {}),
+    ],
+)
+def test_values_of_training_arguments(write, overrides, expected):
+    config = load_config(write(GOOD), [f"training.{override}" for override in overrides])
+    assert {key: getattr(config.training, key) for key in expected} == expected
+    again = type(config).model_validate(config.to_dict())  # as a run's config.yaml holds it
+    assert {key: getattr(again.training, key) for key in expected} == expected
+    assert "optim" not in config.to_dict()["training"]
+
+
+def test_what_training_does_not_do_is_refused_by_its_value(write):
+    refused = ["optim=sgd", "fp16=true", "gradient_checkpointing_kwargs={use_reentrant: true}", "eval_strategy=often"]
+    with pytest.raises(ConfigError) as error:
+        load_config(write(GOOD), [f"training.{override}" for override in refused])
+    assert "optim (override): input should be 'adamw_torch' or 'adamw_torch_fused'; found 'sgd'" in str(error.value)
+    assert "fp16 (override): input should be False; found True" in str(error.value)
+    assert "use_reentrant (override): input should be False; found True" in str(error.value)
+    assert "eval_strategy (override): input should be 'no', 'steps' or 'epoch'; found 'often'" in str(error.value)
+    with pytest.raises(ConfigError, match="greater_is_better is False, while metric_for_best_model is accuracy"):
+        load_config(write(GOOD), ["training.greater_is_better=false"])
+
+
 def test_a_mistake_of_an_override_is_not_blamed_on_the_file(write):
     path = write(GOOD)
     with pytest.raises(ConfigError, match=r"adapter\.r \(override\): .* found 0"):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from data.collate import collate
 from data.ledger import Ledger
@@ -287,6 +288,50 @@ def test_constant_and_linear():
     assert schedule(training(lr_scheduler_type="linear"), 10)(5) == pytest.approx(0.5)
     warmed = schedule(training(lr_scheduler_type="constant", warmup_steps=4), 10)
     assert [warmed(step) for step in (0, 1, 3, 4, 9)] == pytest.approx([0.0, 0.25, 0.75, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("cosine_with_restarts", {"num_cycles": 3}), ("polynomial", {"power": 2.0, "lr_end": 1e-5}), ("inverse_sqrt", {}),
+        ("cosine_with_min_lr", {"min_lr": 2e-5}), ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        ("cosine_warmup_with_min_lr", {"min_lr": 2e-5}), ("warmup_stable_decay", {"num_decay_steps": 5}),
+    ],
+)  # fmt: skip
+def test_every_curve_is_the_one_of_transformers(kind, options):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], lr=3e-4)
+    reference = get_scheduler(kind, optimizer, 4, 20, options)
+    factor = schedule(
+        training(learning_rate=3e-4, lr_scheduler_type=kind, lr_scheduler_kwargs=options, warmup_steps=4), 20
+    )
+    for step in range(20):
+        assert 3e-4 * factor(step) == pytest.approx(reference.get_last_lr()[0], rel=1e-9, abs=1e-15)
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("polynomial", {"powr": 2}), ("warmup_stable_decay", None)])
+def test_options_that_a_curve_does_not_take_are_told(kind, options):
+    with pytest.raises(UserError, match=f"lr_scheduler_kwargs do not fit training.lr_scheduler_type '{kind}'"):
+        schedule(training(lr_scheduler_type=kind, lr_scheduler_kwargs=options), 20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "validated", "saved", "logged"),
+    [
+        ({"eval_strategy": "no", "save_strategy": "no"}, [], [8], [4, 8]),
+        ({"eval_strategy": "epoch", "save_strategy": "epoch"}, [6, 8], [6, 8], [4, 8]),
+        ({"eval_steps": 0.3, "save_steps": 0.5, "logging_steps": 0.4}, [3, 6, 8], [4, 8], [4, 8]),
+        ({"logging_first_step": True, "eval_steps": 4}, [4, 8], [4, 8], [1, 4, 8]),
+    ],
+)
+def test_strategies_and_shares_of_all_steps(toy, tmp_path, settings, validated, saved, logged):
+    toy.run(tmp_path, toy.alone(), **{"logging_steps": 4, "load_best_model_at_end": False, **settings})
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "validation"] == validated
+    assert [r["step"] for r in records if r["kind"] == "train"] == logged
+    assert sorted(int(f.name.partition("-")[2]) for f in tmp_path.glob("checkpoint-*")) == saved
 
 
 def test_parts_have_their_own_rates_and_zero_freezes(toy):
