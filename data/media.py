@@ -136,6 +136,8 @@ class MediaLoader:
             return path
         if path.is_dir():
             raise RefusedMedia(f"{path}: is a folder; the row must name a media file")
+        if path.exists():
+            raise RefusedMedia(f"{path}: is no regular file (a pipe or a device); the row must name a media file")
         if self.media_dir is not None and not self.media_dir.is_dir():
             raise MissingMedia(
                 f"{name!r}: data.media_dir = {self.media_dir} does not exist; correct it or fetch the media"

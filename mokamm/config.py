@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data.schema import UserError, listed, near
 from data.sources import SOURCES, is_there
@@ -44,6 +44,12 @@ class RunConfig(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     versions: dict[str, Any] = Field(default={})  # written into a run's config.yaml: libraries, and what the base was
+
+    @field_validator("adapter", "evaluation", mode="before")
+    @classmethod
+    def _section(cls, value: Any) -> Any:
+        """A section with nothing in it is what it is where nobody names it."""
+        return {} if value is None else value
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

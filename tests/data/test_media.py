@@ -384,6 +384,13 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     assert issubclass(BadSample, UserError)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_medium_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(MediaError, match=r"a\.mp4: is no regular file"):
+        MediaLoader(tmp_path).frames(Media("video", "a.mp4", "vision"), 2)
+
+
 def test_paths_that_the_file_system_refuses(tmp_path, monkeypatch):
     loader = MediaLoader(tmp_path)
     for name, reason in (

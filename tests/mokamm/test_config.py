@@ -215,6 +215,12 @@ def test_a_mistake_of_an_override_is_not_blamed_on_the_file(write):
         load_config(path, ["data.validation=[]", "data.validation.0.limit=1"])
 
 
+def test_an_empty_section_is_its_default(write):
+    path = write(f"{GOOD}\nevaluation:\n")
+    assert load_config(path).evaluation == load_config(path, ["evaluation={}"]).evaluation
+    assert load_config(write(GOOD), ["adapter=null"]).adapter.method == "moka"
+
+
 def test_mistaken_overrides_are_told_with_the_rest(write):
     with pytest.raises(ConfigError) as error:
         load_config(write(GOOD), ["max_steps", "data.train.7.limit=1", "training.max_stepz=1", "adapter.r.x=1"])
