@@ -9,8 +9,8 @@
 
 A checkpoint is written as `.checkpoint-N.tmp` beside its place, flushed to disk and renamed, so that a folder with its
 name is complete; one that goes is renamed before it is deleted. Where a rank cannot write, no rank goes on: a message,
-and the earlier checkpoints stay. Rotation keeps the newest `save_total_limit` and always the best. What an earlier run
-left in the same folder is moved to RUN/previous-<n>/ and never mixed up with the new run. On several nodes the run
+and the earlier checkpoints stay. Rotation keeps `save_total_limit`, and always the newest and the best. What an earlier
+run left in the same folder is moved to RUN/previous-<n>/ and never mixed up with the new run. On several nodes the run
 folder must be shared.
 """
 
@@ -190,12 +190,16 @@ def _flush(path: Path) -> None:
 
 
 def rotate(run: Path, keep: int | None, state: TrainerState) -> None:
-    """Delete all but the newest `keep` checkpoints of this run (those up to its step) and the best one."""
+    """Delete all but `keep` checkpoints of this run (those up to its step): the newest, the best, then as new as can be.
+
+    As in transformers: the best counts among them, and both stay whatever `keep` is.
+    """
     if keep is None:
         return
     own = [folder for folder in newest_first(run) if step_of(folder) <= state.step]
-    for folder in own[keep:]:
-        if state.best is None or step_of(folder) != int(state.best["step"]):
+    needed = {step_of(folder) for folder in own[:1]} | ({int(state.best["step"])} if state.best else set())
+    for folder in sorted(own, key=lambda folder: step_of(folder) not in needed)[keep:]:  # stable: newest first
+        if step_of(folder) not in needed:
             gone = folder.with_name(f".{folder.name}{GONE}")  # a killed process leaves no half of a checkpoint
             try:
                 os.rename(folder, gone)

@@ -133,10 +133,25 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-x").mkdir()
-    checkpoint.rotate(tmp_path, 2, TrainerState(step=10, best={"step": 1}))
+    checkpoint.rotate(tmp_path, 3, TrainerState(step=10, best={"step": 1}))
     assert [p.name for p in newest_first(tmp_path)] == ["checkpoint-10", "checkpoint-3", "checkpoint-1"]
     checkpoint.rotate(tmp_path, 1, TrainerState(step=3))  # checkpoint-10 is none of a run that stands at 3
     assert [p.name for p in newest_first(tmp_path)] == ["checkpoint-10", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("best", [None, 1, 2, 4])
+@pytest.mark.parametrize("keep", [None, 1, 2, 3, 9])
+def test_rotation_keeps_what_transformers_would(tmp_path, keep, best):
+    """The best counts among save_total_limit."""
+    from transformers.trainer_utils import rotate_checkpoints
+
+    for name in ("ours", "theirs"):
+        for step in (1, 2, 3, 4):
+            (tmp_path / name / f"checkpoint-{step}").mkdir(parents=True)
+    checkpoint.rotate(tmp_path / "ours", keep, TrainerState(step=4, best={"step": best} if best else None))
+    theirs = tmp_path / "theirs"
+    rotate_checkpoints(str(theirs), keep, str(theirs / f"checkpoint-{best}") if best else None)
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == sorted(p.name for p in theirs.iterdir())
 
 
 def test_a_new_run_in_an_old_folder_moves_the_old_one_aside_whole(toy, whole, tmp_path, capsys):
