@@ -11,6 +11,7 @@ options are its keyword-only arguments, and their annotations say what they acce
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from data.schema import UserError, nearest
@@ -21,7 +22,7 @@ from mokamm.projectors.perceiver import PerceiverProjector
 from mokamm.projectors.pooled import PooledProjector
 from mokamm.projectors.qformer import QFormerProjector
 
-__all__ = ["PROJECTORS", "Projector", "build_projector"]
+__all__ = ["PROJECTORS", "Projector", "build_projector", "check_options"]
 
 PROJECTORS: dict[str, type[Projector]] = {
     "qformer": QFormerProjector,
@@ -35,8 +36,13 @@ def build_projector(
     name: str, in_features: int, out_features: int, boundaries: bool = True, **options: Any
 ) -> Projector:
     """The projector of that name; `options` are its keyword arguments (raises UserError on a wrong name or value)."""
+    return check_options(name, options)(in_features, out_features, boundaries, **options)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> type[Projector]:
+    """The class of a projector. Raises UserError for an unknown name, or options that are none of its own."""
     if name not in PROJECTORS:
         raise UserError(f"unknown projector '{name}'{nearest(name, PROJECTORS)}")
     if problems := option_problems(options, PROJECTORS[name]):
         raise UserError(f"projector '{name}' " + "; ".join(problems))
-    return PROJECTORS[name](in_features, out_features, boundaries, **options)
+    return PROJECTORS[name]
