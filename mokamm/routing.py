@@ -123,6 +123,17 @@ class Routing:
 
         return self._once(("view", rows, device), make)  # type: ignore[no-any-return]
 
+    def before_text(self, tokens: int) -> Routing:
+        """This routing with so many tokens of text after every row."""
+        assert self.modality_ids is not None
+        assert self.key_mask is not None
+        longer = self._map(lambda tensor: tensor)
+        longer.modality_ids = nn.functional.pad(self.modality_ids, (0, tokens))
+        longer.key_mask = nn.functional.pad(self.key_mask, (0, tokens))
+        if self.sample_ids is not None:
+            longer.sample_ids = nn.functional.pad(self.sample_ids, (0, tokens))
+        return longer
+
     def check_modalities(self, modalities: int) -> None:
         """Raises AdapterError where a token's modality is none of the adapter's."""
         if self.max_id is not None and self.max_id >= modalities:

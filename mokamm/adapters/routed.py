@@ -163,7 +163,7 @@ class RoutedLinear(TunerLayer):
         h = out = self.base_layer(x, *args, **kwargs)
         for name in names:
             if routing is not None:
-                x_BTD = x if x.dim() == 3 else x.view(*(routing.shape or ()), -1)
+                x_BTD = x if x.dim() == 3 else x.reshape(*(routing.shape or ()), -1)
                 out = out + self._routed(name, x_BTD, routing).view_as(h)
             elif name not in self.folds:
                 out = out + self._text(name, x)

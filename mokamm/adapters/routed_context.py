@@ -34,6 +34,9 @@ class RoutingContext:
         self.routing = None
         self.prompt: tuple[Routing, int] | None = None  # the last prompt's, and the length of the cache that it found
         self.going_on: dict[int, int] = {}  # by thread, while its forward goes on from a prompt: tokens of each row
+        self.latents: tuple[Routing, int, Routing] | None = (
+            None  # the last routing of `_of_latents`, and what it was for
+        )
 
     @property
     def routing(self) -> Routing | None:
@@ -74,7 +77,7 @@ class RoutingContext:
         self.going_on.pop(threading.get_ident(), None)
 
     def look_up(self, x: Tensor) -> Routing | None:
-        """The routing for a layer's input (B,T,D) or, flattened by some LLMs, (B*T,D); None where all of it is text.
+        """The routing for a layer's input (B,T,D), some LLMs' (B*T,D) or latents (B,1,S,D); None where all of it is text.
 
         Single-token steps after a prefill are text. Rows repeated for beams are understood while no gradient is
         recorded (as in `generate`); with gradients a batch of another size is a mistake.
@@ -92,7 +95,12 @@ class RoutingContext:
                 return routing  # as nearly always
             if x.dim() == 3 and x.shape[1] == 1 and ids.shape[1] > 1:
                 return None
-            if self.going_on and (tokens := self.going_on.get(threading.get_ident())):
+            tokens = self.going_on.get(threading.get_ident(), 0)
+            if x.dim() == 4 and x.shape[1] == 1 and x.shape[2] > 1 and tokens <= 1:
+                found = self._of_latents(x, routing)
+                if found is not None:
+                    return found
+            elif tokens:
                 if tokens == 1:
                     return None
                 raise AdapterError(
@@ -120,6 +128,23 @@ class RoutingContext:
             "the routing of this very batch, padding included, before each forward (rows repeated for beams are "
             f"understood, without gradients). {ONE_BY_ONE}"
         )
+
+    def _of_latents(self, x: Tensor, routing: Routing) -> Routing | None:
+        """The routing for the latents of keys and values (B,1,S,D), as DeepSeek's attention has them; None: it fits none.
+
+        They are what the cache holds, and are read whole in every step: the prompt, then text.
+        """
+        B, T = routing.shape or (0, 0)
+        rows, more = x.shape[0], x.shape[2] - T
+        begun = self.prompt is not None and self.prompt[0] is routing and self.prompt[1] == 0
+        if more < 0 or (more and not begun) or rows % B or (rows != B and torch.is_grad_enabled()):
+            return None
+        routing = routing.view(rows, x.device)
+        if more == 0:
+            return routing
+        if self.latents is None or self.latents[0] is not routing or self.latents[1] != more:
+            self.latents = routing, more, routing.before_text(more)
+        return self.latents[2]
 
     def checkpoint_contexts(self) -> tuple[Restored, Restored]:
         """`context_fn` for torch's non-reentrant checkpoint: recompute under the routing of this forward."""

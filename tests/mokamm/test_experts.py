@@ -293,6 +293,31 @@ def test_lora_adapts_dense_and_shared_mlps_and_not_the_experts(name, caplog):
     assert "PEFT alone would take down_proj, gate_proj, up_proj of this LLM for its experts" in caplog.text
 
 
+@pytest.mark.parametrize("folded", [False, True])
+def test_moka_routes_the_latents_that_deepseek_keeps_in_its_cache(folded):
+    """`kv_b_proj` reads them whole, (B,1,S,D), in every step: what generation gives is what whole forwards choose."""
+    model = wrap(mixed("deepseek_v3"), "moka", ["text", "audio"], LORA).eval()
+    randomise(model)
+    ids = torch.tensor([[0, 1, 1, 0, 0], [-1, 1, 0, 1, 0]])
+    tokens, keys, mask = torch.tensor([[3, 5, 6, 2, 4], [0, 7, 4, 3, 5]]), torch.zeros(2, 5).bool(), (ids >= 0).long()
+    keys[:, 4] = True
+    set_routing(model, Routing(ids, keys))
+    if folded:
+        model.base_model.fold_text()
+    asked = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        found = model.generate(input_ids=tokens, attention_mask=mask, **asked)
+        for _ in range(5):
+            set_routing(model, Routing(ids, keys))
+            position = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = model(input_ids=tokens, attention_mask=mask, position_ids=position, use_cache=False).logits
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
+            ids, keys, mask = (nn.functional.pad(t, (0, 1), value=v) for t, v in ((ids, 0), (keys, False), (mask, 1)))
+    assert torch.equal(found, tokens)
+    with torch.no_grad(), model.disable_adapter():
+        assert not torch.equal(model.generate(input_ids=tokens[:, :5], attention_mask=mask[:, :5], **asked), found)
+
+
 @pytest.mark.parametrize("method", ["dora", "hira", "lori_d", "lori_s", "moka"])
 def test_every_method_adapts_the_same_modules(method):
     model = wrap(mixed(), method, ["text"], LORA)

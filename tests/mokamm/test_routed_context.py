@@ -40,6 +40,26 @@ def test_prefill_steps_beams_and_flattened_inputs() -> None:
         assert context.look_up(torch.zeros(6, 6, 4)).shape == (6, 6)
 
 
+def test_latents_are_those_of_the_prompt_and_of_the_text_after_it() -> None:
+    """DeepSeek's attention reads (B,1,S,D), in steps from its cache: the whole of it."""
+    context, llm, cache = RoutingContext(), nn.Embedding(9, 4), DynamicCache()
+    context.routing = Routing(IDS, KEYS)
+    assert context.look_up(torch.zeros(2, 1, 6, 4)) is context.routing
+    with pytest.raises(AdapterError, match="very batch"):
+        context.look_up(torch.zeros(2, 1, 8, 4))  # of no cache that began with this prompt
+    asked: list[tuple[int, ...]] = [(2, 1, 6, 4), (2, 1, 8, 4)]
+    found: list[Routing | None] = []
+    llm.forward = lambda *_, **__: found.append(context.look_up(torch.zeros(*asked[len(found)])))
+    context.watch(llm)
+    llm(torch.ones(2, 6, dtype=torch.long), past_key_values=cache)
+    cache.update(torch.zeros(2, 1, 7, 4), torch.zeros(2, 1, 7, 4), 0)
+    llm(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+    assert found[0] is context.routing
+    assert found[1] is not None
+    assert found[1].modality_ids.tolist() == [[*row, 0, 0] for row in IDS.tolist()]
+    assert found[1].key_index is context.routing.key_index
+
+
 @pytest.mark.parametrize("name", ["past_key_values", "cache", None])
 def test_a_cache_is_known_by_either_of_its_names_or_its_place(name: str | None) -> None:
     """transformers has passed it as `cache` since 5.24."""
