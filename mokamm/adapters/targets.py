@@ -34,6 +34,11 @@ HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"
 NOT_THE_WEIGHT = r"\s*(?:\[|=[^=]|is\b|\.(?:data|device|dtype|is_\w+|ndim|requires_grad|shape|size)\b)"
 WHOLE_WEIGHT = re.compile(rf"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!{NOT_THE_WEIGHT})")
 COMMENT = re.compile(r"#.*")
+WIDTHS = (
+    "in_features",
+    "infeatures",
+    "input_size",
+)  # one of them in linear modules of other classes, as quantised ones
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -60,13 +65,20 @@ def linear_names(model: nn.Module) -> list[str]:
             continue
         if isinstance(module, AuxiliaryTrainingWrapper):
             inside = name + "."
-        linear = isinstance(module, nn.Linear) or "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or _linear_by_name(module)
         if isinstance(module, BaseTunerLayer):
             inside = name + "."
             names.append(name)
         elif linear and name:
             names.append(name)
     return names
+
+
+def _linear_by_name(module: nn.Module) -> bool:
+    """A quantised one or the like; not KimiLinearExperts, KimiLinearAttention, KimiLinearRMSNormGated, ..."""
+    weight = getattr(module, "weight", None)
+    plain = isinstance(weight, Tensor) and weight.dim() == 2
+    return "Linear" in type(module).__name__ and (plain or any(hasattr(module, name) for name in WIDTHS))
 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:

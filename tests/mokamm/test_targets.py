@@ -111,6 +111,27 @@ def test_linear_modules_keep_their_names_under_adapters_and_none_are_found_insid
     assert linear_names(wrapped) == names[:3]  # the head trains whole, in a copy
 
 
+class QuantLinear(nn.Module):
+    in_features = out_features = 4
+
+
+class SomeLinearAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.norm, self.packed = nn.Linear(4, 4), SomeLinearNorm(4), QuantLinear()
+
+
+class SomeLinearNorm(nn.LayerNorm):
+    pass
+
+
+def test_a_class_is_not_linear_by_a_word_in_its_name() -> None:
+    """As KimiLinear's attention, norms and experts, and OlmoHybrid's layers are called."""
+    model = Model()
+    model.a.mixer = SomeLinearAttention()
+    assert linear_names(model) == ["a.q_proj", "a.xq_proj", "a.out", "a.mixer.q_proj", "a.mixer.packed", "lm_head"]
+
+
 def test_fused_experts_are_weights_of_three_dimensions_by_one_name_wrapped_or_not() -> None:
     model = Model()
     assert fused_experts(model) == ["a.experts.up"]
