@@ -134,7 +134,7 @@ def advise_parameters(case: Case) -> Advice:
 
 def advise_targets(case: Case) -> Advice:
     from mokamm.adapters import fused_experts, target_report
-    from mokamm.adapters.targets import short_name
+    from mokamm.adapters.targets import ends_in, short_name
 
     if case.method in WITHOUT_ADAPTERS:
         everything = case.method == "full"
@@ -143,8 +143,8 @@ def advise_targets(case: Case) -> Advice:
     adapted, missed = _linear_layers(case.outline.llm)
     lines = [", ".join(f"{name} {count}" for name, count in target_report(case.outline.llm).items())]
     targets = case.config.adapter.target_parameters or []
-    experts = sorted(set(map(short_name, fused_experts(case.outline.llm))))
-    missed |= dict.fromkeys((name for name in experts if name not in targets), False)
+    left = [name for name in fused_experts(case.outline.llm) if not any(ends_in(name, t) for t in targets)]
+    missed |= dict.fromkeys(sorted(map(short_name, left)), False)
     attention_only = all(adapted.values()) and not all(missed.values())
     if attention_only:
         lines.append(

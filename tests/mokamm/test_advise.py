@@ -193,9 +193,9 @@ def test_experts(capsys, folder, world):
     found = advised(capsys, *text(folder, "moe", world))
     assert found["targets"]["attention_only"]
     assert found["targets"]["missed"] == ["experts.down_proj", "experts.gate_up_proj"]
-    experts = "adapter.target_parameters=[experts.gate_up_proj, experts.down_proj]"
-    more = advised(capsys, *text(folder, "moe", world, experts))
-    assert (more["targets"]["missed"], more["targets"]["attention_only"]) == ([], False)
+    for names in ("experts.gate_up_proj, experts.down_proj", "mlp.experts.gate_up_proj, down_proj"):
+        more = advised(capsys, *text(folder, "moe", world, f"adapter.target_parameters=[{names}]"))
+        assert (more["targets"]["missed"], more["targets"]["attention_only"]) == ([], False)
     assert more["parameters"]["trained"]["adapter"] > found["parameters"]["trained"]["adapter"]
 
 
