@@ -3,6 +3,7 @@ and how the settings of a saved one differ from a model's."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -21,8 +22,8 @@ def check_lora_options(config: Any) -> None:
     """r, lora_alpha, lora_dropout and the kind of modules_to_save of a config. Raises AdapterError."""
     if isinstance(config.r, bool) or not isinstance(config.r, int) or config.r < 1:
         raise AdapterError(f"r must be a whole number of at least 1; found {config.r!r}.")
-    if not config.lora_alpha > 0:
-        raise AdapterError(f"lora_alpha must be above 0; found {config.lora_alpha!r}.")
+    if not 0 < config.lora_alpha < math.inf:
+        raise AdapterError(f"lora_alpha must be above 0 and finite; found {config.lora_alpha!r}.")
     if not 0.0 <= config.lora_dropout < 1.0:
         raise AdapterError(f"lora_dropout must be in [0, 1); found {config.lora_dropout!r}.")
     if isinstance(config.modules_to_save, str):  # PEFT would take it for a list of its letters

@@ -34,9 +34,7 @@ class RoutingContext:
         self.routing = None
         self.prompt: tuple[Routing, int] | None = None  # the last prompt's, and the length of the cache that it found
         self.going_on: dict[int, int] = {}  # by thread, while its forward goes on from a prompt: tokens of each row
-        self.latents: tuple[Routing, int, Routing] | None = (
-            None  # the last routing of `_of_latents`, and what it was for
-        )
+        self.latents: tuple[Routing, int, Routing] | None = None  # of `_of_latents`: for what, and what it gave
 
     @property
     def routing(self) -> Routing | None:

@@ -34,11 +34,7 @@ HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"
 NOT_THE_WEIGHT = r"\s*(?:\[|=[^=]|is\b|\.(?:data|device|dtype|is_\w+|ndim|requires_grad|shape|size)\b)"
 WHOLE_WEIGHT = re.compile(rf"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!{NOT_THE_WEIGHT})")
 COMMENT = re.compile(r"#.*")
-WIDTHS = (
-    "in_features",
-    "infeatures",
-    "input_size",
-)  # one of them in linear modules of other classes, as quantised ones
+WIDTHS = ("in_features", "infeatures", "input_size")  # one of them in linear modules of other classes, quantised ones
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

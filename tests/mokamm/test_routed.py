@@ -415,3 +415,17 @@ class TestAfterAPrompt:
         model.base_model.set_routing(Routing(torch.tensor([[1, 1, 0, 0, 0, 0]]), tokens < 0))
         with pytest.raises(AdapterError, match="assisted or prompt-lookup decoding"):
             model.generate(input_ids=tokens, max_new_tokens=8, prompt_lookup_num_tokens=5, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_weight": float("nan")}, "attention_weight must be a finite number; found nan"),
+        ({"attention_weight_pattern": {"q_proj": float("inf")}}, "that of 'q_proj' must be a finite number"),
+        ({"attention_weight_pattern": {"[": 0.0}}, r"'\[' is no regular expression"),
+        ({"lora_alpha": float("inf")}, "lora_alpha must be above 0 and finite"),
+    ],
+)
+def test_a_config_that_could_not_compute_is_refused(options, message):
+    with pytest.raises(AdapterError, match=message):
+        MokaConfig(modalities=["text", "audio"], **options)
