@@ -24,13 +24,14 @@ import torch
 from torch import nn
 
 from data.media import MediaLimits, MediaLoader
-from data.schema import UserError, first_line
-from encoders import build_encoder
+from data.schema import UserError, first_line, listed
+from encoders import EncoderError, build_encoder
+from encoders import check_options as check_encoder
 from encoders.base import Encoder
 from encoders.cache import FeatureCache
 from encoders.pretrained import misfits
 from mokamm.adapters import OPTIONS, wrap
-from mokamm.config import RunConfig, find_path, load_run_config
+from mokamm.config import ConfigError, RunConfig, find_path, load_run_config
 from mokamm.config_sections import DataConfig, LLMConfig, ModalityConfig
 from mokamm.init_from import begin_lori, load_init
 from mokamm.model import MultimodalLM
@@ -38,6 +39,7 @@ from mokamm.names import LORI
 from mokamm.perception import Perception, Sense
 from mokamm.processor import Lookup, Processor
 from mokamm.projectors import Projector, build_projector
+from mokamm.projectors import check_options as check_projector
 from mokamm.quantization import check_trainable, quantized
 from mokamm.rendering import PLAIN_TEMPLATE, ChatRenderer
 from mokamm.weights import NO_FINGERPRINT, fingerprint, is_adapter, load_weights
@@ -60,6 +62,7 @@ def build_model(
     """
     device = choose_device(device)
     modalities = config.model.modalities
+    check_parts(config)
     if for_training:
         check_trainable(config)
     # the quick ones first, so that a misspelt encoder or an unfit chat template does not wait for a large LLM
@@ -89,6 +92,7 @@ def build_processor(config: RunConfig, weights: bool = True) -> tuple[Processor,
     Of the projectors only the numbers of tokens are needed: they have no memory. `weights=False`: the same holds for the
     encoders, of which only shapes are read. Raises as `build_model` does.
     """
+    check_parts(config)
     with nullcontext() if weights else torch.device("meta"):
         encoders = {name: encoder_of(modality) for name, modality in config.model.modalities.items()}
     tokenizer = load_tokenizer(config.model.llm)
@@ -191,6 +195,22 @@ def trainable_parts(model: Any) -> dict[str, list[tuple[str, nn.Parameter]]]:
         if parameter.requires_grad:
             parts.setdefault("projector" if name.startswith("projectors.") else rest, []).append((name, parameter))
     return parts
+
+
+def check_parts(config: RunConfig) -> None:
+    """Raises ConfigError naming every encoder's and projector's option that it does not know, or whose value it is not."""
+    problems = []
+    for name, modality in config.model.modalities.items():
+        for key, part, check in (
+            ("encoder", modality.encoder, check_encoder),
+            ("projector", modality.projector, check_projector),
+        ):
+            try:
+                check(part.name, part.options)
+            except (EncoderError, UserError) as error:
+                problems.append(f"model.modalities.{name}.{key}: {error}")
+    if problems:
+        raise ConfigError(listed("the configuration's parts cannot be built:", problems))
 
 
 def encoder_of(modality: ModalityConfig) -> Encoder:

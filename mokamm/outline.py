@@ -19,6 +19,7 @@ from mokamm.adapters.masks import Mask, keep_top
 from mokamm.adapters.start import factors
 from mokamm.build import (
     check_answers,
+    check_parts,
     encoder_of,
     from_pretrained,
     load_tokenizer,
@@ -61,6 +62,7 @@ def build_outline(config: RunConfig, offline: bool = False) -> Outline:
     """Cost: seconds, whatever the LLM's size. Encoders in local folders are read (what they make of a segment decides
     the projector's shape), the LLM's weights need not be there; of models that lie nowhere here, the published shape
     is taken where mokamm/published_shapes.py has it. offline: nothing is asked of the hub. Raises as build_model does."""
+    check_parts(config)
     llm, modalities = _llm(config, offline), config.model.modalities
     found = {name: _encoder(modality) for name, modality in modalities.items()}
     encoders = {name: encoder for name, encoder in found.items() if encoder is not None}

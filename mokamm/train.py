@@ -86,11 +86,13 @@ def _run_as_told(args: argparse.Namespace) -> Path:
 def run(config: RunConfig, finishing: bool = True) -> None:
     """The whole of it; on every rank. finishing: evaluate and report, too."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
+    from mokamm.build import check_parts
     from mokamm.training import finish, launch, peers, watch, world
     from mokamm.training.disk import writing
 
     quiet()
     watch.check_report_to(config.training.report_to)
+    check_parts(config)
     ranks = launch.start(config.training)
     folder = Path(config.training.output_dir)
     if ranks.main:

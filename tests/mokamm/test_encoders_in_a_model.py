@@ -7,8 +7,9 @@ import torch
 
 from data.collate import collate
 from data.schema import Media, Message, Sample, Text, UserError
-from mokamm.build import build_model
-from mokamm.config import RunConfig
+from mokamm.build import build_model, build_processor
+from mokamm.config import ConfigError, RunConfig
+from mokamm.outline import build_outline
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,18 @@ def test_losses_are_those_of_each_sample_alone_and_every_parameter_of_a_projecto
     assert not any(p.requires_grad for encoder in model.perception.encoders.values() for p in encoder.parameters())
     alone = [model(collate([model.processor(one)], model.processor.pad_id))["loss_sum"] for one in samples]
     torch.testing.assert_close(batch["loss_sum"], sum(alone), rtol=1e-4, atol=1e-3)
+
+
+def test_all_mistakes_of_all_parts_are_told_at_once(checkpoints, mini_base, media_dir) -> None:
+    config = config_of(checkpoints, mini_base, media_dir, projector={"name": "mlp", "strid": 8})
+    config.model.modalities["vision"].encoder.layr = 1
+    for build in (build_processor, build_outline, lambda config: build_model(config, "cpu")):
+        with pytest.raises(ConfigError) as error:
+            build(config)
+        assert "model.modalities.vision.encoder: encoder 'dinov2' has no option 'layr'; did you mean" in str(
+            error.value
+        )
+        assert "model.modalities.speech.projector: projector 'mlp' has no option 'strid'" in str(error.value)
 
 
 def test_mistakes_of_the_config(checkpoints, mini_base, media_dir) -> None:
