@@ -29,7 +29,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ from mokamm.machine import installed
 from mokamm.mistakes import is_users
 from mokamm.names import ROUTED
 from mokamm.quiet import outlive_readers, quiet, stdout_kept_clean
-from mokamm.training.disk import replacing, writing
+from mokamm.training.disk import put_aside, replacing, writing
 from mokamm.training.launch import leave, rank_here
 
 if TYPE_CHECKING:
@@ -153,8 +153,20 @@ def write_results(folder: Path, stem: str, benchmark: Benchmark, rows: list[Row]
     lines = (json.dumps(benchmark.to_json(row), ensure_ascii=False) for row in rows)
     with writing(folder, ADVICE):
         folder.mkdir(parents=True, exist_ok=True)
+        keep_whole(folder, stem, metrics["settings"]["limit"])
         _write(folder / f"{stem}.jsonl", "".join(line + "\n" for line in lines))
         _write(folder / f"{stem}.metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+
+
+def keep_whole(folder: Path, stem: str, limit: int | None) -> None:
+    """Answers to all rows, which may have taken a night, do not give way to those of a look at the first few."""
+    names = [f"{stem}.jsonl", f"{stem}.metrics.json"]
+    if limit is None or not all((folder / name).is_file() for name in names):
+        return
+    with suppress(ValueError, KeyError, TypeError):
+        if json.loads((folder / names[1]).read_text())["settings"]["limit"] is None:
+            place = put_aside(folder, names)
+            print(f"note: {stem}: the answers to all rows are now in {place}", file=sys.stderr)
 
 
 def _write(path: Path, text: str) -> None:

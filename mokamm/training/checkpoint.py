@@ -22,7 +22,6 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 
 from data.schema import UserError, listed
-from mokamm.training.disk import writing
+from mokamm.training.disk import put_aside, writing
 from mokamm.training.engine import Engine
 from mokamm.training.launch import Ranks
 from mokamm.weights import (
@@ -296,10 +295,7 @@ def set_aside(run: Path, step: int) -> None:
     names += [name for name in RECORDS if step == 0 and (run / name).exists()]
     if not names:
         return
-    place = next(folder for folder in (run / f"previous-{n}" for n in count(1)) if not folder.exists())
-    place.mkdir()
-    for name in names:
-        os.rename(run / name, place / name)
+    place = put_aside(run, names)
     print(f"note: what another run left in {run} is now in {place}: {', '.join(names)}", flush=True)
 
 
@@ -320,7 +316,8 @@ def read_state(folder: Path, same: dict[str, Any]) -> TrainerState:
 def _changed(key: str, there: Any, now: Any) -> list[str]:
     """A line for every value that differs; of sections, for every value in them."""
     if not isinstance(there, dict) or not isinstance(now, dict):
-        return [] if there in (now, NO_FINGERPRINT) else [f"{key}: {there!r} there, {now!r} now"]
+        of = " (of training.num_train_epochs or training.max_steps)" if key == "total steps" else ""
+        return [] if there in (now, NO_FINGERPRINT) else [f"{key}{of}: {there!r} there, {now!r} now"]
     return [line for name in {**there, **now} for line in _changed(f"{key}.{name}", there.get(name), now.get(name))]
 
 

@@ -2,6 +2,7 @@
 
 with writing(place, advice):      OSErrors inside, also those that torch and safetensors wrap, become one UserError
 with replacing(path) as beside:   a file is written beside its place and renamed: it is whole, or what was there before
+put_aside(folder, names)          what lies in it under these names goes to its previous-<n>/
 lock = hold(run)                  the only training in this folder, until the lock is closed or its process ends
 """
 
@@ -12,8 +13,9 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -56,6 +58,15 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def put_aside(folder: Path, names: Iterable[str]) -> Path:
+    """Move these out of the way of newer ones of their names; where they are then: the first of previous-1, -2, ..."""
+    place = next(place for place in (folder / f"previous-{n}" for n in count(1)) if not place.exists())
+    place.mkdir()
+    for name in names:
+        os.rename(folder / name, place / name)
+    return place
 
 
 def _is_no_place(place: Path, error: Exception) -> bool:

@@ -78,6 +78,18 @@ def test_answers_do_not_depend_on_the_batch_and_equal_the_models_own(
     assert model.chat(row.sample.prompt[-1].text, **media) == together[1]  # as many tokens as the evaluation, too
 
 
+def test_answers_to_all_rows_do_not_give_way_to_those_of_a_few(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, names = run / "predictions", ["miniworld_told.jsonl", "miniworld_told.metrics.json"]
+    evaluate(capfd, "miniworld_told", str(run))
+    whole = [(folder / name).read_bytes() for name in names]
+    for _ in range(2):  # a few do give way to a few
+        assert main(["miniworld_told", str(run), "--limit", "1", "--json"]) == 0
+        assert len(predictions(run, "miniworld_told")) == 1
+    assert capfd.readouterr().err.count("the answers to all rows are now in") == 1
+    (place,) = (place for place in folder.glob("previous-*") if (place / names[0]).is_file())
+    assert [(place / name).read_bytes() for name in names] == whole
+
+
 def test_controls_change_what_they_say(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     answers = {}
     plain = evaluate(capfd, "miniworld_avqa", str(run), "--limit", "6")
