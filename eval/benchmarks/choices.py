@@ -61,13 +61,16 @@ def _is_letter(text: str, known: str) -> bool:
     return len(text) == 1 and text.upper() in known
 
 
+def _bare(options: Sequence[str]) -> list[tuple[str, str]]:
+    """The letters and texts of options, without the letters of their own where each begins with its one."""
+    pairs = list(zip(LETTERS, options, strict=False))
+    own = [match.groups() for _, option in pairs if (match := _OPTION_LINE.fullmatch(option.strip()))]
+    return own if [letter for letter, _ in own] == [letter for letter, _ in pairs] else pairs  # type: ignore[return-value]
+
+
 def _texts(options: Sequence[str]) -> list[tuple[str, str]]:
-    """The letters and texts of the options that have a text, without their letters where each begins with its own."""
-    pairs = list(zip(LETTERS, map(str.strip, options), strict=False))
-    labelled = [_OPTION_LINE.fullmatch(option) for _, option in pairs]
-    if all(match and match[1] == letter for (letter, _), match in zip(pairs, labelled, strict=True)):
-        return [(match[1], match[2]) for match in labelled if match]
-    return [(letter, option) for letter, option in pairs if option]
+    """Those of the options that have a text."""
+    return [(letter, option.strip()) for letter, option in _bare(options) if option.strip()]
 
 
 def _whole(text: str, options: Sequence[str]) -> str | None:
@@ -149,4 +152,4 @@ def options_in(question: str) -> list[str]:
 
 def listed(options: Sequence[str]) -> str:
     """The options as a question shows them."""
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return "\n".join(f"{letter}. {option}" for letter, option in _bare(options))

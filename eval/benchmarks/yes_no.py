@@ -1,7 +1,7 @@
 """Yes/no questions: sets of one's own, and what POPE, MME and the miniature world's pictures share.
 
-File: jsonl (or a JSON array) of {"id"?, "question", "answer": "yes"|"no", "image"|"video"|"audio"|"speech": path}, paths
-relative to the media folder.
+File: jsonl (or a JSON array) of {"id"?, "question", "answer": "yes"|"no"|true|false, "image"|"video"|"audio"|"speech":
+path}, paths relative to the media folder.
 
 strict: a prediction (or what of it stands in <answer> tags or a \\boxed{}) says yes or no when its first word does, or when
 exactly one of the two stands anywhere in it; otherwise it is unparsed, hence wrong. official (the published MokA scripts for
@@ -29,6 +29,8 @@ class YesNo(RightOrWrong):
 
     def prompt(self, record: Any, index: int) -> Sample:
         row = record_of(record)
+        if isinstance(row.get("answer"), bool):
+            row = {**row, "answer": "yes" if row["answer"] else "no"}
         question, answer = text_of(row, "question"), text_of(row, "answer")
         name = str(row.get("id", index))
         return ask(name, question, answer, own_media(row), index=index, source=self.name)

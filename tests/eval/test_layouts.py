@@ -161,6 +161,8 @@ def test_mmau(tmp_path: Path) -> None:
     assert asked(speech) == ("Who speaks?\nA. Man\nB. Woman", [("audio", "test-mini-audios/u1.wav", "speech")], "B")
     assert asked(music)[1][0][2] == "audio"
     assert asked(load("mmau", path)[0])[1][0][2] == "audio"
+    path.write_text(json.dumps([row | {"choices": ["(A) Man", "(B) Woman"]}]))  # as they are shown, once
+    assert asked(load("mmau", path)[0])[::2] == ("Who speaks?\nA. Man\nB. Woman", "B")
 
 
 def test_air_bench(tmp_path: Path) -> None:
@@ -363,6 +365,8 @@ def test_sets_of_ones_own(tmp_path: Path) -> None:
         path.write_text(text, encoding="utf-8")
         (yes,) = load("yes_no", path)
         assert (yes.id, asked(yes)) == ("0", ("Red\u2028?", [("audio", "a.wav", "audio")], "yes"))
+    path.write_text("".join(row.replace('"yes"', truth) + "\n" for truth in ("true", "false", "null")))
+    assert [row.sample and asked(row)[2] for row in load("yes_no", path)] == ["yes", "no", None]
 
 
 def test_there_are_letters_for_ten_options() -> None:
