@@ -19,13 +19,18 @@ from typing import Any
 
 from data.schema import UserError
 
-ALWAYS_ALLOWED = 3  # so many bad rows stop no run, however small the data set
+USUAL = 0.05  # the share where nobody says one; then
+ALWAYS_ALLOWED = 3  # bad rows stop no run, however small the data set
 SHOWN = 3  # rows that the message names
 
 
-def allowed_bad(max_bad_fraction: float, total: int) -> float:
-    """How many bad rows of `total` stop no run: the share, but ALWAYS_ALLOWED at least, and none where the share is 0."""
-    return max(ALWAYS_ALLOWED, max_bad_fraction * total) if max_bad_fraction else 0
+def allowed_bad(max_bad_fraction: float | None, total: int) -> float:
+    """How many bad rows of `total` stop no run."""
+    return max(ALWAYS_ALLOWED, USUAL * total) if max_bad_fraction is None else max_bad_fraction * total
+
+
+def share_told(max_bad_fraction: float | None) -> str:
+    return f"{USUAL if max_bad_fraction is None else max_bad_fraction:g}"
 
 
 class Ledger:
@@ -34,7 +39,7 @@ class Ledger:
     `add` raises UserError once there are more than `allowed_bad`.
     """
 
-    def __init__(self, path: str | Path, max_bad_fraction: float, total: int) -> None:
+    def __init__(self, path: str | Path, max_bad_fraction: float | None, total: int) -> None:
         self.path = Path(path)
         self.max_bad_fraction = max_bad_fraction
         self.total = total
@@ -92,7 +97,7 @@ class Ledger:
         shown = "\n".join(f"  {source} row {row}: {reason}" for (source, row), reason in reasons[:SHOWN])
         raise UserError(
             f"{bad} of {self.total} rows cannot be used ({bad / max(1, self.total):.1%}), more than "
-            f"data.max_bad_fraction = {self.max_bad_fraction:g}. The first of them:\n{shown}\n"
+            f"data.max_bad_fraction = {share_told(self.max_bad_fraction)}. The first of them:\n{shown}\n"
             f"All are in {self.path}. Mend them (often data.media_dir is wrong), or raise data.max_bad_fraction; "
             "delete the list before starting anew"
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -68,9 +68,18 @@ Modules = Annotated[str | list[str], _regex("neither 'all-linear' nor a regex")]
 
 
 class Section(BaseModel):
-    """A mapping of the configuration; a key that it does not know is a mistake."""
+    """A mapping of the configuration; a key that it does not know is a mistake.
+
+    newer: keys that are left out of a dump while they are not set, so that digests of configurations stay what they were
+    before there were such keys.
+    """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    newer: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: Any) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value or key not in self.newer}
 
 
 class Part(BaseModel):
@@ -94,6 +103,7 @@ class ProjectorConfig(Part):
 
 
 class LLMConfig(Section):
+    newer = frozenset({"chat_date", "thinking"})
     path: str  # hub id or local folder
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -103,12 +113,6 @@ class LLMConfig(Section):
     chat_date: date | None = None  # for templates that print the day; None: a run's first day, without a run today
     thinking: bool = False  # learn and give thoughts (<think>) before an answer, where the template knows of such
     trust_remote_code: bool = False
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: Any) -> dict[str, Any]:
-        """Without what is newer and not set, so that digests of configurations stay what they were before there was it."""
-        tree = dump(self)
-        return {key: value for key, value in tree.items() if value or key not in ("chat_date", "thinking")}
 
 
 class ModalityConfig(Section):
@@ -272,7 +276,7 @@ class DataConfig(Section):
     validation: list[SourceConfig] = []
     max_length: Positive = 1024
     cache: CacheConfig | None = None
-    max_bad_fraction: Fraction = 0.05
+    max_bad_fraction: Fraction | None = None  # None: 0.05, but a few bad rows stop no run, however small its data
     allow_outside: bool = False  # let annotations name media outside media_dir
     limits: LimitsConfig = LimitsConfig()
 
@@ -299,6 +303,7 @@ class TrainingConfig(SettledConfig):
     save_strategy: None = what those say; `no` = never, but for the save at the end. A better validation saves anyway.
     """
 
+    newer = frozenset({"lr_scheduler_kwargs", "logging_first_step", "eval_strategy", "save_strategy"})
     output_dir: str
     stage: Literal[1, 2] = 2  # 1: projectors only; 2: projectors and adapter (or the whole LLM)
     init_from: str | list[str] | None = None  # runs, checkpoints or folders with projectors.safetensors
@@ -387,8 +392,6 @@ class TrainingConfig(SettledConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:
-        if self.warmup_ratio and self.warmup_steps:
-            raise ValueError("warmup_ratio and warmup_steps are both set; keep one of them")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps is {self.max_steps}; expected a positive number, or -1 for num_train_epochs")
         if self.greater_is_better not in (None, self.metric_for_best_model == "accuracy"):

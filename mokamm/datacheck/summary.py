@@ -15,7 +15,7 @@ import numpy as np
 
 from data.collate import first_fit
 from data.dataset import Part
-from data.ledger import allowed_bad
+from data.ledger import allowed_bad, share_told
 from data.order import epoch_order
 from mokamm.config import RunConfig
 from mokamm.datacheck.walk import Finding
@@ -168,13 +168,13 @@ def padding(lengths: np.ndarray, batch: int) -> dict[str, float]:
     return {**shares, "packing": round(1 - float(shuffled.sum() / packed), 4)}
 
 
-def would_stop(rows: int, checked: int, bad: int, max_bad_fraction: float) -> list[str]:
+def would_stop(rows: int, checked: int, bad: int, max_bad_fraction: float | None) -> list[str]:
     """What to say where a training would stop at its bad rows, if those that were not checked are as those that were."""
     if bad * rows <= allowed_bad(max_bad_fraction, rows) * checked:
         return []
     return [
         f"a training would stop: {bad} of {checked} rows ({bad / checked:.1%}) cannot be used, more than "
-        f"data.max_bad_fraction = {max_bad_fraction:g}"
+        f"data.max_bad_fraction = {share_told(max_bad_fraction)}"
     ]
 
 

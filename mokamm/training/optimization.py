@@ -89,9 +89,8 @@ def schedule(training: TrainingConfig, total_steps: int) -> Schedule:
     # curves that end at a rate (min_lr, lr_end) ask the optimizer where they begin
     probe: torch.optim.Optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
     warmup, kind = warmup_steps(training, total_steps), training.lr_scheduler_type
-    name = "constant_with_warmup" if kind == "constant" and warmup else kind  # their "constant" warms nothing up
     try:
-        return get_scheduler(name, probe, warmup, total_steps, training.lr_scheduler_kwargs).lr_lambdas[0]
+        return get_scheduler(kind, probe, warmup, total_steps, training.lr_scheduler_kwargs).lr_lambdas[0]
     except (TypeError, ValueError) as error:
         raise UserError(
             f"training.lr_scheduler_kwargs do not fit training.lr_scheduler_type '{kind}': {error}"
@@ -99,9 +98,9 @@ def schedule(training: TrainingConfig, total_steps: int) -> Schedule:
 
 
 def warmup_steps(training: TrainingConfig, total_steps: int) -> int:
-    """Warm-up in steps, from `warmup_steps` (a share where below 1) or the older `warmup_ratio`."""
-    share = training.warmup_ratio or (training.warmup_steps if training.warmup_steps < 1 else 0.0)
-    return in_steps(share, total_steps) if share else int(training.warmup_steps)
+    """Warm-up in steps: `warmup_steps` (a share where below 1), else the older `warmup_ratio`; as transformers has it."""
+    steps = training.warmup_steps
+    return int(steps) if steps >= 1 else in_steps(steps or training.warmup_ratio, total_steps)
 
 
 def in_steps(every: float, total_steps: int) -> int:

@@ -122,8 +122,15 @@ def test_too_many_bad_rows_stop_the_run_with_a_plain_message(tmp_path, workers):
     assert not isinstance(error.value, BadSample)
 
 
-def test_a_few_bad_rows_never_stop_a_small_data_set(tmp_path):
-    ledger = Ledger(tmp_path / "l.jsonl", 0.05, 4)
+def test_a_share_that_was_set_holds_for_a_small_data_set_too(tmp_path):
+    ledger = Ledger(tmp_path / "l.jsonl", 0.1, 10)
+    ledger.add("s", 0, "", "broken")
+    with pytest.raises(UserError, match=r"2 of 10 rows cannot be used .* data\.max_bad_fraction = 0\.1\. "):
+        ledger.add("s", 1, "", "broken")
+
+
+def test_where_none_was_set_a_few_bad_rows_stop_no_small_data_set(tmp_path):
+    ledger = Ledger(tmp_path / "l.jsonl", None, 4)
     for row in (0, 1, 2):
         ledger.add("s", row, "", "broken")
     with pytest.raises(UserError, match=r"4 of 4 rows cannot be used \(100\.0%\)"):

@@ -237,7 +237,6 @@ def test_mistaken_overrides_are_told_with_the_rest(write):
         (("vision:", "text:"), "'text' is always the first modality"),
         (("vision:", "Vision 1:"), "no name for a modality"),
         (("learning_rate: 1e-4", "learning_rate: -1"), "greater than 0"),
-        (("learning_rate: 1e-4", "warmup_ratio: 0.1\n  warmup_steps: 5"), "both set"),
         (("learning_rate: 1e-4", "max_steps: 0"), "max_steps is 0"),
         (("learning_rate: 1e-4", "adam_beta2: 1.0"), "adam_beta2 (line 11): input should be less than 1"),
         (("learning_rate: 1e-4", "train_sampling_strategy: longest"), "expected 'random' or 'group_by_length'"),

@@ -209,8 +209,12 @@ def test_files_of_one_name_in_two_folders_are_two_in_the_cache(config, tmp_path,
 def test_a_training_would_stop_where_the_ledger_stops_it():
     from mokamm.datacheck.summary import would_stop
 
-    assert would_stop(rows=10, checked=10, bad=3, max_bad_fraction=0.05) == []
-    assert would_stop(rows=10, checked=10, bad=4, max_bad_fraction=0.05)[0].endswith("max_bad_fraction = 0.05")
+    assert would_stop(rows=10, checked=10, bad=3, max_bad_fraction=None) == []
+    assert would_stop(rows=10, checked=10, bad=4, max_bad_fraction=None)[0].endswith("max_bad_fraction = 0.05")
+    assert would_stop(rows=10, checked=10, bad=1, max_bad_fraction=0.1) == []
+    assert would_stop(rows=10, checked=10, bad=2, max_bad_fraction=0.1)
+    assert would_stop(rows=1000, checked=1000, bad=50, max_bad_fraction=None) == []
+    assert would_stop(rows=1000, checked=1000, bad=51, max_bad_fraction=None)
     assert would_stop(rows=1000, checked=1000, bad=50, max_bad_fraction=0.05) == []
     assert would_stop(rows=1000, checked=1000, bad=51, max_bad_fraction=0.05)
     assert would_stop(rows=1000, checked=10, bad=1, max_bad_fraction=0.05)  # 100 of all, if the rest is alike

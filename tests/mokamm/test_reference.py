@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -62,12 +63,19 @@ def keys() -> list[Any]:
     root = yaml.compose(TEXT)
     found = []
     for node, section in sections(root, RunConfig, set()):
-        assert {key.value for key, _ in node.value} == set(section.model_fields) - WRITTEN_BY_RUNS, section
+        settled = {name for name, field in section.model_fields.items() if field.exclude}  # have one value
+        assert {key.value for key, _ in node.value} == set(section.model_fields) - WRITTEN_BY_RUNS - settled, section
         values = yaml.safe_load(yaml.serialize(node))
         for key, _ in node.value:
-            field, line = section.model_fields[key.value], LINES[key.start_mark.line]
+            field, line = section.model_fields[key.value], told(key.start_mark.line)
             found.append(pytest.param(field, values[key.value], line, id=f"{section.__name__}.{key.value}"))
     return found
+
+
+def told(number: int) -> str:
+    """A line, with the comment that goes on below it."""
+    below = itertools.takewhile(lambda line: line.lstrip().startswith("#"), LINES[number + 1 :])
+    return " ".join([LINES[number], *below])
 
 
 @pytest.mark.parametrize(("field", "value", "line"), keys())

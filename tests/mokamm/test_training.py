@@ -277,8 +277,11 @@ def test_cosine_with_warm_up():
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [({"warmup_ratio": 0.03}, 4), ({"warmup_steps": 0.03}, 4), ({"warmup_steps": 7}, 7), ({}, 0)],
-)
+    [
+        ({"warmup_ratio": 0.03}, 4), ({"warmup_steps": 0.03}, 4), ({"warmup_steps": 7}, 7), ({}, 0),
+        ({"warmup_ratio": 1.0}, 101), ({"warmup_ratio": 0.5, "warmup_steps": 7}, 7),
+    ],
+)  # fmt: skip
 def test_warm_up_steps(values, expected):
     assert warmup_steps(training(**values), 101) == expected
 
@@ -286,14 +289,15 @@ def test_warm_up_steps(values, expected):
 def test_constant_and_linear():
     assert schedule(training(lr_scheduler_type="constant"), 10)(7) == 1.0
     assert schedule(training(lr_scheduler_type="linear"), 10)(5) == pytest.approx(0.5)
-    warmed = schedule(training(lr_scheduler_type="constant", warmup_steps=4), 10)
+    warmed = schedule(training(lr_scheduler_type="constant_with_warmup", warmup_steps=4), 10)
     assert [warmed(step) for step in (0, 1, 3, 4, 9)] == pytest.approx([0.0, 0.25, 0.75, 1.0, 1.0])
 
 
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("cosine_with_restarts", {"num_cycles": 3}), ("polynomial", {"power": 2.0, "lr_end": 1e-5}), ("inverse_sqrt", {}),
+        ("constant", {}), ("cosine_with_restarts", {"num_cycles": 3}),
+        ("polynomial", {"power": 2.0, "lr_end": 1e-5}), ("inverse_sqrt", {}),
         ("cosine_with_min_lr", {"min_lr": 2e-5}), ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
         ("cosine_warmup_with_min_lr", {"min_lr": 2e-5}), ("warmup_stable_decay", {"num_decay_steps": 5}),
     ],
