@@ -30,6 +30,7 @@ from mokamm.training.stopping import BadStep, Stopped, command_to_go_on
 
 if TYPE_CHECKING:
     from mokamm.training.launch import Ranks
+    from mokamm.training.stream import Plan
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -144,7 +145,11 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
         with writing(folder, "make room or mend the disk, then start the same command again"):
             two_phase.record(config, folder)
             finish.dump_config(config, folder, model)
-        lines = [_summary(config, parts, corpus, ranks), *([chosen] if chosen else []), forecast.table()]
+        lines = [
+            _summary(config, parts, corpus, beginning.plan, ranks),
+            *([chosen] if chosen else []),
+            forecast.table(),
+        ]
         print(*lines, sep="\n", flush=True)
     launch.seed_everything(config.training.seed + ranks.rank)  # the same weights on every rank, dropout of its own
     with explained(forecast), lost_workers_told():
@@ -155,16 +160,18 @@ def train(config: RunConfig, folder: Path, ranks: Ranks) -> None:
     ranks.barrier()
 
 
-def _summary(config: RunConfig, parts: dict, corpus: tuple, ranks: Ranks) -> str:
+def _summary(config: RunConfig, parts: dict, corpus: tuple, plan: Plan, ranks: Ranks) -> str:
     from mokamm.training.finish import parameters_by_part
 
     trained = ", ".join(f"{part} {count:,}" for part, count in parameters_by_part(parts).items())
     validation = f", {len(corpus[1])} for validation" if corpus[1] is not None else ""
+    often = ", more than there are: some twice" if plan.rows_per_step > plan.rows else ""
     how = Path(config.training.deepspeed).stem if config.training.deepspeed else "plain PyTorch"
     return (
         f"{config.adapter.method if config.training.stage == 2 else 'stage 1'} on {config.model.llm.path} ({how}, "
         f"{ranks.world} process{'es' if ranks.world > 1 else ''}, {ranks.device.type})\n"
         f"  trained parameters: {trained}\n  samples: {len(corpus[0])}{validation}\n"
+        f"  steps: {plan.total_steps} of {plan.rows_per_step} samples{often}, {plan.epoch(plan.total_steps):.2f} epochs\n"
         f"  run folder: {config.training.output_dir}"
     )
 
