@@ -165,13 +165,13 @@ def _summary(config: RunConfig, parts: dict, corpus: tuple, plan: Plan, ranks: R
 
     trained = ", ".join(f"{part} {count:,}" for part, count in parameters_by_part(parts).items())
     validation = f", {len(corpus[1])} for validation" if corpus[1] is not None else ""
-    often = ", more than there are: some twice" if plan.rows_per_step > plan.rows else ""
+    often = "; more than there are, so that some stand in a step twice" if plan.rows_per_step > plan.rows else ""
     how = Path(config.training.deepspeed).stem if config.training.deepspeed else "plain PyTorch"
     return (
         f"{config.adapter.method if config.training.stage == 2 else 'stage 1'} on {config.model.llm.path} ({how}, "
         f"{ranks.world} process{'es' if ranks.world > 1 else ''}, {ranks.device.type})\n"
         f"  trained parameters: {trained}\n  samples: {len(corpus[0])}{validation}\n"
-        f"  steps: {plan.total_steps} of {plan.rows_per_step} samples{often}, {plan.epoch(plan.total_steps):.2f} epochs\n"
+        f"  steps: {plan.total_steps}, {plan.epoch(plan.total_steps):.2f} epochs, of {plan.rows_per_step} samples{often}\n"
         f"  run folder: {config.training.output_dir}"
     )
 
