@@ -419,7 +419,7 @@ def _read_pt(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except pickle.UnpicklingError as error:
         raise EncoderError(
             f"{file} was refused: it holds Python objects (possibly code) beside tensors and was not executed; "
-            f"expected {{'cfg': dict, 'model': tensors}}. {str(error).splitlines()[0]}"
+            "expected {'cfg': dict, 'model': tensors}"
         ) from error
     except Exception as error:  # torch raises many kinds, some of which say nothing
         told = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
