@@ -146,9 +146,9 @@ def sample_of(row: Any, index: int, turn: int, name: str, layout: Layout) -> Sam
 def _parse(raw: Raw, index: int, layout: Layout) -> Sample:
     row = value_of(raw)
     try:
-        return sample_of(row, index, raw.turn, str(raw.line or index), layout)
+        return sample_of(row, index, raw.turn, str(raw.line or raw.number - 1), layout)
     except BadSample as error:
-        raise BadSample(f"line {raw.line}: {error}" if raw.line else str(error)) from None
+        raise BadSample(f"{raw.place}: {error}") from None
 
 
 def _check_order(messages: list[Message]) -> None:

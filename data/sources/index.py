@@ -24,7 +24,7 @@ from data.sources.rows import describe, not_json, read_text
 WINDOW = 2**20  # characters of a JSON array that are parsed at a time
 TRIED = 20  # lines; a file in which none of so many is JSON is no jsonl
 _ENTRY = struct.Struct("<IqqII")
-_TABLE = np.dtype([("file", "<u4"), ("start", "<i8"), ("size", "<i8"), ("line", "<u4"), ("turn", "<u4")])
+_TABLE = np.dtype([("file", "<u4"), ("start", "<i8"), ("size", "<i8"), ("number", "<u4"), ("turn", "<u4")])
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"
 
@@ -32,19 +32,29 @@ Count = Callable[[Any], int]  # answers in a parsed row; below 1 counts as 1, so
 
 
 class Raw(NamedTuple):
-    """A row as its file has it. line: from 1; 0 for an element of an array. turn: which of the row's answers."""
+    """A row as its file has it. number: of the line, or of the element of an array, from 1. turn: which of its answers."""
 
     text: bytes
-    line: int
+    number: int
     turn: int
     path: Path
+    of_array: bool = False
+
+    @property
+    def line(self) -> int:
+        """0 for an element of an array."""
+        return 0 if self.of_array else self.number
+
+    @property
+    def place(self) -> str:
+        return f"{'element' if self.of_array else 'line'} {self.number}"
 
 
 class Spans(Sequence[Raw]):
     """Rows by their places in `files`."""
 
-    def __init__(self, files: Sequence[Path], table: bytes | bytearray) -> None:
-        self.files = list(files)
+    def __init__(self, files: Sequence[Path], table: bytes | bytearray, of_array: bool = False) -> None:
+        self.files, self.of_array = list(files), of_array
         self._table = np.frombuffer(table, _TABLE)
 
     def __len__(self) -> int:
@@ -55,12 +65,12 @@ class Spans(Sequence[Raw]):
         return Spans(self.files, self._table[1:].tobytes())
 
     def __getitem__(self, index: Any) -> Any:
-        number, start, size, line, turn = self._table[index].item()
-        path = self.files[number]
+        file_number, start, size, number, turn = self._table[index].item()
+        path = self.files[file_number]
         try:
             with path.open("rb") as file:
                 file.seek(start)
-                return Raw(clean(file.read(size)), line, turn, path)
+                return Raw(clean(file.read(size)), number, turn, path, self.of_array)
         except OSError as error:
             raise UserError(f"{path}: cannot be read any more ({error.strerror}); bring the file back") from None
 
@@ -106,12 +116,12 @@ def json_rows(path: Path, shape: str, answers: Count | None = None) -> Spans:
 def array_rows(path: Path, answers: Count | None = None) -> Spans:
     """Elements of a JSON array, one row for each answer. UserError with line and column where it is none."""
     table = bytearray()
-    for start, size, value in elements(path):
+    for number, (start, size, value) in enumerate(elements(path), start=1):
         for turn in range(max(1, answers(value)) if answers else 1):
-            table += _ENTRY.pack(0, start, size, 0, turn)
+            table += _ENTRY.pack(0, start, size, number, turn)
     if not table:
         raise UserError(f"{path}: the JSON array holds no rows")
-    return Spans([path], table)
+    return Spans([path], table, of_array=True)
 
 
 def elements(path: Path, window: int = WINDOW) -> Iterator[tuple[int, int, Any]]:

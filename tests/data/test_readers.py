@@ -670,7 +670,7 @@ def test_names_and_metas_of_rows(tmp_path):
     path = tmp_path / "a.jsonl"
     for text, names, where in (
         ("\n".join(map(json.dumps, rows)), ["1", "0"], "line 4: "),
-        (json.dumps(rows), ["0", "0"], ""),
+        (json.dumps(rows), ["0", "0"], "element 4: "),
     ):
         path.write_text(text)
         found = open_source("messages", path)
@@ -682,6 +682,14 @@ def test_names_and_metas_of_rows(tmp_path):
             found[2]
         with pytest.raises(BadSample, match=f"row 3: {where}message 1: the answer is empty"):
             found[3]
+
+
+def test_an_element_of_an_array_is_found_behind_one_of_several_answers(tmp_path):
+    several = {"messages": openai("Hi", "Ho", "And?", "No")}
+    found = open_source("messages", write(tmp_path / "a.json", [several, {"messages": []}, several]))
+    assert [found[i].id for i in (0, 1, 3, 4)] == ["0#0", "0#1", "2#0", "2#1"]
+    with pytest.raises(BadSample, match=r"a\.json, row 2: element 2: "):
+        found[2]
 
 
 def test_sharegpt_knows_the_names_of_tools(tmp_path):
