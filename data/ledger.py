@@ -19,13 +19,13 @@ from typing import Any
 
 from data.schema import UserError
 
-USUAL = 0.05  # the share where nobody says one; then
-ALWAYS_ALLOWED = 3  # bad rows stop no run, however small the data set
+USUAL = 0.05  # the share where none is set
+ALWAYS_ALLOWED = 3  # so many bad rows stop no run then, however small the data set
 SHOWN = 3  # rows that the message names
 
 
 def allowed_bad(max_bad_fraction: float | None, total: int) -> float:
-    """How many bad rows of `total` stop no run."""
+    """How many bad rows of `total` stop no run. max_bad_fraction: None where none is set."""
     return max(ALWAYS_ALLOWED, USUAL * total) if max_bad_fraction is None else max_bad_fraction * total
 
 

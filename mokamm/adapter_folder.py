@@ -215,8 +215,8 @@ def load_pickle(path: Path, what: str, mmap: bool = False) -> Any:
             "no code in it was run"
         ) from error
     except Exception as error:  # torch raises many kinds
-        told = f"{type(error).__name__} {first_line(error)}"  # KeyError: 101
-        raise UserError(f"{path} cannot be read as {what}: {told}") from error
+        kind = type(error).__name__  # a KeyError says "101"
+        raise UserError(f"{path} cannot be read as {what}: {kind}: {first_line(error)}") from error
 
 
 def _tensors(folder: Path) -> tuple[list[str], Callable[[str], Tensor], Callable[[str], Sequence[int]]]:

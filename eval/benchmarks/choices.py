@@ -64,8 +64,8 @@ def _is_letter(text: str, known: str) -> bool:
 def _bare(options: Sequence[str]) -> list[tuple[str, str]]:
     """The letters and texts of options, without the letters of their own where each begins with its one."""
     pairs = list(zip(LETTERS, options, strict=False))
-    own = [match.groups() for _, option in pairs if (match := _OPTION_LINE.fullmatch(option.strip()))]
-    return own if [letter for letter, _ in own] == [letter for letter, _ in pairs] else pairs  # type: ignore[return-value]
+    own = [(match[1], match[2]) for _, option in pairs if (match := _OPTION_LINE.fullmatch(option.strip()))]
+    return own if [letter for letter, _ in own] == [letter for letter, _ in pairs] else pairs
 
 
 def _texts(options: Sequence[str]) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ and how the settings of a saved one differ from a model's."""
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,18 @@ def check_lora_options(config: Any) -> None:
         raise AdapterError(f"lora_dropout must be in [0, 1); found {config.lora_dropout!r}.")
     if isinstance(config.modules_to_save, str):  # PEFT would take it for a list of its letters
         raise AdapterError(f"modules_to_save must be a list of names; found {config.modules_to_save!r}.")
+
+
+def check_attention_weights(weight: float, patterns: dict[str, float]) -> None:
+    """A routed config's attention_weight and attention_weight_pattern. Raises AdapterError."""
+    for pattern, value in {"": weight, **patterns}.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AdapterError(f"attention_weight_pattern: '{pattern}' is no regular expression: {error}.") from error
+        if not math.isfinite(value):
+            where = f"attention_weight_pattern: that of '{pattern}'" if pattern else "attention_weight"
+            raise AdapterError(f"{where} must be a finite number; found {value!r}.")
 
 
 def check_format(config: Any, known: int) -> None:

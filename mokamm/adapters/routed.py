@@ -32,7 +32,6 @@ Shape legend: B batch, T tokens, D width, R rank, M modalities, Q key tokens.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,7 +41,7 @@ import torch
 from peft import PeftConfig, PeftType
 from torch import Tensor, nn
 
-from mokamm.adapters.checks import check_format, check_lora_options, plain_weight
+from mokamm.adapters.checks import check_attention_weights, check_format, check_lora_options, plain_weight
 from mokamm.adapters.frozen_a import VERSION
 from mokamm.adapters.frozen_tuner import FrozenATuner, new_a, new_b
 from mokamm.adapters.peft_bridge import TunerLayer, register_method, tied_layers
@@ -110,14 +109,7 @@ class MokaConfig(PeftConfig):
         check_lora_options(self)
         if self.sparse_b and not self.frozen_a:
             raise AdapterError("sparse_b needs frozen_a: a mask belongs to the A that it was cut under.")
-        for pattern, weight in {"": self.attention_weight, **self.attention_weight_pattern}.items():
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise AdapterError(f"attention_weight_pattern: '{pattern}' is no regular expression: {e}.") from e
-            if not math.isfinite(weight):
-                where = f"attention_weight_pattern: that of '{pattern}'" if pattern else "attention_weight"
-                raise AdapterError(f"{where} must be a finite number; found {weight!r}.")
+        check_attention_weights(self.attention_weight, self.attention_weight_pattern)
         names = self.modalities = list(self.modalities)
         if names[:1] != ["text"] or len(set(names)) < len(names):
             raise AdapterError(f"modalities must be distinct names, 'text' first; found {names}.")
